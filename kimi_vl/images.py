@@ -1,0 +1,206 @@
+"""Images: bytes to upright RGB, pixels to patches, and the only resize arithmetic.
+
+Knows no model and no tokens beyond their number. Source of the rule: image_processing_kimi_vl.py and
+preprocessor_config.json of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from .errors import CheckpointError, UserError
+
+MAX_BYTES = 32 * 2**20
+MAX_PIXELS = 40_000_000
+MAX_IMAGES = 64
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+_MAX_GRID = 512  # rows or columns from which the position encoding ends
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """``preprocessor_config.json``: what the image processor does, as far as it is used."""
+
+    patch_size: int
+    in_token_limit: int
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    merge_kernel_size: tuple[int, int] = (2, 2)
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> ImageOptions:
+        """Read ``preprocessor_config.json``; :class:`CheckpointError` names the file and field at fault."""
+        path = Path(directory) / "preprocessor_config.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        except ValueError as error:
+            raise CheckpointError(f"{path}: is not JSON ({error})") from None
+        if values.get("pad_input") is not True:
+            raise CheckpointError(f"{path}: pad_input is {values.get('pad_input')!r}; only true is supported")
+        if list(values.get("merge_kernel_size", (2, 2))) != [2, 2]:
+            raise CheckpointError(f"{path}: merge_kernel_size must be [2, 2]")
+        read = {}
+        for name in ("patch_size", "in_token_limit"):
+            value = values.get(name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise CheckpointError(f"{path}: {name} is {value!r}; it must be a positive integer")
+            read[name] = value
+        for name in ("image_mean", "image_std"):
+            value = values.get(name)
+            if not isinstance(value, list) or len(value) != 3 or not all(isinstance(v, int | float) for v in value):
+                raise CheckpointError(f"{path}: {name} is {value!r}; it must be three numbers")
+            read[name] = tuple(float(v) for v in value)
+        return cls(**read)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of an image of a given size: all sizes are (width, height) in pixels, the grid (rows, columns)."""
+
+    resized: tuple[int, int]
+    padded: tuple[int, int]
+    grid: tuple[int, int]
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def tokens(self) -> int:
+        """Placeholders that the image takes in the prompt: one for each 2x2 patches."""
+        return self.patches // 4
+
+
+def plan(width: int, height: int, options: ImageOptions) -> Plan:
+    """The published size rule. Raises ``ValueError`` where the grid reaches 512 rows or columns."""
+    patch, limit = options.patch_size, options.in_token_limit
+    patches = (width // patch) * (height // patch)
+    if patches > limit:
+        scale = math.sqrt(limit / patches)
+        width, height = int(width * scale), int(height * scale)
+    tile_w, tile_h = (patch * merge for merge in reversed(options.merge_kernel_size))
+    padded = (-(-width // tile_w) * tile_w, -(-height // tile_h) * tile_h)
+    grid = (padded[1] // patch, padded[0] // patch)
+    if max(grid) >= _MAX_GRID:
+        raise ValueError(f"a grid of {grid[0]} x {grid[1]} patches exceeds the position encoding")
+    return Plan((width, height), padded, grid)
+
+
+def preprocess(image: Image.Image, options: ImageOptions) -> tuple[np.ndarray, tuple[int, int]]:
+    """Patches of ``image`` and their grid, as the published image processor makes them.
+
+    Returns float32 ``(rows * columns, 3, patch, patch)`` in row-major order and ``(rows, columns)``, both even.
+    Any Pillow mode is taken as it is: resize and padding happen in that mode, before the conversion to RGB.
+    """
+    chosen = plan(*image.size, options)
+    if chosen.resized != image.size:
+        image = image.resize(chosen.resized, Image.Resampling.BICUBIC)
+    # crop past the border fills with zeros and keeps the palette
+    image = image.crop((0, 0, *chosen.padded)).convert("RGB")
+    pixels = np.asarray(image, dtype=np.float32) / np.float32(255)  # (H, W, 3)
+    pixels = (pixels - np.float32(options.image_mean)) / np.float32(options.image_std)
+    rows, columns = chosen.grid
+    patch = options.patch_size
+    patches = pixels.reshape(rows, patch, columns, patch, 3).transpose(0, 2, 4, 1, 3)  # (R, C, 3, patch, patch)
+    return np.ascontiguousarray(patches).reshape(rows * columns, 3, patch, patch), chosen.grid
+
+
+def load(source: bytes | bytearray | str | Path | Image.Image, options: ImageOptions) -> Image.Image:
+    """An upright RGB image that :func:`plan` accepts.
+
+    The format is decided by the content, size limits are checked from the header before anything is decoded, the
+    first frame is taken, EXIF orientation applied, transparency laid over white, 16-bit samples scaled to 8. An
+    image with a side that the model cannot take is made smaller, keeping its shape. Raises :class:`UserError`
+    (E_IMAGE_UNREADABLE, E_IMAGE_FORMAT, E_IMAGE_TOO_LARGE).
+    """
+    if isinstance(source, Image.Image):
+        _check_pixels(source)
+        return _fitted(_rgb(source), options)
+    if isinstance(source, bytes | bytearray):
+        data = bytes(source)
+    else:
+        try:
+            size = Path(source).stat().st_size
+            data = Path(source).read_bytes() if size <= MAX_BYTES else b""
+        except OSError:
+            raise UserError("E_IMAGE_UNREADABLE", "an image file cannot be read; send it again.") from None
+        _check_bytes(size)
+    _check_bytes(len(data))
+    if not data:
+        raise UserError("E_IMAGE_UNREADABLE", "an image is empty; send the file again.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # our own limit on pixels follows
+            opened = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except Image.DecompressionBombError:
+        raise _too_many_pixels() from None
+    except Exception:
+        raise UserError(
+            "E_IMAGE_FORMAT", "an image is not a readable PNG, JPEG, WebP, GIF, BMP or TIFF file; convert it first."
+        ) from None
+    with opened:
+        _check_pixels(opened)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                opened.load()
+                return _fitted(_rgb(ImageOps.exif_transpose(opened)), options)
+        except MemoryError:
+            raise
+        except Exception:
+            raise UserError("E_IMAGE_UNREADABLE", "an image is damaged or cut off; send the file again.") from None
+
+
+def _check_bytes(size: int) -> None:
+    if size > MAX_BYTES:
+        raise UserError("E_IMAGE_TOO_LARGE", f"an image file is larger than {MAX_BYTES // 2**20} MiB; send a smaller one.")
+
+
+def _check_pixels(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_many_pixels()
+
+
+def _too_many_pixels() -> UserError:
+    return UserError(
+        "E_IMAGE_TOO_LARGE", f"an image has more than {MAX_PIXELS // 1_000_000} million pixels; send a smaller one."
+    )
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        samples = np.asarray(image).astype(np.float64)
+        return Image.fromarray(np.clip(samples / 257, 0, 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        samples = np.nan_to_num(np.asarray(image), nan=0.0, posinf=255.0, neginf=0.0)
+        return Image.fromarray(np.clip(samples, 0, 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _fitted(image: Image.Image, options: ImageOptions) -> Image.Image:
+    width, height = image.size
+    longest = (_MAX_GRID - 1) // 2 * 2 * options.patch_size  # the largest side whose padded grid stays below the end
+    try:
+        plan(width, height, options)
+        return image
+    except ValueError:
+        # the longer side after the published rescale is what does not fit
+        patches = (width // options.patch_size) * (height // options.patch_size)
+        shrink = min(1.0, math.sqrt(options.in_token_limit / patches)) if patches else 1.0
+        scale = longest / max(width * shrink, height * shrink) * shrink
+        size = (max(1, min(longest, int(width * scale))), max(1, min(longest, int(height * scale))))
+        return image.resize(size, Image.Resampling.BICUBIC)

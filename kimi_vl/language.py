@@ -1,0 +1,262 @@
+"""The decoder: multi-head latent attention and a mixture of experts, with the checkpoint's parameter names.
+
+Knows tokens and vectors, no pictures and no files. Routed experts are stored fused (one tensor for all of them);
+everything else is laid out as in the checkpoint. Sources: DeepSeek-V2 (latent attention, section 2.1) and
+DeepSeek-V3 (routing without auxiliary loss, section 2.1.2) reports, the published modeling_kimi_vl.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cache import LatentCache
+from .config import TextConfig
+
+# Shapes: B rows, S new tokens a row, L tokens to attend to, H hidden_size, N heads, R kv_lora_rank,
+# P / Q / V qk_rope / qk_nope / v head dims, E experts, K experts a token, T = B * S tokens, I expert width.
+LATENT_NORM_EPS = 1e-6  # the published kv_a_layernorm does not take the config's rms_norm_eps
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm in float32; the weight multiplies after the cast back."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, states: Tensor) -> Tensor:
+        wide = states.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(states.dtype)
+
+
+def rope_tables(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, S, dim) of positions (B, S): computed in float32, then cast to ``dtype``."""
+    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
+    angles = positions.unsqueeze(-1).float() * theta**-exponents  # (B, S, dim/2)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (2i, 2i+1) of the last dimension; the result has even components first, then odd ones."""
+    even, odd = states[..., 0::2], states[..., 1::2]
+    straight, crossed = torch.cat((even, odd), dim=-1), torch.cat((-odd, even), dim=-1)
+    return straight * cos + crossed * sin
+
+
+class Attention(nn.Module):
+    """Multi-head latent attention. Only the normed latent and the turned rotary key of a token are kept.
+
+    A single new token a row is answered in the absorbed form: queries move into the latent space, so that the cost
+    of a step does not include expanding the past. Longer inputs expand keys and values, which is cheaper there.
+    """
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        self.q_proj = nn.Linear(hidden, heads * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
+        self.kv_b_proj = nn.Linear(
+            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False
+        )
+        self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=False)
+        self.scale = config.qk_head_dim**-0.5
+
+    def forward(
+        self,
+        states: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        length: int,
+        cache: LatentCache | None,
+        layer: int,
+    ) -> Tensor:
+        """``mask`` (B, 1, S, L) is true where a query may look; None means plain causal attention over ``states``."""
+        config = self.config
+        query = self.q_proj(states).unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2)  # (B, N, S, Q+P)
+        q_nope, q_rope = query.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
+        latent, k_rope = self.kv_a_proj_with_mqa(states).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+        latent = self.kv_a_layernorm(latent)  # (B, S, R)
+        q_rope = apply_rope(q_rope, cos.unsqueeze(1), sin.unsqueeze(1))  # (B, N, S, P)
+        k_rope = apply_rope(k_rope.unsqueeze(1), cos.unsqueeze(1), sin.unsqueeze(1)).squeeze(1)  # (B, S, P)
+        if cache is not None:
+            cache.write(layer, positions, torch.cat((latent, k_rope), dim=-1))
+            past = cache.read(layer, length)  # (B, L, R+P)
+            latent, k_rope = past.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+        if cache is not None and states.shape[1] == 1:
+            heads = self._absorbed(q_nope, q_rope, latent, k_rope, mask)
+        else:
+            heads = self._expanded(q_nope, q_rope, latent, k_rope, mask)
+        return self.o_proj(heads.transpose(1, 2).flatten(2))  # (B, S, H)
+
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
+        config = self.config
+        expanded = self.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2)
+        k_nope, value = expanded.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)  # (B, N, L, Q), (…, V)
+        query = torch.cat((q_nope, q_rope), dim=-1)
+        key = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, config.num_attention_heads, -1, -1)), dim=-1)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale
+        )  # (B, N, S, V)
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
+        config = self.config
+        up = self.kv_b_proj.weight.view(config.num_attention_heads, -1, config.kv_lora_rank)  # (N, Q+V, R)
+        to_key, to_value = up.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
+        query = torch.cat((torch.einsum("bnsq,nqr->bnsr", q_nope, to_key), q_rope), dim=-1)  # (B, N, S, R+P)
+        key = torch.cat((latent, k_rope), dim=-1).unsqueeze(1)  # (B, 1, L, R+P), shared by the heads
+        scores = (query @ key.transpose(-1, -2)).float() * self.scale  # (B, N, S, L)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        mixed = scores.softmax(-1).to(latent.dtype) @ latent.unsqueeze(1)  # (B, N, S, R)
+        return torch.einsum("bnsr,nvr->bnsv", mixed, to_value)
+
+
+class Mlp(nn.Module):
+    """down(silu(gate x) * up x): the first layers' MLP, and the shared experts of the others."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(states)) * self.up_proj(states))
+
+
+class Gate(nn.Module):
+    """The router: sigmoid scores choose experts with a correction bias, and weigh them without it."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.scaling = config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.e_score_correction_bias = nn.Parameter(torch.zeros(config.n_routed_experts), requires_grad=False)
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Expert indices (T, K), best first, and float32 weights (T, K) of tokens (T, H)."""
+        scores = F.linear(states.float(), self.weight.float()).sigmoid()  # (T, E)
+        chosen = (scores + self.e_score_correction_bias.float()).topk(self.top_k, dim=-1).indices
+        weights = scores.gather(-1, chosen)
+        return chosen, weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.scaling
+
+
+class Experts(nn.Module):
+    """All routed experts of a layer in two tensors; rows of ``gate_up_proj`` are gate, then up."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+        nn.init.normal_(self.gate_up_proj, std=0.02)
+        nn.init.normal_(self.down_proj, std=0.02)
+
+    def forward(self, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sum over each token's experts: tokens (T, H), choices and weights (T, K), result (T, H)."""
+        mixed = torch.zeros(states.shape, dtype=torch.float32, device=states.device)
+        for expert in chosen.unique().tolist():
+            tokens, slots = (chosen == expert).nonzero(as_tuple=True)
+            gate, up = F.linear(states[tokens], self.gate_up_proj[expert]).chunk(2, dim=-1)  # (t, I)
+            output = F.linear(F.silu(gate) * up, self.down_proj[expert])  # (t, H)
+            mixed.index_add_(0, tokens, output.float() * weights[tokens, slots].unsqueeze(-1))
+        return mixed.to(states.dtype)
+
+
+class MoE(nn.Module):
+    """Routed experts plus shared experts, which see every token and are not scaled."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.gate = Gate(config)
+        self.experts = Experts(config)
+        self.shared_experts = Mlp(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
+
+    def forward(self, states: Tensor) -> Tensor:
+        tokens = states.flatten(0, -2)  # (T, H)
+        routed = self.experts(tokens, *self.gate(tokens))
+        return routed.view_as(states) + self.shared_experts(states)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: TextConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = Mlp(config.hidden_size, config.intermediate_size) if config.is_dense(layer) else MoE(config)
+
+    def forward(
+        self,
+        states: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        length: int,
+        cache: LatentCache | None,
+    ) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(states), cos, sin, mask, positions, length, cache, self.layer)
+        states = states + attended
+        return states + self.mlp(self.post_attention_layernorm(states))
+
+
+class Decoder(nn.Module):
+    """``language_model.model``: embeddings to final states, all (B, S, H)."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, embeddings: Tensor, positions: Tensor, cache: LatentCache | None = None) -> Tensor:
+        cos, sin = rope_tables(positions, self.config.qk_rope_head_dim, self.config.rope_theta, embeddings.dtype)
+        length, mask = positions.shape[1], None
+        if cache is not None:
+            length = int(positions.max()) + 1
+            if length > cache.capacity:
+                raise ValueError(f"position {length - 1} is past the cache's capacity of {cache.capacity}")
+            if length > positions.shape[1]:  # else all rows begin here, and plain causal attention is the same
+                slots = torch.arange(length, device=positions.device)
+                # a row's slots past its own position may hold padding, and are never seen
+                mask = (slots <= positions.unsqueeze(-1)).unsqueeze(1)  # (B, 1, S, L)
+        states = embeddings
+        for layer in self.layers:
+            states = layer(states, cos, sin, mask, positions, length, cache)
+        return self.norm(states)
+
+
+class LanguageModel(nn.Module):
+    """``language_model``: the decoder and its output head."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, embeddings: Tensor, positions: Tensor, cache: LatentCache | None = None) -> Tensor:
+        """Final states (B, S, H); :meth:`logits` turns those that are wanted into scores.
+
+        ``positions`` (B, S) count from 0 in each row. With a cache they are also the slots to write, and rows may
+        be of different lengths (pad on the right and read the state of each row's own last token). Without one
+        every row starts at 0.
+        """
+        return self.model(embeddings, positions, cache)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """float32 scores (…, vocab_size)."""
+        return self.lm_head(states).float()

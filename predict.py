@@ -1,0 +1,388 @@
+"""Cog inputs to a chat, the model's events to text, errors and metrics; nothing else.
+
+Cog reads the signature of `predict` without importing this file and drops what it cannot read as a literal,
+so every default, bound and description is written out (`scripts/cog_local/schema.py` refuses anything else).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from cog import BasePredictor, ConcatenateIterator, Input, Path, streaming
+
+import kimi_vl
+from kimi_vl.errors import UserError
+from kimi_vl.events import Answer, Done, Reasoning
+
+DEFAULT_MAX_LENGTH_TOKENS = 8192
+"""Repeats the default of `max_length_tokens`, to tell a value that was given from one that was not."""
+
+CHUNK_SECONDS = 0.07
+"""Text is held back for this long: Cog sends the whole output again with every chunk to a webhook."""
+
+MARKERS = {"text": ("◁think▷", "◁/think▷"), "think_tags": ("<think>", "</think>")}
+
+INTERNAL_ERROR = (
+    "E_INTERNAL: the model failed on this request; try again, and report it with its log if that fails too."
+)
+
+Message = dict[str, Any]
+
+
+class Predictor(BasePredictor):
+    def setup(self) -> None:
+        """Loads the model that KIMI_VL_MODEL names."""
+        started = time.monotonic()
+        print("setup: loading the model", flush=True)
+        try:
+            self.pipeline = kimi_vl.load(model=os.environ.get("KIMI_VL_MODEL") or "thinking")
+        except Exception:
+            # Cog keeps only the type and the message of what is raised here, and ends the process so soon
+            # that what was just printed does not reach its log without a pause.
+            traceback.print_exc()
+            time.sleep(0.3)
+            raise
+        print(f"setup: ready after {time.monotonic() - started:.1f} s", flush=True)
+
+    def healthcheck(self) -> bool:
+        """Whether the model can still answer; Cog reports UNHEALTHY when this is false."""
+        pipeline = getattr(self, "pipeline", None)
+        healthy: Callable[[], bool] | None = getattr(pipeline, "healthy", None)
+        return pipeline is not None and (healthy is None or bool(healthy()))
+
+    @streaming
+    def predict(
+        self,
+        prompt: str = Input(default="", description="What to ask. Required unless messages is given."),
+        image: Path | None = Input(
+            default=None,
+            description="An image: PNG, JPEG, WebP, GIF, BMP or TIFF, up to 32 MiB and 40 million pixels.",
+        ),
+        top_p: float = Input(
+            default=1.0,
+            ge=0,
+            le=1,
+            description="Sample from the likeliest tokens up to this total probability.",
+        ),
+        temperature: float = Input(
+            default=0.6,
+            ge=0,
+            le=2,
+            description="Randomness of the sampling. 0 always takes the likeliest token.",
+        ),
+        max_length_tokens: int = Input(
+            default=8192, ge=1, le=131072, description="The most tokens to generate, thinking included."
+        ),
+        images: list[Path] = Input(
+            default=[], description="More images, after the one in image. Up to 64 in all."
+        ),
+        system_prompt: str = Input(default="", description="Replaces the default system message."),
+        messages: list[dict] = Input(
+            default=[],
+            description="A conversation in the OpenAI chat form, instead of prompt and system_prompt. An image part holds a data URL, or is a bare {type: image} that takes the next of image and images.",  # noqa: E501
+        ),
+        thinking_budget: int | None = Input(
+            default=None,
+            ge=0,
+            description="The most tokens to think with before the answer. 0 answers without thinking. If left out, the thinking leaves room for an answer.",  # noqa: E501
+        ),
+        top_k: int = Input(
+            default=0, ge=0, description="Sample from this many of the likeliest tokens. 0 is off."
+        ),
+        stop_sequences: str = Input(
+            default="",
+            description="Comma-separated texts that end the answer and are not part of it. Spaces around each are ignored.",  # noqa: E501
+        ),
+        seed: int | None = Input(
+            default=None, description="Seed of the sampling. If left out, one is drawn."
+        ),
+        output_format: str = Input(
+            default="text",
+            choices=["text", "think_tags", "answer", "json"],
+            description="text: thinking between the markers of the model, then the answer. think_tags: the same with think tags. answer: the answer alone. json: one JSON object per line.",  # noqa: E501
+        ),
+        max_tokens: int | None = Input(
+            default=None, description="Another name of max_length_tokens.", deprecated=True
+        ),
+        max_new_tokens: int | None = Input(
+            default=None, description="Another name of max_length_tokens.", deprecated=True
+        ),
+    ) -> ConcatenateIterator[str]:  # pyright: ignore[reportInvalidTypeForm]
+        """Answers one request, piece by piece."""
+        try:
+            chat, chat_images = build_chat(prompt, system_prompt, messages, image, images)
+            events = self.pipeline.stream(
+                chat,
+                images=chat_images,
+                temperature=float(temperature),
+                top_p=float(top_p),
+                top_k=_integer("top_k", top_k),
+                max_length_tokens=_token_limit(max_length_tokens, max_tokens, max_new_tokens),
+                thinking_budget=_optional_integer("thinking_budget", thinking_budget),
+                stop_sequences=_split_stop_sequences(stop_sequences),
+                seed=_optional_integer("seed", seed),
+            )
+            # Cancelling raises inside the loop; closing the stream is what makes the model stop.
+            with contextlib.closing(events):  # pyright: ignore[reportArgumentType]
+                pieces = Coalescer().run(self._with_metrics(events))
+                yield from format_events(pieces, output_format)  # pyright: ignore[reportReturnType]
+        except UserError:
+            raise
+        except Exception as error:
+            _log_error(error)
+            raise RuntimeError(INTERNAL_ERROR) from None
+
+    def _with_metrics(self, events: Iterable[Any]) -> Iterator[Any]:
+        for event in events:
+            if isinstance(event, Done):
+                for name, value in metrics(event).items():
+                    self.record_metric(name, value)
+            yield event
+
+
+# From inputs to a chat
+
+
+def build_chat(
+    prompt: str, system_prompt: str, messages: list[Message], image: Any, images: list[Any]
+) -> tuple[list[Message], list[Any]]:
+    """The conversation with bare image parts, and the images they stand for, in order.
+
+    An image is a Path that Cog wrote, or the bytes of a data URL inside `messages`.
+    """
+    files = [_file(value) for value in ([] if image is None else [image]) + list(images or [])]
+    if messages:
+        if prompt or system_prompt:
+            raise UserError(
+                "E_PARAMETER", "give either messages or prompt and system_prompt, and leave the other empty."
+            )
+        return _read_messages(messages, files)
+    if not prompt.strip():
+        raise UserError("E_PROMPT_EMPTY", "give a prompt, or a conversation in messages.")
+    content: list[Message] = [{"type": "image"} for _ in files]
+    chat: list[Message] = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+    if system_prompt:
+        chat.insert(0, {"role": "system", "content": system_prompt})
+    return chat, files
+
+
+def _file(value: Any) -> Path:
+    """Refuses what Cog did not fetch itself: it passes strings like "/etc/hostname" on as they came."""
+    if not isinstance(value, Path):
+        raise UserError(
+            "E_IMAGE_SOURCE", "give each image as a file upload, an http or https URL, or a data URL."
+        )
+    return value
+
+
+def _read_messages(messages: list[Message], files: list[Path]) -> tuple[list[Message], list[Any]]:
+    """Makes every image part of `messages` a bare one and lists the images in the order of the parts."""
+    waiting = iter(files)
+    images: list[Any] = []
+
+    def read_part(part: Any) -> Any:
+        if not isinstance(part, dict):
+            raise UserError(
+                "E_MESSAGES_INVALID", "each part of a message's content must be an object with a type."
+            )
+        if part.get("type") not in ("image", "image_url") and not {"image", "image_url"} & part.keys():
+            return part
+        url = _image_url(part)
+        image = next(waiting, None) if url is None else _decode_data_url(url)
+        if image is None:
+            raise UserError("E_MESSAGES_INVALID", "there are more bare image parts in messages than images.")
+        images.append(image)
+        return {"type": "image"}
+
+    chat: list[Message] = []
+    for message in messages:
+        if not isinstance(message, dict) or "content" not in message:
+            raise UserError(
+                "E_MESSAGES_INVALID", "each of the messages must be an object with role and content."
+            )
+        content = message["content"]
+        if isinstance(content, list):
+            content = [read_part(part) for part in content]
+        chat.append({**message, "content": content})
+    if next(waiting, None) is not None:
+        raise UserError("E_MESSAGES_INVALID", "there are more images than bare image parts in messages.")
+    return chat, images
+
+
+def _image_url(part: Message) -> str | None:
+    """The URL in an image part of any common spelling, or None for a bare part."""
+    urls = [part[key] for key in ("image_url", "image", "url") if part.get(key) is not None]
+    if not urls and part.get("type") == "image":
+        return None
+    url = urls[0] if len(urls) == 1 else None
+    if isinstance(url, dict):
+        url = url.get("url")
+    if not isinstance(url, str):
+        raise UserError(
+            "E_MESSAGES_INVALID", 'write an image part as {"type": "image_url", "image_url": {"url": …}}.'
+        )
+    return url
+
+
+def _decode_data_url(url: str) -> bytes:
+    if not url[:5].lower() == "data:":
+        raise UserError(
+            "E_IMAGE_SOURCE", "images in messages must be data URLs; nothing is fetched for a caller."
+        )
+    header, comma, data = url[5:].partition(",")
+    if not comma or not header.lower().endswith(";base64"):
+        raise UserError("E_MESSAGES_INVALID", "write the data URL of an image as data:image/png;base64,….")
+    try:
+        return base64.b64decode("".join(data.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise UserError("E_MESSAGES_INVALID", "the data URL of an image is not valid base64.") from None
+
+
+def _integer(name: str, value: Any) -> int:
+    """JSON has one kind of number, so 2.0 passes for an integer and arrives as a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+        raise UserError("E_PARAMETER", f"{name} must be a whole number.")
+    return int(value)
+
+
+def _optional_integer(name: str, value: Any) -> int | None:
+    return None if value is None else _integer(name, value)
+
+
+def _token_limit(max_length_tokens: Any, max_tokens: Any, max_new_tokens: Any) -> int:
+    """One limit out of the three names it goes by."""
+    limit = _integer("max_length_tokens", max_length_tokens)
+    given = {
+        _integer(name, value)
+        for name, value in (("max_tokens", max_tokens), ("max_new_tokens", max_new_tokens))
+        if value is not None
+    }
+    if given and limit != DEFAULT_MAX_LENGTH_TOKENS:
+        given.add(limit)
+    if len(given) > 1:
+        raise UserError(
+            "E_PARAMETER",
+            "max_length_tokens, max_tokens and max_new_tokens are one limit; give one of them.",
+        )
+    return given.pop() if given else limit
+
+
+def _split_stop_sequences(text: str) -> tuple[str, ...]:
+    """Only spaces are trimmed: a newline may well be what the caller wants to stop at."""
+    return tuple(stripped for piece in text.split(",") if (stripped := piece.strip(" ")))
+
+
+# From events to text
+
+
+class Coalescer:
+    """Joins neighbouring events of one kind into pieces of about `interval` seconds.
+
+    The first piece leaves at once, and so does what is held when the kind changes. There is no timer: the
+    thread that waits here is the one that computes, so what is held leaves with a later event.
+    """
+
+    def __init__(self, interval: float = CHUNK_SECONDS, clock: Callable[[], float] = time.monotonic) -> None:
+        self.interval = interval
+        self.clock = clock
+        self.kind: type[Reasoning] | type[Answer] = Answer
+        self.held: list[str] = []
+        self.sent_at = float("-inf")
+
+    def run(self, events: Iterable[Any]) -> Iterator[Reasoning | Answer | Done]:
+        for event in events:
+            if isinstance(event, Done):
+                yield from self._release()
+                yield event
+                continue
+            if type(event) is not self.kind:
+                yield from self._release()
+                self.kind = type(event)
+            self.held.append(event.text)
+            if self.clock() - self.sent_at >= self.interval:
+                yield from self._release()
+
+    def _release(self) -> Iterator[Reasoning | Answer]:
+        text = "".join(self.held)
+        self.held.clear()
+        if text:
+            self.sent_at = self.clock()
+            yield self.kind(text)
+
+
+def format_events(events: Iterable[Reasoning | Answer | Done], output_format: str) -> Iterator[str]:
+    """The text of the events in the form that `output_format` names."""
+    if output_format == "json":
+        return _json_lines(events)
+    if output_format == "answer":
+        return (event.text for event in events if isinstance(event, Answer))
+    if output_format in MARKERS:
+        return _marked_text(events, *MARKERS[output_format])
+    raise UserError("E_PARAMETER", "output_format must be one of text, think_tags, answer, json.")
+
+
+def _marked_text(events: Iterable[Reasoning | Answer | Done], opener: str, closer: str) -> Iterator[str]:
+    """The thinking between two markers, then the answer; no markers when there was no thinking."""
+    thinking = False
+    for event in events:
+        if isinstance(event, Reasoning):
+            yield event.text if thinking else opener + event.text
+            thinking = True
+            continue
+        prefix = closer if thinking else ""
+        thinking = False
+        text = prefix + event.text if isinstance(event, Answer) else prefix
+        if text:
+            yield text
+
+
+def _json_lines(events: Iterable[Reasoning | Answer | Done]) -> Iterator[str]:
+    for event in events:
+        if isinstance(event, Done):
+            line: dict[str, Any] = {
+                "type": "done",
+                "reasoning": event.reasoning,
+                "answer": event.answer,
+                "finish_reason": event.finish_reason,
+                "usage": dataclasses.asdict(event.usage),
+                "seed": event.seed,
+            }
+        else:
+            line = {"type": "reasoning" if isinstance(event, Reasoning) else "answer", "text": event.text}
+        yield json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def metrics(done: Done) -> dict[str, Any]:
+    """What is recorded on a prediction. Cog refuses None, so a value that does not exist is left out."""
+    values = {
+        "input_token_count": done.usage.input_tokens,
+        "image_token_count": done.usage.image_tokens,
+        "output_token_count": done.usage.output_tokens,
+        "reasoning_token_count": done.usage.reasoning_tokens,
+        "finish_reason": done.finish_reason,
+        "thinking_closed_by": done.thinking_closed_by,
+        "time_to_first_token": done.time_to_first_token,
+        "tokens_per_second": done.tokens_per_second,
+        "seed": done.seed,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _log_error(error: BaseException) -> None:
+    """Prints where an error and its causes came from, but no messages: they may quote the caller's text."""
+    seen: BaseException | None = error
+    while seen is not None:
+        print(f"error: {type(seen).__name__}", file=sys.stderr)
+        for frame in traceback.extract_tb(seen.__traceback__):
+            print(f"  {frame.filename}:{frame.lineno} in {frame.name}", file=sys.stderr)
+        seen = seen.__cause__ or seen.__context__

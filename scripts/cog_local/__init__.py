@@ -1,0 +1,1 @@
+"""Cog without Docker: the schema, the real HTTP server, a client, and the two commands built on them."""

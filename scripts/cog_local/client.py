@@ -1,0 +1,169 @@
+"""A client of Cog's HTTP API: plain and streamed predictions, with the retries that its one slot asks for."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import time
+import urllib.parse
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+RETRY_SECONDS = 30.0
+
+
+class ServerGone(Exception):
+    """The server did not answer, or stopped in the middle of an answer."""
+
+
+class RequestRefused(Exception):
+    """The server refused a request before running it; `status` is the HTTP status, `body` what it said."""
+
+    def __init__(self, status: int, body: Any) -> None:
+        super().__init__(_explain(body))
+        self.status = status
+        self.body = body
+
+
+@dataclass(frozen=True)
+class Event:
+    """One server-sent event; Cog's data is always a JSON object."""
+
+    name: str
+    data: dict[str, Any]
+
+
+class Client:
+    """Talks to one server; every call has a connection of its own."""
+
+    def __init__(self, url: str) -> None:
+        parts = urllib.parse.urlsplit(url)
+        self.host = parts.hostname or "127.0.0.1"
+        self.port = parts.port or 80
+
+    def health(self) -> dict[str, Any]:
+        return self._json("GET", "/health-check", timeout=5.0)[1]
+
+    def schema(self) -> dict[str, Any]:
+        return self._json("GET", "/openapi.json", timeout=5.0)[1]
+
+    def predict(self, inputs: dict[str, Any], prediction_id: str | None = None) -> dict[str, Any]:
+        """The finished prediction, whatever its status."""
+        with self._post(inputs, prediction_id, "application/json") as response:
+            return json.loads(_read(response))
+
+    def stream(
+        self, inputs: dict[str, Any], prediction_id: str | None = None
+    ) -> Generator[Event, None, None]:
+        """The events of a prediction as they happen; closing the iterator early cancels it."""
+        with self._post(inputs, prediction_id, "text/event-stream") as response:
+            yield from parse_events(_lines(response))
+
+    def cancel(self, prediction_id: str) -> bool:
+        """Whether there was a running prediction of that name to cancel."""
+        return (
+            self._json("POST", f"/predictions/{urllib.parse.quote(prediction_id)}/cancel", timeout=30.0)[0]
+            == 200
+        )
+
+    def _json(self, method: str, path: str, timeout: float) -> tuple[int, dict[str, Any]]:
+        with self._request(method, path, None, {}, timeout) as response:
+            return response.status, _decode(_read(response))
+
+    @contextlib.contextmanager
+    def _post(
+        self, inputs: dict[str, Any], prediction_id: str | None, accept: str
+    ) -> Iterator[http.client.HTTPResponse]:
+        """An accepted prediction's response.
+
+        409 is retried: Cog keeps no queue, and frees its slot a moment after the last response was sent.
+        """
+        body: dict[str, Any] = {"input": inputs}
+        if prediction_id is not None:
+            body["id"] = prediction_id
+        payload = json.dumps(body).encode()
+        headers = {"Content-Type": "application/json", "Accept": accept}
+        deadline = time.monotonic() + RETRY_SECONDS
+        delay = 0.005
+        while True:
+            with self._request("POST", "/predictions", payload, headers, None) as response:
+                if response.status < 300:
+                    yield response
+                    return
+                refusal = RequestRefused(response.status, _decode(_read(response)))
+            if refusal.status != 409 or time.monotonic() > deadline:
+                raise refusal
+            time.sleep(delay)
+            delay = min(0.25, delay * 2)
+
+    @contextlib.contextmanager
+    def _request(
+        self, method: str, path: str, body: bytes | None, headers: dict[str, str], timeout: float | None
+    ) -> Iterator[http.client.HTTPResponse]:
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+        try:
+            try:
+                connection.request(method, path, body=body, headers=headers)
+                response = connection.getresponse()
+            except (OSError, http.client.HTTPException) as error:
+                raise ServerGone(f"the server does not answer ({type(error).__name__})") from error
+            with response:
+                yield response
+        finally:
+            connection.close()
+
+
+def parse_events(lines: Iterable[bytes]) -> Iterator[Event]:
+    """Server-sent events out of the lines of a response; comments, which keep the line open, are skipped."""
+    name, data = "message", []
+    for raw in lines:
+        line = raw.decode("utf-8").rstrip("\r\n")
+        if not line:
+            if data:
+                yield Event(name, json.loads("\n".join(data)))
+            name, data = "message", []
+            continue
+        field, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if field == "event":
+            name = value
+        elif field == "data":
+            data.append(value)
+
+
+def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    while True:
+        try:
+            line = response.readline()
+        except (OSError, http.client.HTTPException) as error:
+            raise ServerGone("the server stopped in the middle of the answer") from error
+        if not line:
+            return
+        yield line
+
+
+def _read(response: http.client.HTTPResponse) -> bytes:
+    try:
+        return response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise ServerGone("the server stopped in the middle of the answer") from error
+
+
+def _decode(body: bytes) -> Any:
+    text = body.decode("utf-8", errors="replace")
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"error": text.strip()}
+
+
+def _explain(body: Any) -> str:
+    """A refusal as one line: Cog names the inputs in `detail` and everything else in `error`."""
+    if not isinstance(body, dict):
+        return str(body)
+    detail = body.get("detail")
+    if isinstance(detail, list):
+        return "; ".join(f"{item['loc'][-1]}: {item['msg']}" for item in detail)
+    return str(body.get("error") or detail or body)

@@ -1,0 +1,1 @@
+"""The demo world: pictures of sums and coloured shapes, and conversations about them."""

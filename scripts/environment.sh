@@ -1,0 +1,81 @@
+# Sourced by the other scripts: keeps .venv in the repository's root as its requirements file wants it.
+#
+#   kimi_vl_environment run|dev     sets KIMI_VL_PYTHON; silent unless something has to be installed
+#
+# What was installed is remembered as the text of the requirements, in .venv itself. A mark stands there while it is
+# being made; where it is found later, that installation was cut off, and the environment is made from nothing.
+
+kimi_vl_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+kimi_vl_venv="$kimi_vl_root/.venv"
+KIMI_VL_PYTHON="$kimi_vl_venv/bin/python"
+
+kimi_vl_environment() {
+  local wanted
+  wanted="$(_kimi_vl_wanted "$1")" || return 1
+  _kimi_vl_ready "$1" "$wanted" && return 0
+  # One installation at a time. The lock is on the folder, taken by Python because not every system has flock(1);
+  # it belongs to the open file, so it stays with this shell and ends with it.
+  exec 9< "$kimi_vl_root/scripts" || return 1
+  local status=0
+  _kimi_vl_python -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' || status=1
+  if [ "$status" = 0 ] && ! _kimi_vl_ready "$1" "$wanted"; then
+    _kimi_vl_install "$1" "$wanted" || status=1
+  fi
+  exec 9<&-
+  [ "$status" = 0 ] || echo "error: the Python environment could not be made; run the command again to continue" >&2
+  return "$status"
+}
+
+# The Python that makes the environment.
+_kimi_vl_python() {
+  command python3 "$@"
+}
+
+# The text that has to have been installed for the set $1.
+_kimi_vl_wanted() {
+  case "$1" in
+    run) cat "$kimi_vl_root/scripts/requirements.txt" ;;
+    dev) cat "$kimi_vl_root/scripts/requirements.txt" "$kimi_vl_root/scripts/requirements-dev.txt" ;;
+    *) echo "error: unknown environment $1" >&2; return 1 ;;
+  esac
+}
+
+_kimi_vl_ready() {
+  local record="$kimi_vl_venv/.installed-$1"
+  [ -x "$KIMI_VL_PYTHON" ] && [ ! -e "$kimi_vl_venv/.installing" ] && [ -f "$record" ] &&
+    [ "$(cat "$record")" = "$2" ]
+}
+
+_kimi_vl_install() {
+  local file=requirements.txt existed=1 interrupted=""
+  [ "$1" = dev ] && file=requirements-dev.txt
+  if ! _kimi_vl_python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "error: Python 3.11 or newer is needed as python3" >&2
+    return 1
+  fi
+  if [ -e "$kimi_vl_venv/.installing" ] || ! "$KIMI_VL_PYTHON" -c 'import pip' > /dev/null 2>&1; then
+    echo "set-up: making the Python environment in .venv" >&2
+    existed=""
+    mkdir -p "$kimi_vl_venv" && touch "$kimi_vl_venv/.installing" || return 1
+    # Not `venv --clear`: the mark has to stay.
+    find "$kimi_vl_venv" -mindepth 1 -maxdepth 1 ! -name .installing -exec rm -rf {} + || return 1
+    _kimi_vl_python -m venv "$kimi_vl_venv" >&2 || return 1
+  fi
+  echo "set-up: installing scripts/$file (once; this can take some minutes)" >&2
+  touch "$kimi_vl_venv/.installing" || return 1
+  rm -f "$kimi_vl_venv"/.installed-*
+  trap 'interrupted=1' INT TERM
+  if ! "$KIMI_VL_PYTHON" -m pip install --disable-pip-version-check --no-input \
+    -r "$kimi_vl_root/scripts/$file" >&2; then
+    trap - INT TERM
+    # pip gave up by itself (no network, no such version): what was there before is still good.
+    if [ -n "$existed" ] && [ -z "$interrupted" ]; then rm -f "$kimi_vl_venv/.installing"; fi
+    return 1
+  fi
+  trap - INT TERM
+  # The development set holds the other one.
+  _kimi_vl_wanted run > "$kimi_vl_venv/.installed-run" || return 1
+  if [ "$1" = dev ]; then printf '%s\n' "$2" > "$kimi_vl_venv/.installed-dev" || return 1; fi
+  rm -f "$kimi_vl_venv/.installing"
+  echo "set-up: done" >&2
+}

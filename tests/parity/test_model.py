@@ -1,0 +1,111 @@
+"""The model against itself: the cache, the absorbed form, rows side by side, gradients, bfloat16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kimi_vl import loader
+from kimi_vl.cache import LatentCache
+from kimi_vl.config import Config
+from kimi_vl.generation import Prompt, Session, greedy
+from kimi_vl.model import KimiVL
+
+CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
+NO_STOP: frozenset[int] = frozenset()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return loader.load(CHECKPOINT, dtype=torch.float32)
+
+
+def some_ids(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, 1000, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def picture(model: KimiVL, rows: int, columns: int, seed: int) -> Prompt:
+    slots = rows * columns // 4
+    ids = [*some_ids(3, seed), *[model.config.media_placeholder_token_id] * slots, *some_ids(4, seed + 1)]
+    pixels = torch.rand(rows * columns, 3, 14, 14, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return Prompt(ids, pixels, [(rows, columns)])
+
+
+@torch.inference_mode()
+def test_decoding_equals_prefill(model):
+    """The absorbed form over latents gives what the expanded form gives over the whole text."""
+    ids = some_ids(24)
+    whole = model(torch.tensor([ids]))[0]
+    session = Session(model, [Prompt(ids[:9])], room=15)
+    assert (session.logits[0] - whole[8]).abs().max() < 5e-5
+    for position in range(9, 24):
+        assert (session.step([ids[position]])[0] - whole[position]).abs().max() < 5e-5
+
+
+@torch.inference_mode()
+def test_prefill_in_chunks_equals_whole(model):
+    ids = some_ids(30)
+    whole = model(torch.tensor([ids]))[0]
+    cache = LatentCache(model.config.text_config, 1, 30, dtype=torch.float32)
+    parts = []
+    for begin, end in ((0, 11), (11, 12), (12, 30)):
+        positions = torch.arange(begin, end).unsqueeze(0)
+        parts.append(model(torch.tensor([ids[begin:end]]), positions=positions, cache=cache)[0])
+    assert (torch.cat(parts) - whole).abs().max() < 5e-5
+
+
+def test_rows_of_different_lengths_and_pictures_are_as_alone(model):
+    prompts = [Prompt(some_ids(5)), picture(model, 4, 6, 3), Prompt(some_ids(17, 2)), picture(model, 2, 8, 9)]
+    together = greedy(model, prompts, NO_STOP, 12)
+    assert together == [greedy(model, [prompt], NO_STOP, 12)[0] for prompt in prompts]
+    assert len({tuple(row) for row in together}) == 4
+
+
+def test_a_row_ends_before_its_stop_token(model):
+    prompt = Prompt(some_ids(6))
+    free = greedy(model, [prompt], NO_STOP, 8)[0]
+    stop = frozenset((free[3],))
+    assert greedy(model, [prompt, Prompt(some_ids(9, 5))], stop, 8)[0] == free[: free.index(free[3])]
+
+
+def test_the_cache_is_latent_and_refuses_more_than_it_holds(model):
+    text = model.config.text_config
+    cache = LatentCache(text, 2, 10, dtype=torch.bfloat16)
+    assert cache.nbytes == text.num_hidden_layers * 2 * 10 * (text.kv_lora_rank + text.qk_rope_head_dim) * 2
+    session = Session(model, [Prompt(some_ids(4))], room=1)
+    session.step([1])
+    with pytest.raises(ValueError, match="capacity"):
+        session.step([1])
+
+
+def test_placeholders_and_image_vectors_must_match(model):
+    prompt = picture(model, 2, 2, 0)
+    with pytest.raises(ValueError, match="placeholders"):
+        Session(model, [Prompt([*prompt.ids, model.config.media_placeholder_token_id], prompt.pixel_values, prompt.grids)], 1)
+
+
+def test_gradients_reach_every_parameter():
+    torch.manual_seed(0)
+    model = KimiVL(Config.from_directory(CHECKPOINT))
+    prompt = picture(model, 8, 8, 1)
+    logits = model(torch.tensor([list(prompt.ids) * 1]), prompt.pixel_values, prompt.grids)
+    logits.logsumexp(-1).sum().backward()
+    # experts that no token chose have no gradient to receive; the fused tensors as a whole do
+    silent = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)]
+    assert silent == []
+
+
+@torch.inference_mode()
+def test_bfloat16_runs_and_stays_near(model):
+    """One dense layer's worth of arithmetic: experts of these tiny nets flip in bfloat16, attention must not drift."""
+    halved = loader.load(CHECKPOINT, dtype=torch.bfloat16)
+    bias = [p.dtype for name, p in halved.named_parameters() if name.endswith("e_score_correction_bias")]
+    assert set(bias) == {torch.float32}
+    assert halved.dtype == torch.bfloat16
+    prompt = picture(model, 6, 6, 4)
+    assert prompt.pixel_values is not None
+    exact, rounded = (m.vision_tower(prompt.pixel_values.to(m.dtype), prompt.grids).float() for m in (model, halved))
+    assert ((exact - rounded).norm() / exact.norm()) < 0.03
+    assert greedy(halved, [prompt], NO_STOP, 4)[0]

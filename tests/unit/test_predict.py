@@ -1,0 +1,507 @@
+"""predict.py around a stub pipeline: inputs to a chat, events to text, metrics, errors."""
+
+from __future__ import annotations
+
+import base64
+import json
+import pathlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from cog import CancelationException, Path
+
+import predict
+from cog_local import schema
+from kimi_vl.errors import UserError
+from kimi_vl.events import Answer, Done, Reasoning, Usage
+
+PNG = b"\x89PNG not really"
+DATA_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
+DEFAULTS: dict[str, Any] = {
+    "prompt": "",
+    "image": None,
+    "top_p": 1.0,
+    "temperature": 0.6,
+    "max_length_tokens": 8192,
+    "images": [],
+    "system_prompt": "",
+    "messages": [],
+    "thinking_budget": None,
+    "top_k": 0,
+    "stop_sequences": "",
+    "seed": None,
+    "output_format": "text",
+    "max_tokens": None,
+    "max_new_tokens": None,
+}
+THOUGHT = [Reasoning("two "), Reasoning("and two"), Answer("fo"), Answer("ur")]
+
+
+def done(**changes: Any) -> Done:
+    values: dict[str, Any] = {
+        "reasoning": "two and two",
+        "answer": "four",
+        "finish_reason": "stop",
+        "thinking_closed_by": "model",
+        "usage": Usage(input_tokens=11, image_tokens=4, output_tokens=7, reasoning_tokens=5),
+        "seed": 3,
+        "time_to_first_token": 0.5,
+        "tokens_per_second": 20.0,
+    }
+    return Done(**{**values, **changes})
+
+
+class StubPipeline:
+    """Yields what it was given; an exception among it is raised in its turn."""
+
+    def __init__(self, *events: Any) -> None:
+        self.events = events or (*THOUGHT, done())
+        self.messages: Any = None
+        self.images: Any = None
+        self.params: dict[str, Any] = {}
+        self.closed = False
+
+    def stream(self, messages: Any, images: Any = (), **params: Any) -> Iterator[Any]:
+        self.messages, self.images, self.params = messages, images, params
+        return self._run()
+
+    def _run(self) -> Iterator[Any]:
+        try:
+            for event in self.events:
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+        finally:
+            self.closed = True
+
+
+class Recorder(predict.Predictor):
+    """A predictor as Cog makes one, with its metrics kept."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+        self.metrics: dict[str, Any] = {}
+
+    def record_metric(self, key: str, value: Any, mode: str = "replace") -> None:
+        assert value is not None, "Cog refuses None"
+        self.metrics[key] = value
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every event becomes a chunk of its own."""
+    monkeypatch.setattr(predict.Coalescer.__init__, "__defaults__", (0.0, lambda: 0.0))
+
+
+def run(*events: Any, **inputs: Any) -> list[str]:
+    return list(Recorder(StubPipeline(*events)).predict(**{**DEFAULTS, "prompt": "2+2?", **inputs}))
+
+
+def chat(**inputs: Any) -> tuple[Any, Any]:
+    """The messages and images that reach the pipeline."""
+    pipeline = StubPipeline()
+    list(Recorder(pipeline).predict(**{**DEFAULTS, **inputs}))
+    return pipeline.messages, pipeline.images
+
+
+def parameters(**inputs: Any) -> dict[str, Any]:
+    pipeline = StubPipeline()
+    list(Recorder(pipeline).predict(**{**DEFAULTS, "prompt": "2+2?", **inputs}))
+    return pipeline.params
+
+
+def refusal(**inputs: Any) -> str:
+    pipeline = StubPipeline()
+    with pytest.raises(UserError) as caught:
+        list(Recorder(pipeline).predict(**{**DEFAULTS, **inputs}))
+    assert pipeline.messages is None, "refused before the pipeline is asked"
+    return str(caught.value)
+
+
+def image_part(url: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def user(*parts: Any) -> dict[str, Any]:
+    return {"role": "user", "content": list(parts)}
+
+
+# Output
+
+
+def test_text_has_the_markers_of_the_model(no_waiting: None) -> None:
+    assert run() == ["◁think▷two ", "and two", "◁/think▷fo", "ur"]
+
+
+def test_think_tags(no_waiting: None) -> None:
+    assert run(output_format="think_tags") == ["<think>two ", "and two", "</think>fo", "ur"]
+
+
+def test_answer_alone(no_waiting: None) -> None:
+    assert run(output_format="answer") == ["fo", "ur"]
+
+
+def test_json_lines(no_waiting: None) -> None:
+    chunks = run(output_format="json")
+    lines = [json.loads(line) for line in "".join(chunks).splitlines()]
+    assert all(chunk.endswith("\n") and chunk.count("\n") == 1 for chunk in chunks)
+    assert [line["type"] for line in lines] == ["reasoning", "reasoning", "answer", "answer", "done"]
+    assert "".join(line["text"] for line in lines if line["type"] == "answer") == "four"
+    assert lines[-1] == {
+        "type": "done",
+        "reasoning": "two and two",
+        "answer": "four",
+        "finish_reason": "stop",
+        "usage": {"input_tokens": 11, "image_tokens": 4, "output_tokens": 7, "reasoning_tokens": 5},
+        "seed": 3,
+    }
+
+
+def test_json_keeps_line_breaks_inside_one_line(no_waiting: None) -> None:
+    chunks = run(Answer("a\nb\u2028c"), done(), output_format="json")
+    assert json.loads(chunks[0])["text"] == "a\nb\u2028c"
+    assert chunks[0].count("\n") == 1
+
+
+@pytest.mark.parametrize("output_format", ["text", "think_tags", "answer"])
+def test_no_markers_without_thinking(output_format: str) -> None:
+    assert "".join(run(Answer("four"), done(), output_format=output_format)) == "four"
+
+
+def test_thinking_is_closed_even_when_no_answer_follows() -> None:
+    assert "".join(run(Reasoning("hm"), done())) == "◁think▷hm◁/think▷"
+    assert "".join(run(Reasoning("hm"), done(), output_format="answer")) == ""
+
+
+def test_no_output_at_all() -> None:
+    assert run(done()) == []
+
+
+def test_unknown_output_format_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^E_PARAMETER: "):
+        run(output_format="xml")
+
+
+# Coalescing
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def coalesce(interval: float, timed: list[tuple[float, Any]]) -> list[tuple[float, str]]:
+    clock = Clock()
+
+    def events() -> Iterator[Any]:
+        for moment, event in timed:
+            clock.now = moment
+            yield event
+
+    pieces = predict.Coalescer(interval, clock).run(events())
+    return [(clock.now, getattr(piece, "text", "done")) for piece in pieces]
+
+
+def test_first_piece_leaves_at_once_and_the_next_after_the_interval() -> None:
+    timed = [(n / 100, Answer(str(n))) for n in range(16)]
+    assert coalesce(0.07, [*timed, (0.16, done())]) == [
+        (0.0, "0"),
+        (0.07, "1234567"),
+        (0.14, "891011121314"),
+        (0.16, "15"),
+        (0.16, "done"),
+    ]
+
+
+def test_slow_pieces_are_not_held() -> None:
+    timed = [(float(n), Answer(str(n))) for n in range(3)]
+    assert coalesce(0.07, timed) == [(0.0, "0"), (1.0, "1"), (2.0, "2")]
+
+
+def test_a_change_of_kind_releases_what_is_held() -> None:
+    timed = [(0.0, Reasoning("a")), (0.01, Reasoning("b")), (0.02, Answer("c")), (0.03, done())]
+    assert coalesce(0.07, timed) == [(0.0, "a"), (0.02, "b"), (0.03, "c"), (0.03, "done")]
+
+
+def test_empty_pieces_make_no_chunks() -> None:
+    assert coalesce(0.0, [(0.0, Answer("")), (0.1, Answer("x")), (0.2, Answer(""))]) == [(0.1, "x")]
+
+
+def test_coalescing_loses_nothing() -> None:
+    texts = [f"{n} " for n in range(1000)]
+    assert "".join(run(*map(Answer, texts), done())) == "".join(texts)
+
+
+# Metrics
+
+
+def test_metrics() -> None:
+    recorder = Recorder(StubPipeline())
+    list(recorder.predict(**{**DEFAULTS, "prompt": "2+2?"}))
+    assert recorder.metrics == {
+        "input_token_count": 11,
+        "image_token_count": 4,
+        "output_token_count": 7,
+        "reasoning_token_count": 5,
+        "finish_reason": "stop",
+        "thinking_closed_by": "model",
+        "time_to_first_token": 0.5,
+        "tokens_per_second": 20.0,
+        "seed": 3,
+    }
+
+
+def test_metrics_that_do_not_exist_are_left_out() -> None:
+    assert "time_to_first_token" not in predict.metrics(done(time_to_first_token=None))
+    assert predict.metrics(done(seed=0))["seed"] == 0
+
+
+# Prompt to messages
+
+
+def test_prompt() -> None:
+    assert chat(prompt="hi") == ([user({"type": "text", "text": "hi"})], [])
+
+
+def test_system_prompt_and_images_in_order() -> None:
+    first, second = Path("/a b.png"), Path("/c.png")
+    messages, images = chat(prompt="hi", system_prompt="be brief", image=first, images=[second])
+    assert messages == [
+        {"role": "system", "content": "be brief"},
+        user({"type": "image"}, {"type": "image"}, {"type": "text", "text": "hi"}),
+    ]
+    assert images == [first, second]
+
+
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_empty_prompt(prompt: str) -> None:
+    assert refusal(prompt=prompt).startswith("E_PROMPT_EMPTY: ")
+
+
+@pytest.mark.parametrize("source", ["/etc/hostname", "file:///etc/hostname", "HTTP://a.example/b.png", "", 3])
+def test_what_cog_did_not_fetch_is_refused(source: Any) -> None:
+    for inputs in ({"image": source}, {"images": [source]}, {"images": [Path("/a.png"), source]}):
+        message = refusal(prompt="hi", **inputs)
+        assert message.startswith("E_IMAGE_SOURCE: ")
+        assert "hostname" not in message
+
+
+# Messages
+
+
+def test_messages_pass_through() -> None:
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hello"},
+        user({"type": "text", "text": "and now?"}),
+    ]
+    assert chat(messages=messages) == (messages, [])
+
+
+def test_bare_parts_take_image_then_images() -> None:
+    first, second = Path("/1.png"), Path("/2.png")
+    parts = ({"type": "image"}, {"type": "image"}, {"type": "text", "text": "compare"})
+    messages, images = chat(messages=[user(*parts)], image=first, images=[second])
+    assert messages == [user(*parts)]
+    assert images == [first, second]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        image_part(DATA_URL),
+        {"type": "image_url", "image_url": DATA_URL},
+        {"type": "image", "image": DATA_URL},
+        {"type": "image", "url": DATA_URL},
+        {"image_url": {"url": DATA_URL.replace("data:", "DATA:")}},
+        image_part(DATA_URL[:40] + "\n" + DATA_URL[40:]),
+    ],
+)
+def test_data_urls_become_bytes(part: dict[str, Any]) -> None:
+    assert chat(messages=[user(part)]) == ([user({"type": "image"})], [PNG])
+
+
+def test_data_urls_and_bare_parts_keep_the_order_of_the_parts() -> None:
+    path = Path("/1.png")
+    messages = [user({"type": "image"}), {"role": "assistant", "content": "ok"}, user(image_part(DATA_URL))]
+    assert chat(messages=messages, image=path)[1] == [path, PNG]
+
+
+def test_the_caller_s_messages_are_not_changed() -> None:
+    messages = [user(image_part(DATA_URL))]
+    chat(messages=messages)
+    assert messages == [user(image_part(DATA_URL))]
+
+
+@pytest.mark.parametrize("url", ["https://example.org/a.png", "/etc/hostname", "file:///etc/hostname", ""])
+def test_other_urls_in_messages_are_refused(url: str) -> None:
+    assert refusal(messages=[user(image_part(url))]).startswith("E_IMAGE_SOURCE: ")
+
+
+@pytest.mark.parametrize(
+    ("messages", "images"),
+    [
+        ([user(image_part("data:image/png;base64,@@@"))], []),
+        ([user(image_part("data:image/png;base64"))], []),
+        ([user(image_part("data:image/png,abc"))], []),
+        ([user(image_part("data:image/png;base64,é"))], []),
+        ([user(image_part(None))], []),
+        ([user({"type": "image_url"})], []),
+        ([user({"type": "image_url", "image_url": [DATA_URL]})], []),
+        ([user({"type": "image", "image": DATA_URL, "url": DATA_URL})], []),
+        ([user("hi")], []),
+        (["hi"], []),
+        ([{"role": "user"}], []),
+        ([user({"type": "image"})], []),
+        ([user({"type": "text", "text": "hi"})], [Path("/1.png")]),
+        ([user({"type": "image"})], [Path("/1.png"), Path("/2.png")]),
+        ([user(image_part(DATA_URL))], [Path("/1.png")]),
+    ],
+)
+def test_malformed_messages(messages: Any, images: list[Any]) -> None:
+    assert refusal(messages=messages, images=images).startswith("E_MESSAGES_INVALID: ")
+
+
+@pytest.mark.parametrize("inputs", [{"prompt": "hi"}, {"system_prompt": "be brief"}])
+def test_messages_exclude_prompts(inputs: dict[str, str]) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    assert refusal(messages=messages, **inputs).startswith("E_PARAMETER: ")
+
+
+# Parameters
+
+
+def test_parameters_reach_the_pipeline() -> None:
+    assert parameters() == {
+        "temperature": 0.6,
+        "top_p": 1.0,
+        "top_k": 0,
+        "max_length_tokens": 8192,
+        "thinking_budget": None,
+        "stop_sequences": (),
+        "seed": None,
+    }
+    given = parameters(temperature=1, top_p=0, top_k=5, thinking_budget=0, seed=0, stop_sequences="END")
+    assert (given["temperature"], given["top_p"], given["top_k"]) == (1.0, 0.0, 5)
+    assert (given["thinking_budget"], given["seed"], given["stop_sequences"]) == (0, 0, ("END",))
+
+
+def test_whole_floats_are_integers() -> None:
+    given = parameters(top_k=2.0, seed=4.0, max_length_tokens=16.0, thinking_budget=8.0)
+    assert all(type(given[name]) is int for name in ("top_k", "seed", "max_length_tokens", "thinking_budget"))
+    assert refusal(prompt="hi", top_k=2.5) == "E_PARAMETER: top_k must be a whole number."
+    assert refusal(prompt="hi", seed=float("inf")).startswith("E_PARAMETER: ")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "limit"),
+    [
+        ({"max_tokens": 100}, 100),
+        ({"max_new_tokens": 100}, 100),
+        ({"max_tokens": 100, "max_new_tokens": 100}, 100),
+        ({"max_length_tokens": 100, "max_tokens": 100}, 100),
+        ({"max_length_tokens": 100}, 100),
+        ({"max_tokens": 8192}, 8192),
+    ],
+)
+def test_names_of_the_token_limit(inputs: dict[str, int], limit: int) -> None:
+    assert parameters(**inputs)["max_length_tokens"] == limit
+
+
+@pytest.mark.parametrize(
+    "inputs", [{"max_tokens": 1, "max_new_tokens": 2}, {"max_length_tokens": 1, "max_tokens": 2}]
+)
+def test_token_limits_that_differ(inputs: dict[str, int]) -> None:
+    assert refusal(prompt="hi", **inputs).startswith("E_PARAMETER: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "sequences"),
+    [("", ()), ("a", ("a",)), ("a, b", ("a", "b")), (",a,,", ("a",)), ("\n,\n\nUser:", ("\n", "\n\nUser:"))],
+)
+def test_stop_sequences(text: str, sequences: tuple[str, ...]) -> None:
+    assert parameters(stop_sequences=text)["stop_sequences"] == sequences
+
+
+# Errors and cancelling
+
+
+def test_user_errors_of_the_pipeline_leave_as_they_are() -> None:
+    with pytest.raises(UserError) as caught:
+        run(UserError("E_PROMPT_TOO_LONG", "shorten the prompt."))
+    assert str(caught.value) == "E_PROMPT_TOO_LONG: shorten the prompt."
+
+
+def test_other_errors_leave_without_their_text(capsys: pytest.CaptureFixture[str]) -> None:
+    secret = "the caller's text"
+    error = KeyError(secret)
+    error.__cause__ = ValueError(secret)
+    with pytest.raises(RuntimeError, match=r"^E_INTERNAL: ") as caught:
+        run(Answer("a"), error)
+    printed = capsys.readouterr()
+    assert "error: KeyError" in printed.err and "error: ValueError" in printed.err
+    assert "test_predict.py" in printed.err, "the place is logged"
+    assert secret not in printed.out + printed.err + str(caught.value)
+
+
+def test_cancelling_passes_through_and_stops_the_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline = StubPipeline(Answer("a"), CancelationException())
+    pieces = Recorder(pipeline).predict(**{**DEFAULTS, "prompt": "hi"})
+    with pytest.raises(CancelationException):
+        list(pieces)
+    assert pipeline.closed
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_reader_that_leaves_stops_the_pipeline() -> None:
+    pipeline = StubPipeline()
+    pieces = Recorder(pipeline).predict(**{**DEFAULTS, "prompt": "hi"})
+    assert next(iter(pieces)) == "◁think▷two "
+    pieces.close()  # type: ignore[attr-defined]
+    assert pipeline.closed
+
+
+def test_nothing_of_a_request_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    run(prompt="a secret", image=Path("/secret.png"))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_defaults_here_and_in_predict_are_those_of_the_schema() -> None:
+    source = pathlib.Path(predict.__file__).read_text(encoding="utf-8")
+    properties = schema.generate(source)["components"]["schemas"]["Input"]["properties"]
+    assert {name: field["default"] for name, field in properties.items()} == DEFAULTS
+    assert DEFAULTS["max_length_tokens"] == predict.DEFAULT_MAX_LENGTH_TOKENS
+
+
+# Set-up and health
+
+
+@pytest.mark.parametrize(("value", "model"), [(None, "thinking"), ("", "thinking"), ("demo", "demo")])
+def test_setup_loads_what_the_environment_names(
+    monkeypatch: pytest.MonkeyPatch, value: str | None, model: str
+) -> None:
+    loaded = []
+    package = SimpleNamespace(load=lambda model: loaded.append(model) or StubPipeline())
+    monkeypatch.setattr(predict, "kimi_vl", package)
+    monkeypatch.delenv("KIMI_VL_MODEL", raising=False)
+    if value is not None:
+        monkeypatch.setenv("KIMI_VL_MODEL", value)
+    predictor = predict.Predictor()
+    assert not predictor.healthcheck()
+    predictor.setup()
+    assert loaded == [model]
+    assert predictor.healthcheck()
+
+
+def test_healthcheck_asks_the_pipeline() -> None:
+    pipeline = StubPipeline()
+    recorder = Recorder(pipeline)
+    assert recorder.healthcheck()
+    pipeline.healthy = lambda: False  # type: ignore[attr-defined]
+    assert not recorder.healthcheck()
