@@ -83,9 +83,7 @@ class Predictor(BasePredictor):
         max_length_tokens: int = Input(
             default=8192, ge=1, le=131072, description="The most tokens to generate, thinking included."
         ),
-        images: list[Path] = Input(
-            default=[], description="More images, after the one in image. Up to 64 in all."
-        ),
+        images: list[Path] = Input(default=[], description="More images, after the one in image. Up to 64 in all."),
         system_prompt: str = Input(default="", description="Replaces the default system message."),
         messages: list[dict] = Input(
             default=[],
@@ -96,24 +94,18 @@ class Predictor(BasePredictor):
             ge=0,
             description="The most tokens to think with before the answer. 0 answers without thinking. If left out, the thinking leaves room for an answer.",  # noqa: E501
         ),
-        top_k: int = Input(
-            default=0, ge=0, description="Sample from this many of the likeliest tokens. 0 is off."
-        ),
+        top_k: int = Input(default=0, ge=0, description="Sample from this many of the likeliest tokens. 0 is off."),
         stop_sequences: str = Input(
             default="",
             description="Comma-separated texts that end the answer and are not part of it. Spaces around each are ignored.",  # noqa: E501
         ),
-        seed: int | None = Input(
-            default=None, description="Seed of the sampling. If left out, one is drawn."
-        ),
+        seed: int | None = Input(default=None, description="Seed of the sampling. If left out, one is drawn."),
         output_format: str = Input(
             default="text",
             choices=["text", "think_tags", "answer", "json"],
             description="text: thinking between the markers of the model, then the answer. think_tags: the same with think tags. answer: the answer alone. json: one JSON object per line.",  # noqa: E501
         ),
-        max_tokens: int | None = Input(
-            default=None, description="Another name of max_length_tokens.", deprecated=True
-        ),
+        max_tokens: int | None = Input(default=None, description="Another name of max_length_tokens.", deprecated=True),
         max_new_tokens: int | None = Input(
             default=None, description="Another name of max_length_tokens.", deprecated=True
         ),
@@ -179,9 +171,7 @@ def build_chat(
 def _file(value: Any) -> Path:
     """Refuses what Cog did not fetch itself: it passes strings like "/etc/hostname" on as they came."""
     if not isinstance(value, Path):
-        raise UserError(
-            "E_IMAGE_SOURCE", "give each image as a file upload, an http or https URL, or a data URL."
-        )
+        raise UserError("E_IMAGE_SOURCE", "give each image as a file upload, an http or https URL, or a data URL.")
     return value
 
 
@@ -192,9 +182,7 @@ def _read_messages(messages: list[Message], files: list[Path]) -> tuple[list[Mes
 
     def read_part(part: Any) -> Any:
         if not isinstance(part, dict):
-            raise UserError(
-                "E_MESSAGES_INVALID", "each part of a message's content must be an object with a type."
-            )
+            raise UserError("E_MESSAGES_INVALID", "each part of a message's content must be an object with a type.")
         if part.get("type") not in ("image", "image_url") and not {"image", "image_url"} & part.keys():
             return part
         url = _image_url(part)
@@ -207,9 +195,7 @@ def _read_messages(messages: list[Message], files: list[Path]) -> tuple[list[Mes
     chat: list[Message] = []
     for message in messages:
         if not isinstance(message, dict) or "content" not in message:
-            raise UserError(
-                "E_MESSAGES_INVALID", "each of the messages must be an object with role and content."
-            )
+            raise UserError("E_MESSAGES_INVALID", "each of the messages must be an object with role and content.")
         content = message["content"]
         if isinstance(content, list):
             content = [read_part(part) for part in content]
@@ -228,17 +214,13 @@ def _image_url(part: Message) -> str | None:
     if isinstance(url, dict):
         url = url.get("url")
     if not isinstance(url, str):
-        raise UserError(
-            "E_MESSAGES_INVALID", 'write an image part as {"type": "image_url", "image_url": {"url": …}}.'
-        )
+        raise UserError("E_MESSAGES_INVALID", 'write an image part as {"type": "image_url", "image_url": {"url": …}}.')
     return url
 
 
 def _decode_data_url(url: str) -> bytes:
     if not url[:5].lower() == "data:":
-        raise UserError(
-            "E_IMAGE_SOURCE", "images in messages must be data URLs; nothing is fetched for a caller."
-        )
+        raise UserError("E_IMAGE_SOURCE", "images in messages must be data URLs; nothing is fetched for a caller.")
     header, comma, data = url[5:].partition(",")
     if not comma or not header.lower().endswith(";base64"):
         raise UserError("E_MESSAGES_INVALID", "write the data URL of an image as data:image/png;base64,….")

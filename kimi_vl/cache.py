@@ -19,7 +19,13 @@ class LatentCache:
     """
 
     def __init__(
-        self, config: TextConfig, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        config: TextConfig,
+        batch: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
     ):
         self.capacity = capacity
         width = config.kv_lora_rank + config.qk_rope_head_dim

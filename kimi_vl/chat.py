@@ -47,7 +47,10 @@ def render(messages: Sequence[Message], add_generation_prompt: bool = True) -> s
 
 
 def encode(
-    tokenizer: Tokenizer, messages: Sequence[Message], image_tokens: Sequence[int], add_generation_prompt: bool = True
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    image_tokens: Sequence[int],
+    add_generation_prompt: bool = True,
 ) -> list[int]:
     """Ids of the conversation, with ``image_tokens[k]`` placeholders for the k-th image.
 
@@ -67,14 +70,32 @@ def encode(
     if slots != len(image_tokens):
         raise UserError(
             "E_MESSAGES_INVALID",
-            f"the messages have {slots} image parts but {len(image_tokens)} images came with them; make the numbers equal.",
+            f"the messages have {slots} image parts and {len(image_tokens)} images came with them; make these equal.",
         )
     return ids
 
 
-def without_thinking(text: str) -> str:
-    """An earlier answer as it belongs into the history: what follows the last closing marker."""
-    return text.rpartition(THINK_CLOSE)[2]
+def without_earlier_thinking(messages: Sequence[Message]) -> list[Message]:
+    """``messages`` with the thinking taken out of what the assistant said: a model is given earlier answers alone."""
+
+    def answer(content: Any) -> Any:
+        if isinstance(content, str):
+            return content.rpartition(THINK_CLOSE)[2]
+        if isinstance(content, Sequence):
+            return [
+                {**part, "text": answer(part["text"])}
+                if isinstance(part, Mapping) and isinstance(part.get("text"), str)
+                else part
+                for part in content
+            ]
+        return content
+
+    return [
+        {**message, "content": answer(message.get("content"))}
+        if isinstance(message, Mapping) and message.get("role") == "assistant"
+        else message
+        for message in messages
+    ]
 
 
 def _layout(messages: Sequence[Message], add_generation_prompt: bool) -> list[_Part]:

@@ -196,7 +196,8 @@ def _check_consistency(config: Config, text_values: Mapping[str, Any]) -> None:
     heads = text_values.get("num_key_value_heads", text.num_attention_heads)
     if heads != text.num_attention_heads:
         raise CheckpointError(
-            f"text_config.num_key_value_heads is {heads!r}; only num_attention_heads ({text.num_attention_heads}) is supported"
+            f"text_config.num_key_value_heads is {heads!r}; only num_attention_heads "
+            f"({text.num_attention_heads}) is supported"
         )
     if vision.hidden_size % vision.num_attention_heads or vision.head_dim % 4:
         raise CheckpointError(
@@ -207,9 +208,11 @@ def _check_consistency(config: Config, text_values: Mapping[str, Any]) -> None:
         raise CheckpointError(f"text_config.qk_rope_head_dim is {text.qk_rope_head_dim}; it must be even")
     if text.num_experts_per_tok > text.n_routed_experts:
         raise CheckpointError(
-            f"text_config.num_experts_per_tok {text.num_experts_per_tok} exceeds n_routed_experts {text.n_routed_experts}"
+            f"text_config.num_experts_per_tok {text.num_experts_per_tok} exceeds "
+            f"n_routed_experts {text.n_routed_experts}"
         )
     if config.media_placeholder_token_id >= text.vocab_size:
         raise CheckpointError(
-            f"media_placeholder_token_id {config.media_placeholder_token_id} is outside the vocabulary of {text.vocab_size}"
+            f"media_placeholder_token_id {config.media_placeholder_token_id} is outside the vocabulary "
+            f"of {text.vocab_size}"
         )

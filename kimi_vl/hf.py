@@ -574,15 +574,11 @@ class KimiVLTokenizer(Tokenizer):
         """Ids of special tokens by name."""
         return self.special[tokens] if isinstance(tokens, str) else [self.special[token] for token in tokens]
 
-    def decode(
-        self, ids: Any, skip_special: bool = False, *, skip_special_tokens: bool = False, **ignored: Any
-    ) -> str:
+    def decode(self, ids: Any, skip_special: bool = False, *, skip_special_tokens: bool = False, **ignored: Any) -> str:
         """The text of ids in a list, an array or a tensor (or of one id); see :meth:`Tokenizer.decode`."""
         return super().decode(_ids(ids), skip_special=skip_special or skip_special_tokens)
 
-    def batch_decode(
-        self, rows: Iterable[Any], skip_special_tokens: bool = False, **ignored: Any
-    ) -> list[str]:
+    def batch_decode(self, rows: Iterable[Any], skip_special_tokens: bool = False, **ignored: Any) -> list[str]:
         """The text of each row of ids."""
         return [self.decode(row, skip_special_tokens=skip_special_tokens) for row in rows]
 
@@ -692,9 +688,7 @@ class KimiVLProcessor:
         """The text of a row of ids."""
         return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def batch_decode(
-        self, rows: Iterable[Any], skip_special_tokens: bool = False, **ignored: Any
-    ) -> list[str]:
+    def batch_decode(self, rows: Iterable[Any], skip_special_tokens: bool = False, **ignored: Any) -> list[str]:
         """The text of each row of ids."""
         return self.tokenizer.batch_decode(rows, skip_special_tokens=skip_special_tokens)
 
@@ -706,9 +700,7 @@ class KimiVLProcessor:
             return encoded  # a lone placeholder is then an ordinary token
         places = sum(row.count(pad) for row in encoded)
         if places != len(counts):
-            raise ValueError(
-                f"the text has {places} places for images ({chat.MEDIA_PAD}), {len(counts)} came"
-            )
+            raise ValueError(f"the text has {places} places for images ({chat.MEDIA_PAD}), {len(counts)} came")
         left = iter(counts)
         return [[i for t in row for i in ([pad] * next(left) if t == pad else [t])] for row in encoded]
 

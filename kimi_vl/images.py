@@ -146,7 +146,8 @@ def load(source: bytes | bytearray | str | Path | Image.Image, options: ImageOpt
         raise _too_many_pixels() from None
     except Exception:
         raise UserError(
-            "E_IMAGE_FORMAT", "an image is not a readable PNG, JPEG, WebP, GIF, BMP or TIFF file; convert it first."
+            "E_IMAGE_FORMAT",
+            "an image is not a readable PNG, JPEG, WebP, GIF, BMP or TIFF file; convert it first.",
         ) from None
     with opened:
         _check_pixels(opened)
@@ -163,7 +164,9 @@ def load(source: bytes | bytearray | str | Path | Image.Image, options: ImageOpt
 
 def _check_bytes(size: int) -> None:
     if size > MAX_BYTES:
-        raise UserError("E_IMAGE_TOO_LARGE", f"an image file is larger than {MAX_BYTES // 2**20} MiB; send a smaller one.")
+        raise UserError(
+            "E_IMAGE_TOO_LARGE", f"an image file is larger than {MAX_BYTES // 2**20} MiB; send a smaller one."
+        )
 
 
 def _check_pixels(image: Image.Image) -> None:
@@ -173,7 +176,8 @@ def _check_pixels(image: Image.Image) -> None:
 
 def _too_many_pixels() -> UserError:
     return UserError(
-        "E_IMAGE_TOO_LARGE", f"an image has more than {MAX_PIXELS // 1_000_000} million pixels; send a smaller one."
+        "E_IMAGE_TOO_LARGE",
+        f"an image has more than {MAX_PIXELS // 1_000_000} million pixels; send a smaller one.",
     )
 
 

@@ -71,7 +71,11 @@ def empty_model(config: Config, dtype: torch.dtype = torch.bfloat16) -> KimiVL:
 
 
 def load(
-    directory: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", threads: int = 0
+    directory: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    threads: int = 0,
 ) -> KimiVL:
     """The model of ``directory`` in ``dtype`` on ``device``, ready for inference.
 
@@ -116,7 +120,7 @@ def check(directory: str | Path) -> None:
 
 
 def save(model: KimiVL, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write the model's weights to one safetensors file with the checkpoint's tensor names; router biases as float32."""
+    """Write the weights to one safetensors file with the checkpoint's tensor names; router biases as float32."""
     parameters = dict(model.named_parameters())
     tensors = {}
     for name, slot in checkpoint_layout(model.config).items():

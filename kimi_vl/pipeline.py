@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from . import chat, images, loader, weights
 from .errors import UserError
@@ -29,9 +30,7 @@ ImageSource = bytes | str | Path | Image.Image
 MAX_LENGTH_TOKENS = 131_072
 
 
-def load(
-    model: str = "auto", device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> Pipeline:
+def load(model: str = "auto", device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pipeline:
     """A pipeline for ``model``: a published name, ``demo``, ``auto``, or a directory (see :mod:`kimi_vl.weights`).
 
     ``device`` None takes a CUDA GPU if there is one; ``dtype`` None is bfloat16 there and float32 on a CPU. Raises
@@ -89,13 +88,11 @@ class Pipeline:
         if room < 1:
             raise UserError(
                 "E_PROMPT_TOO_LONG",
-                f"the prompt takes {len(prompt.ids)} tokens and the context holds {context}; shorten it or send fewer images.",
+                f"the prompt takes {len(prompt.ids)} tokens of {context}; shorten it or send fewer images.",
             )
         return self._generate(prompt, sampling, room, thinking_budget, tuple(filter(None, stop_sequences)))
 
-    def complete(
-        self, messages: Sequence[chat.Message], images: Sequence[ImageSource] = (), **params: Any
-    ) -> Done:
+    def complete(self, messages: Sequence[chat.Message], images: Sequence[ImageSource] = (), **params: Any) -> Done:
         """The summary of a whole request; parameters as for :meth:`stream`."""
         for event in self.stream(messages, images, **params):
             if isinstance(event, Done):
@@ -112,11 +109,17 @@ class Pipeline:
             pixels, grid = images.preprocess(images.load(source, self.image_options), self.image_options)
             patches.append(pixels)
             grids.append(grid)
-        ids = chat.encode(self.tokenizer, messages, [rows * columns // 4 for rows, columns in grids])
+        counts = [rows * columns // 4 for rows, columns in grids]
+        ids = chat.encode(self.tokenizer, chat.without_earlier_thinking(messages), counts)
         return Prompt(ids, torch.from_numpy(np.concatenate(patches)) if patches else None, grids)
 
     def _generate(
-        self, prompt: Prompt, sampling: Sampling, room: int, thinking_budget: int | None, stop_sequences: tuple[str, ...]
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        room: int,
+        thinking_budget: int | None,
+        stop_sequences: tuple[str, ...],
     ) -> Iterator[Event]:
         began = time.monotonic()
         text = _OutputText(self.tokenizer, stop_sequences)
@@ -128,19 +131,11 @@ class Pipeline:
         while count < room:
             token = steer.forced()
             if token is None:
-                logits = session.logits[0]
-                if not bool(torch.isfinite(logits).all()):
-                    raise RuntimeError("the model produced a value that is not finite")
-                if text.splitter.section == "reasoning":
-                    # a turn that would end inside the thinking is led to its answer
-                    token = sample(logits, sampling, count)
-                    if token in self.tokenizer.stop_ids:
-                        steer.close()
-                        continue
-                else:
-                    if steer.thought and not text.answer.strip():
-                        logits = logits.index_fill(0, torch.tensor(list(self.tokenizer.stop_ids), device=logits.device), float("-inf"))
-                    token = sample(logits, sampling, count)
+                silent = steer.closed_by != "none" and not text.answer.strip()
+                token = self._draw(session.logits[0], sampling, count, must_speak=silent)
+                if token in self.tokenizer.stop_ids and text.splitter.section == "reasoning":
+                    steer.close()  # a turn that would end inside the thinking is led to its answer
+                    continue
             count += 1
             first_token_at = first_token_at or time.monotonic()
             if token in self.tokenizer.stop_ids:
@@ -172,6 +167,15 @@ class Pipeline:
             tokens_per_second=(count - 1) / elapsed if count > 1 and elapsed > 0 else 0.0,
         )
 
+    def _draw(self, logits: Tensor, sampling: Sampling, count: int, must_speak: bool) -> int:
+        """The next token; ``must_speak`` rules out what has no text, so that an answer is never empty."""
+        if not bool(torch.isfinite(logits).all()):
+            raise RuntimeError("the model produced a value that is not finite")
+        if must_speak:
+            logits = logits.clone()
+            logits[self.tokenizer.num_ranks :] = float("-inf")
+        return sample(logits, sampling, count)
+
 
 class _Steering:
     """Keeps thinking inside its budget: says when tokens are put there instead of drawn, and counts."""
@@ -179,17 +183,15 @@ class _Steering:
     def __init__(self, tokenizer: Tokenizer, thinks: bool, room: int, budget: int | None):
         self._closer = tokenizer.encode(chat.THINK_CLOSE)
         self._queue: list[int] = []
-        self.thought = False
+        self._closing = False
+        self._inside = 0  # tokens after the opening marker
         self.closed_by: ClosedBy = "none"
         self.reasoning_tokens = 0
-        self._inside = 0
-        reserve = min(1024, room // 4)
-        longest = max(0, room - reserve - len(self._closer))
+        longest = max(0, room - min(1024, room // 4) - len(self._closer))
         self._budget = longest if budget is None else min(budget, longest)
-        self._closing = False
         if thinks and budget == 0:
-            self._queue = tokenizer.encode(chat.THINK_OPEN) + self._closer
-            self._closing = True
+            self.close()
+            self._queue = tokenizer.encode(chat.THINK_OPEN) + self._queue
 
     def forced(self) -> int | None:
         """The next token where it is not drawn."""
@@ -200,22 +202,19 @@ class _Steering:
         self._queue, self._closing = list(self._closer), True
 
     def saw(self, section: chat.Section | None) -> None:
-        """One token was added, after which the text is in ``section``."""
-        if section == "reasoning":
-            self.thought = True
-            self.reasoning_tokens += 1
-            self._inside += 1
-            if self._inside >= self._budget and not self._closing:
-                self.close()
-        elif section is None:
-            self.reasoning_tokens += 1
-        elif section == "answer" and self.closed_by == "none":
-            if self.thought or self._closing:
-                self.thought = True
-                self.reasoning_tokens += 1
-                self.closed_by = "budget" if self._closing else "model"
-            elif self.reasoning_tokens:
-                self.reasoning_tokens = 0  # it only looked like an opening marker
+        """One token was added, after which the text is in ``section`` (None while that is not known)."""
+        if section == "answer":
+            if self._inside or self._closing:
+                if self.closed_by == "none":
+                    self.reasoning_tokens += 1
+                    self.closed_by = "budget" if self._closing else "model"
+            else:
+                self.reasoning_tokens = 0  # what came so far only looked like an opening marker
+            return
+        self.reasoning_tokens += 1
+        self._inside += section == "reasoning"
+        if self._inside >= max(1, self._budget) and not self._closing:
+            self.close()
 
 
 class _OutputText:

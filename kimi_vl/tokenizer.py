@@ -66,7 +66,9 @@ class Tokenizer:
 
     def __init__(self, ranks: dict[bytes, int], named: dict[str, int] | None = None):
         base = len(ranks)
-        self.named = {name: base + offset for name, offset in _SPECIAL_OFFSETS.items()} if named is None else dict(named)
+        self.named = (
+            {name: base + offset for name, offset in _SPECIAL_OFFSETS.items()} if named is None else dict(named)
+        )
         by_id = {index: name for name, index in self.named.items()}
         self.special = {
             by_id.get(index, f"<|reserved_token_{index}|>"): index for index in range(base, base + NUM_SPECIAL_TOKENS)
@@ -76,14 +78,16 @@ class Tokenizer:
         self._encoding = tiktoken.Encoding(
             "kimi_vl", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self.special
         )
-        self._named_pattern = re.compile("|".join(re.escape(name) for name in sorted(self.named, key=len, reverse=True)))
+        self._named_pattern = re.compile(
+            "|".join(re.escape(name) for name in sorted(self.named, key=len, reverse=True))
+        )
         self._bytes = [self._encoding.decode_single_token_bytes(index) for index in range(self.size)]
         self.bos_id, self.eos_id, self.im_end_id = (self.special[name] for name in ("[BOS]", "[EOS]", "<|im_end|>"))
         self.pad_id, self.media_pad_id = self.special["[PAD]"], self.special["<|media_pad|>"]
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> Tokenizer:
-        """Read ``tiktoken.model`` and the names in ``tokenizer_config.json``; :class:`CheckpointError` names the file."""
+        """Read ``tiktoken.model`` and the names in ``tokenizer_config.json``; errors name the file."""
         directory = Path(directory)
         ranks = _read_ranks(directory / "tiktoken.model")
         return cls(ranks, _read_names(directory / "tokenizer_config.json", len(ranks)))
@@ -94,7 +98,7 @@ class Tokenizer:
         return frozenset((self.eos_id, self.im_end_id))
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Ids of ``text``. With ``allow_special`` (the published processor's reading) control tokens become control ids."""
+        """Ids of ``text``. ``allow_special`` reads control tokens as such, as the published processor does."""
         if not allow_special:
             return [i for piece in _pieces(text) for i in self._encoding.encode_ordinary(piece)]
         ids: list[int] = []
@@ -119,7 +123,7 @@ class Tokenizer:
         return index >= self.num_ranks
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD. ``skip_special`` drops the named special tokens."""
+        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD. ``skip_special`` drops named special tokens."""
         hidden = set(self.named.values()) if skip_special else set()
         return b"".join(self.token_bytes(i) for i in ids if i not in hidden).decode("utf-8", errors="replace")
 

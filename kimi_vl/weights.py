@@ -85,7 +85,7 @@ def checkpoint_folder(root: Path) -> Path:
 
 
 def verify(root: Path) -> None:
-    """Check a fetched tree to the byte: links stay inside, blobs have the hashes that name them, headers fit the config.
+    """Check a fetched tree to the byte: links stay inside, blobs have their hashes, headers fit the config.
 
     In a Hugging Face cache a blob of 64 hex digits is named by its SHA-256, one of 40 by its git blob hash. Raises
     :class:`CheckpointError` naming the first file at fault.
@@ -125,7 +125,10 @@ def _from_hub(repository: str, cache: Path) -> Path:
     log.info("fetching %s from the Hugging Face Hub", repository)
     try:
         snapshot_download(
-            name, revision=revision or None, cache_dir=cache, allow_patterns=["*.json", "*.safetensors", "tiktoken.model"]
+            name,
+            revision=revision or None,
+            cache_dir=cache,
+            allow_patterns=["*.json", "*.safetensors", "tiktoken.model"],
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise CheckpointError(f"{repository}: cannot be fetched from the Hub ({type(error).__name__})") from None
@@ -234,7 +237,10 @@ def _watch(process: subprocess.Popen[bytes], part: Path) -> None:
 
 
 def _fetch_with_python(url: str, part: Path) -> None:
-    with urllib.request.urlopen(url, timeout=_STALL_S) as response, tarfile.open(fileobj=response, mode="r|") as archive:
+    with (
+        urllib.request.urlopen(url, timeout=_STALL_S) as response,
+        tarfile.open(fileobj=response, mode="r|") as archive,
+    ):
         archive.extractall(part, filter="data")
 
 

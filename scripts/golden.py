@@ -51,7 +51,9 @@ class Implementation(Protocol):
     name: str
 
     def prompt(self, messages: list[dict[str, Any]]) -> str: ...
-    def inputs(self, messages: list[dict[str, Any]], images: list[Image.Image]) -> tuple[list[int], Tensor | None, Grids]: ...
+    def inputs(
+        self, messages: list[dict[str, Any]], images: list[Image.Image]
+    ) -> tuple[list[int], Tensor | None, Grids]: ...
     def vision(self, pixel_values: Tensor, grids: Grids) -> Tensor: ...
     def projected(self, pixel_values: Tensor, grids: Grids) -> Tensor: ...
     def logits(self, ids: list[int], pixel_values: Tensor | None, grids: Grids) -> Tensor: ...
@@ -87,11 +89,17 @@ class Native:
     def prompt(self, messages: list[dict[str, Any]]) -> str:
         return chat.render(messages)
 
-    def inputs(self, messages: list[dict[str, Any]], images: list[Image.Image]) -> tuple[list[int], Tensor | None, Grids]:
+    def inputs(
+        self, messages: list[dict[str, Any]], images: list[Image.Image]
+    ) -> tuple[list[int], Tensor | None, Grids]:
         encoded = [preprocess(image, self.options) for image in images]
         grids = [grid for _, grid in encoded]
         pixels = torch.cat([torch.from_numpy(patches) for patches, _ in encoded]) if encoded else None
-        return chat.encode(self.tokenizer, messages, [rows * columns // 4 for rows, columns in grids]), pixels, grids
+        return (
+            chat.encode(self.tokenizer, messages, [rows * columns // 4 for rows, columns in grids]),
+            pixels,
+            grids,
+        )
 
     def vision(self, pixel_values: Tensor, grids: Grids) -> Tensor:
         return self.model.vision_tower(pixel_values.to(self.device), grids)
@@ -144,7 +152,12 @@ def _watching(model: kimi_vl.model.KimiVL, caught: dict[str, Tensor]) -> Iterato
     def text_rope(states: Tensor, cos: Tensor, sin: Tensor, turn: Any = kimi_vl.language.apply_rope) -> Tensor:
         result = turn(states, cos, sin)
         name = "lm.layer0.k_pe" if "lm.layer0.q_pe_in" in caught else "lm.layer0.q_pe"
-        for stage, value in ((f"{name}_in", states), (f"{name}_rope", result), ("lm.rope_cos", cos), ("lm.rope_sin", sin)):
+        for stage, value in (
+            (f"{name}_in", states),
+            (f"{name}_rope", result),
+            ("lm.rope_cos", cos),
+            ("lm.rope_sin", sin),
+        ):
             caught.setdefault(stage, value)
         return result
 
@@ -157,7 +170,11 @@ def _watching(model: kimi_vl.model.KimiVL, caught: dict[str, Tensor]) -> Iterato
     for name in ("norm0", "wqkv", "wo", "norm1", "mlp"):
         after[f"vit.block0.{name}"] = getattr(first, name)
     after["vit.block0.mlp.fc0"], before["vit.block0.attn_before_wo"] = first.mlp.fc0, first.wo
-    after |= {"projector.pre_norm": projector.pre_norm, "projector.linear_1": projector.linear_1, "projector.out": projector}
+    after |= {
+        "projector.pre_norm": projector.pre_norm,
+        "projector.linear_1": projector.linear_1,
+        "projector.out": projector,
+    }
     before["projector.act"] = projector.linear_2
     after["lm.norm"] = text.norm
     for index, layer in enumerate(text.layers):
@@ -166,7 +183,10 @@ def _watching(model: kimi_vl.model.KimiVL, caught: dict[str, Tensor]) -> Iterato
             after[f"{prefix}.{name}"] = parts[name]
         after[f"{prefix}.out"] = layer
         if "mlp.gate" in parts:
-            after[f"{prefix}.shared_experts"], after[f"{prefix}.gate"] = parts["mlp.shared_experts"], parts["mlp.gate"]
+            after[f"{prefix}.shared_experts"], after[f"{prefix}.gate"] = (
+                parts["mlp.shared_experts"],
+                parts["mlp.gate"],
+            )
     opening: Any = text.layers[0]
     before["lm.layer0.in"], before["lm.layer0.attn_before_o_proj"] = opening, opening.self_attn.o_proj
     after["lm.layer0.input_layernorm"] = opening.input_layernorm
@@ -200,7 +220,9 @@ class HuggingFace:
     def prompt(self, messages: list[dict[str, Any]]) -> str:
         return str(self.processor.apply_chat_template(messages, add_generation_prompt=True))
 
-    def inputs(self, messages: list[dict[str, Any]], images: list[Image.Image]) -> tuple[list[int], Tensor | None, Grids]:
+    def inputs(
+        self, messages: list[dict[str, Any]], images: list[Image.Image]
+    ) -> tuple[list[int], Tensor | None, Grids]:
         encoded = self.processor(text=self.prompt(messages), images=images or None, return_tensors="pt")
         grids = [(rows, columns) for rows, columns in encoded["image_grid_hws"].tolist()] if images else []
         return encoded["input_ids"][0].tolist(), encoded["pixel_values"] if images else None, grids
@@ -232,11 +254,9 @@ class HuggingFace:
         with ExitStack() as stack:
             for path, name in self._stage_modules(modules).items():
                 hook = modules[path].register_forward_hook(
-                    lambda _, __, result, name=name: caught.setdefault(
-                        name, result[0] if isinstance(result, tuple) else result
+                    lambda _, __, result, name=name: (
+                        caught.setdefault(name, result[0] if isinstance(result, tuple) else result) is None or None
                     )
-                    is None
-                    or None
                 )
                 stack.callback(hook.remove)
             self.logits(ids, pixel_values, grids)
@@ -258,7 +278,7 @@ class HuggingFace:
         }
         found = {}
         for path in modules:
-            head, _, tail = path.partition("language_model.layers.")
+            _, _, tail = path.partition("language_model.layers.")
             if tail:
                 index, _, ending = tail.partition(".")
                 if ending in endings:
@@ -327,7 +347,11 @@ def compare(implementation: Implementation, folder: Path) -> list[Difference]:
             if stage not in ours and not isinstance(implementation, Native):
                 continue  # transformers computes it in another form, or not at all
             unordered = ".gate.topk_" in stage
-            near(stage, _sorted(ours.get(stage)) if unordered else ours.get(stage), _sorted(theirs) if unordered else theirs)
+            near(
+                stage,
+                _sorted(ours.get(stage)) if unordered else ours.get(stage),
+                _sorted(theirs) if unordered else theirs,
+            )
     return found
 
 
@@ -346,7 +370,9 @@ def _tolerance(stage: str) -> float:
     if stage.endswith("topk_idx"):
         return 0.0
     exact = TOLERANCES.get(stage)
-    return exact if exact is not None else next(v for k, v in TOLERANCES.items() if k[-1] == "." and stage.startswith(k))
+    return (
+        exact if exact is not None else next(v for k, v in TOLERANCES.items() if k[-1] == "." and stage.startswith(k))
+    )
 
 
 def table(found: Sequence[Difference]) -> str:

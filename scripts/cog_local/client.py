@@ -54,19 +54,14 @@ class Client:
         with self._post(inputs, prediction_id, "application/json") as response:
             return json.loads(_read(response))
 
-    def stream(
-        self, inputs: dict[str, Any], prediction_id: str | None = None
-    ) -> Generator[Event, None, None]:
+    def stream(self, inputs: dict[str, Any], prediction_id: str | None = None) -> Generator[Event, None, None]:
         """The events of a prediction as they happen; closing the iterator early cancels it."""
         with self._post(inputs, prediction_id, "text/event-stream") as response:
             yield from parse_events(_lines(response))
 
     def cancel(self, prediction_id: str) -> bool:
         """Whether there was a running prediction of that name to cancel."""
-        return (
-            self._json("POST", f"/predictions/{urllib.parse.quote(prediction_id)}/cancel", timeout=30.0)[0]
-            == 200
-        )
+        return self._json("POST", f"/predictions/{urllib.parse.quote(prediction_id)}/cancel", timeout=30.0)[0] == 200
 
     def _json(self, method: str, path: str, timeout: float) -> tuple[int, dict[str, Any]]:
         with self._request(method, path, None, {}, timeout) as response:

@@ -134,9 +134,7 @@ def _check_imports(module: ast.Module) -> None:
         if isinstance(statement, ast.ImportFrom) and statement.module == "cog":
             for alias in statement.names:
                 if alias.name == "*":
-                    raise SchemaError(
-                        statement, "`from cog import *` hides @streaming from Cog; import the names"
-                    )
+                    raise SchemaError(statement, "`from cog import *` hides @streaming from Cog; import the names")
                 if alias.asname and alias.asname != alias.name:
                     raise SchemaError(statement, f"import {alias.name} from cog under its own name")
                 plain.add(alias.name)
@@ -145,9 +143,7 @@ def _check_imports(module: ast.Module) -> None:
             for alias in node.names:
                 bound = alias.asname or alias.name
                 if bound in COG_NAMES and bound not in plain:
-                    raise SchemaError(
-                        node, f"{bound} must come from a plain `from cog import {bound}` at the top"
-                    )
+                    raise SchemaError(node, f"{bound} must come from a plain `from cog import {bound}` at the top")
     used = {node.id for node in ast.walk(module) if isinstance(node, ast.Name)}
     for name in sorted((used & COG_NAMES) - plain):
         raise SchemaError(None, f"{name} must come from a plain `from cog import {name}` at the top")
@@ -165,18 +161,14 @@ def _find_method(module: ast.Module, class_name: str) -> ast.FunctionDef:
     if len(methods) != 1:
         raise SchemaError(classes[0], f"{class_name} must define exactly one of predict and run")
     if isinstance(methods[0], ast.AsyncFunctionDef):
-        raise SchemaError(
-            methods[0], "Cog collects an async generator before it sends anything; use a plain def"
-        )
+        raise SchemaError(methods[0], "Cog collects an async generator before it sends anything; use a plain def")
     return methods[0]
 
 
 def _is_streaming(method: ast.FunctionDef) -> bool:
     for decorator in method.decorator_list:
         if ast.unparse(decorator) != "streaming":
-            raise SchemaError(
-                decorator, f"the only decorator known here is @streaming, not @{ast.unparse(decorator)}"
-            )
+            raise SchemaError(decorator, f"the only decorator known here is @streaming, not @{ast.unparse(decorator)}")
     return bool(method.decorator_list)
 
 
@@ -207,9 +199,7 @@ def _field(source: str, argument: ast.arg, default: ast.expr) -> dict[str, Any]:
     """The schema of one input; `choices` stays in it for the caller, who makes it an enumeration."""
     name = argument.arg
     kind, is_list, nullable = _annotation(argument)
-    if not (
-        isinstance(default, ast.Call) and isinstance(default.func, ast.Name) and default.func.id == "Input"
-    ):
+    if not (isinstance(default, ast.Call) and isinstance(default.func, ast.Name) and default.func.id == "Input"):
         raise SchemaError(default, f"{name}: write the default inside Input(...)")
     if default.args:
         raise SchemaError(default, f"{name}: Input takes keywords only")
@@ -231,9 +221,7 @@ def _field(source: str, argument: ast.arg, default: ast.expr) -> dict[str, Any]:
     if "choices" in values:
         choices = values["choices"]
         if is_list or kind not in ("str", "int") or not isinstance(choices, list) or len(choices) < 2:
-            raise SchemaError(
-                default, f"{name}: choices are a list of at least two values of a str or int input"
-            )
+            raise SchemaError(default, f"{name}: choices are a list of at least two values of a str or int input")
         if not all(_fits(choice, kind) for choice in choices):
             raise SchemaError(default, f"{name}: every choice must be of the type {kind}")
         field["choices"] = choices
@@ -271,18 +259,12 @@ def _literal(source: str, name: str, keyword: ast.keyword) -> Any:
     try:
         value = ast.literal_eval(keyword.value)
     except ValueError:
-        raise SchemaError(
-            keyword.value, f"{name}: {keyword.arg} must be a literal, or Cog drops it"
-        ) from None
+        raise SchemaError(keyword.value, f"{name}: {keyword.arg} must be a literal, or Cog drops it") from None
     if isinstance(keyword.value, ast.BinOp):
         raise SchemaError(keyword.value, f"{name}: {keyword.arg} must be a literal, or Cog drops it")
     # A keyword's own span includes parentheses around its value; the value's does not.
     segment = ast.get_source_segment(source, keyword) or ""
-    tokens = [
-        token
-        for token in tokenize.generate_tokens(io.StringIO(f"({segment})").readline)
-        if token.string.strip()
-    ]
+    tokens = [token for token in tokenize.generate_tokens(io.StringIO(f"({segment})").readline) if token.string.strip()]
     tokens = tokens[3:-1]  # without our own parentheses, the name and its equals sign
     if tokens[0].string == "(":
         raise SchemaError(keyword.value, f"{name}: Cog does not see {keyword.arg} in parentheses")
@@ -291,23 +273,17 @@ def _literal(source: str, name: str, keyword: ast.keyword) -> Any:
         raise SchemaError(keyword.value, f"{name}: Cog does not join the adjacent strings of {keyword.arg}")
     for token in tokens:
         if token.type == tokenize.STRING and (token.string[0] not in "'\"" or "\\" in token.string):
-            raise SchemaError(
-                keyword.value, f"{name}: {keyword.arg} must be a string without prefix and escapes"
-            )
+            raise SchemaError(keyword.value, f"{name}: {keyword.arg} must be a string without prefix and escapes")
     if keyword.arg == "description" and not isinstance(value, str):
         raise SchemaError(keyword.value, f"{name}: the description must be one plain string")
     return value
 
 
-def _checked_default(
-    node: ast.AST, name: str, kind: str, is_list: bool, nullable: bool, values: dict[str, Any]
-) -> Any:
+def _checked_default(node: ast.AST, name: str, kind: str, is_list: bool, nullable: bool, values: dict[str, Any]) -> Any:
     default = values["default"]
     if default is None:
         if not nullable:
-            raise SchemaError(
-                node, f"{name}: Cog makes a None default of a type without `| None` a required input"
-            )
+            raise SchemaError(node, f"{name}: Cog makes a None default of a type without `| None` a required input")
         return None
     items = default if is_list else [default]
     if not isinstance(items, list) or not all(_fits(item, kind) for item in items):
@@ -324,9 +300,7 @@ def _fits(value: Any, kind: str) -> bool:
     return isinstance(value, PYTHON_TYPES[kind]) and (kind == "bool" or not isinstance(value, bool))
 
 
-def _document(
-    inputs: dict[str, Any], output: dict[str, Any], enums: dict[str, Any], streaming: bool
-) -> dict[str, Any]:
+def _document(inputs: dict[str, Any], output: dict[str, Any], enums: dict[str, Any], streaming: bool) -> dict[str, Any]:
     """The parts that are the same for every model, around the inputs and the output."""
     text = {"type": "string"}
     predict: dict[str, Any] = {

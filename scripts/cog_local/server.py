@@ -76,9 +76,7 @@ def model_environment(environment: Mapping[str, str], log: Log) -> dict[str, str
         settled["KIMI_VL_MODEL"] = "thinking"
     else:
         settled["KIMI_VL_MODEL"] = "demo"
-        log(
-            "no CUDA GPU found: answering with the demo model, not with Kimi-VL (set KIMI_VL_MODEL to choose)"
-        )
+        log("no CUDA GPU found: answering with the demo model, not with Kimi-VL (set KIMI_VL_MODEL to choose)")
     return settled
 
 
@@ -284,9 +282,7 @@ def interrupt_on_signals() -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="scripts/serve", description="Serve the Cog HTTP API without Docker."
-    )
+    parser = argparse.ArgumentParser(prog="scripts/serve", description="Serve the Cog HTTP API without Docker.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=5000, help="port to listen on (5000)")
     arguments = parser.parse_args()

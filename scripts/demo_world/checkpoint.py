@@ -145,10 +145,7 @@ def _without_markers(texts: Iterable[str]) -> Iterator[str]:
 
 def _printable_first_bytes() -> list[bytes]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return [
-        bytes([value])
-        for value in [*printable, *(value for value in range(256) if value not in set(printable))]
-    ]
+    return [bytes([value]) for value in [*printable, *(value for value in range(256) if value not in set(printable))]]
 
 
 def _byte_level_mapping() -> dict[str, int]:
@@ -168,8 +165,7 @@ def write(directory: Path, model: KimiVL, tokenizer: Tokenizer) -> None:
 def write_without_weights(directory: Path, tokenizer: Tokenizer) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     lines = (
-        base64.b64encode(tokenizer.token_bytes(rank)).decode() + f" {rank}\n"
-        for rank in range(tokenizer.num_ranks)
+        base64.b64encode(tokenizer.token_bytes(rank)).decode() + f" {rank}\n" for rank in range(tokenizer.num_ranks)
     )
     (directory / "tiktoken.model").write_text("".join(lines), encoding="ascii")
     _write_json(directory / "config.json", config_values())

@@ -362,9 +362,7 @@ def _turn_text_sum(rng: random.Random) -> Turn:
 
 def _turn_talk(rng: random.Random) -> Turn:
     if rng.random() < 0.4:
-        return Turn(
-            _vary(rng, phrases.unknown_question(rng)), phrases.UNKNOWN_THINKING, phrases.UNKNOWN_ANSWER
-        )
+        return Turn(_vary(rng, phrases.unknown_question(rng)), phrases.UNKNOWN_THINKING, phrases.UNKNOWN_ANSWER)
     topic = rng.choice(phrases.TOPICS)
     return Turn(_vary(rng, rng.choice(topic.questions)), topic.thinking, topic.answer)
 
@@ -385,9 +383,7 @@ class _Artist:
         a, op, b = _numbers(self.rng)
         return draw_sum(self.rng, self.fonts, a, op, b, picture_size(self.rng, sizes=self.sizes))
 
-    def scene(
-        self, looks: Sequence[Look], size: Size | None = None, layout: Sequence[Place] | None = None
-    ) -> Picture:
+    def scene(self, looks: Sequence[Look], size: Size | None = None, layout: Sequence[Place] | None = None) -> Picture:
         size = size or picture_size(self.rng, sizes=self.sizes)
         return draw_scene(self.rng, looks, size, layout)
 
@@ -400,14 +396,10 @@ class _Sketcher(_Artist):
 
     def sum(self) -> Picture:
         a, op, b = _numbers(self.rng)
-        items = [
-            Item(kind, None, (9 * n, 0, 9 * n + 8, 9), n) for n, kind in enumerate(f"{a}{op}{b}", start=1)
-        ]
+        items = [Item(kind, None, (9 * n, 0, 9 * n + 8, 9), n) for n, kind in enumerate(f"{a}{op}{b}", start=1)]
         return Picture(self.blank, tuple(items))
 
-    def scene(
-        self, looks: Sequence[Look], size: Size | None = None, layout: Sequence[Place] | None = None
-    ) -> Picture:
+    def scene(self, looks: Sequence[Look], size: Size | None = None, layout: Sequence[Place] | None = None) -> Picture:
         step = 0 if len(looks) == 2 and self.rng.random() < 0.4 else 40
         items = []
         for order, (colour, shape) in enumerate(looks, start=1):

@@ -423,8 +423,7 @@ TOPICS: tuple[Topic, ...] = (
             "What is a token in a language model?",
         ),
         "The user asks what a token is.",
-        "A token is a small piece of text or of a picture. "
-        "A model reads and writes tokens one after the other.",
+        "A token is a small piece of text or of a picture. A model reads and writes tokens one after the other.",
     ),
     Topic(
         "kimi",

@@ -171,15 +171,11 @@ def _has(font: Font, character: str) -> bool:
 def find_fonts() -> list[Font]:
     """Pillow's built-in face and every font of `FONT_TABLE` that is installed."""
     fonts = [Font("Pillow", None)]
-    fonts += [
-        Font(name, _TRUETYPE + path) for name, path, _ in FONT_TABLE if Path(_TRUETYPE + path).is_file()
-    ]
+    fonts += [Font(name, _TRUETYPE + path) for name, path, _ in FONT_TABLE if Path(_TRUETYPE + path).is_file()]
     return fonts
 
 
-def picture_size(
-    rng: random.Random, low: int = 224, high: int = 448, sizes: Sequence[Size] | None = None
-) -> Size:
+def picture_size(rng: random.Random, low: int = 224, high: int = 448, sizes: Sequence[Size] | None = None) -> Size:
     """A width and a height between the bounds, small ones a bit more often, or one of the given `sizes`."""
     if sizes:
         return rng.choice(sizes)
@@ -303,9 +299,7 @@ def draw_sum(
     points, margin = rng.randint(28, 96), 6
     laid, around = _lay_out(font, points, text)
     while points > 6 and not _fits(around, width - 2 * margin, height - 2 * margin):
-        fit = min(
-            (width - 2 * margin) / (around[2] - around[0]), (height - 2 * margin) / (around[3] - around[1])
-        )
+        fit = min((width - 2 * margin) / (around[2] - around[0]), (height - 2 * margin) / (around[3] - around[1]))
         largest = max(6, min(points - 1, int(points * fit)))
         points = rng.randint(min(28, largest), largest)
         laid, around = _lay_out(font, points, text)
@@ -331,8 +325,7 @@ def _outline_points(shape: str, radius: float, turn: float) -> list[tuple[float,
         corners = [(-half, -half), (half, -half), (half, half), (-half, half)]
     elif shape == "triangle":
         corners = [
-            (radius * math.sin(angle), -radius * math.cos(angle))
-            for angle in (0.0, 2 * math.pi / 3, 4 * math.pi / 3)
+            (radius * math.sin(angle), -radius * math.cos(angle)) for angle in (0.0, 2 * math.pi / 3, 4 * math.pi / 3)
         ]
     elif shape == "star":
         corners = []
@@ -348,9 +341,7 @@ def _outline_points(shape: str, radius: float, turn: float) -> list[tuple[float,
     return [(x * cos - y * sin, x * sin + y * cos) for x, y in corners]
 
 
-def _paint_shape(
-    rng: random.Random, image: Image.Image, colour: str, shape: str, place: Place, outlined: bool
-) -> Box:
+def _paint_shape(rng: random.Random, image: Image.Image, colour: str, shape: str, place: Place, outlined: bool) -> Box:
     """Paint one shape with its ink centred on the place; returns the tight box."""
     scale, diameter = 3, place.diameter
     side = (diameter + 4) * scale
@@ -469,9 +460,7 @@ def _clear(box: Box, others: Sequence[Box]) -> bool:
     return True
 
 
-def draw_soup(
-    rng: random.Random, fonts: Sequence[Font], size: Size | None = None, photo: bool = True
-) -> Picture:
+def draw_soup(rng: random.Random, fonts: Sequence[Font], size: Size | None = None, photo: bool = True) -> Picture:
     """A picture full of single glyphs and small shapes, all of order 0, to pre-train a vision tower."""
     width, height = size or picture_size(rng, 224, 336)
     image = Image.new("RGB", (width, height), _ground(rng))

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,9 +105,7 @@ class PictureBatches(torch.utils.data.Dataset):
             return pictures.draw_sum(
                 rng, self.fonts, rng.randrange(100), rng.choice("+-"), rng.randrange(100), size=size
             )
-        looks = [
-            (rng.choice(pictures.COLOURS[1:]), rng.choice(pictures.SHAPES)) for _ in range(rng.randint(1, 6))
-        ]
+        looks = [(rng.choice(pictures.COLOURS[1:]), rng.choice(pictures.SHAPES)) for _ in range(rng.randint(1, 6))]
         return pictures.draw_scene(rng, looks, size=size)
 
 
@@ -137,12 +134,8 @@ def batches(dataset: torch.utils.data.Dataset, start: int, workers: int) -> Iter
 class Optimizer:
     """Muon for the matrices inside the network and AdamW for the rest, with one schedule for both."""
 
-    def __init__(
-        self, named: dict[str, nn.Parameter], matrix_rate: float, rate: float, steps: int, warmup: int = 100
-    ):
-        matrices = [
-            p for name, p in named.items() if p.ndim == 2 and "embed" not in name and "head" not in name
-        ]
+    def __init__(self, named: dict[str, nn.Parameter], matrix_rate: float, rate: float):
+        matrices = [p for name, p in named.items() if p.ndim == 2 and "embed" not in name and "head" not in name]
         chosen = {id(p) for p in matrices}
         others = [p for p in named.values() if id(p) not in chosen]
         self.parts: list[torch.optim.Optimizer] = [
@@ -151,11 +144,12 @@ class Optimizer:
         ]
         self.rates = (matrix_rate, rate)
         self.parameters = [*matrices, *others]
-        self.steps, self.warmup = steps, warmup
+        self.steps = 0
 
-    def step(self, index: int) -> None:
-        """Apply the gradients of step ``index``: warm-up, a plateau, and a linear fall over the last 45 %."""
-        factor = min(1.0, (index + 1) / self.warmup, (self.steps - index) / (0.45 * self.steps))
+    def step(self, progress: float) -> None:
+        """Apply the gradients: warm-up over 100 steps, a plateau, and a linear fall from ``progress`` 0.45 to 1."""
+        self.steps += 1
+        factor = max(0.0, min(1.0, self.steps / 100, (1 - progress) / 0.55))
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for part, rate in zip(self.parts, self.rates, strict=True):
             for group in part.param_groups:
@@ -172,7 +166,7 @@ def plain_attention(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """``scaled_dot_product_attention`` as two products: on a CPU the fused one's backward pass is several times slower."""
+    """``scaled_dot_product_attention`` as two products: the fused one's backward pass is far slower on a CPU."""
     scores = (query * (scale or query.shape[-1] ** -0.5)) @ key.transpose(-1, -2)
     if is_causal:
         length = query.shape[-2]
@@ -195,48 +189,52 @@ def all_experts(self: Experts, states: Tensor, chosen: Tensor, weights: Tensor) 
     return F.linear(weighted.flatten(1), self.down_proj.transpose(0, 1).reshape(hidden, -1)).to(states.dtype)
 
 
-def learn_pictures(
-    model: KimiVL, reader: PatchReader, options: ImageOptions, args: argparse.Namespace
-) -> None:
+def learn_pictures(model: KimiVL, reader: PatchReader, options: ImageOptions, args: argparse.Namespace) -> None:
     """Phase one: the vision tower and the reader learn what each patch shows."""
     dataset = PictureBatches(args.seed, args.picture_steps, args.patches, options)
     named = dict(model.vision_tower.named_parameters()) | dict(reader.named_parameters(prefix="reader_head"))
-    optimizer = Optimizer(named, args.matrix_rate, args.rate, args.picture_steps)
+    optimizer = Optimizer(named, args.matrix_rate, args.rate)
 
     def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
         assert batch.pixel_values is not None and batch.labels is not None
         loss, right = reader.loss(model.vision_tower(batch.pixel_values, batch.grids), batch.labels)
         return loss, {"patches right": float(right)}
 
-    run("pictures", dataset, optimizer, step, args)
+    run("pictures", dataset, 0, optimizer, step, args)
 
 
 def run(
     name: str,
     dataset: torch.utils.data.Dataset,
+    first: int,
     optimizer: Optimizer,
     step: Callable[[Batch], tuple[Tensor, dict[str, float]]],
     args: argparse.Namespace,
     after: Callable[[int], None] | None = None,
+    minutes: float = 0,
 ) -> None:
-    """One pass over ``dataset``; prints running means every 50 steps."""
+    """One pass over ``dataset`` from batch ``first`` on, or ``minutes`` of it; prints running means every 50 steps."""
     means: dict[str, float] = {}
     began = time.monotonic()
-    for index, batch in enumerate(batches(dataset, 0, args.workers)):
+    count = len(dataset)  # pyright: ignore[reportArgumentType]
+    for index, batch in enumerate(batches(dataset, first, args.workers), start=first):
+        progress = (index - first) / (count - first)
+        if minutes:
+            progress = (time.monotonic() - began) / (60 * minutes)
+        if progress >= 1:
+            break
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.bfloat16):
             loss, figures = step(batch)
         loss.backward()
-        optimizer.step(index)
+        optimizer.step(progress)
         if after is not None:
             after(index)
         for key, value in {"loss": loss.item(), **figures}.items():
             if not math.isnan(value):
                 means[key] = 0.95 * means.get(key, value) + 0.05 * value
-        if index % 50 == 0 or index + 1 == optimizer.steps:
+        if index % 50 == 0 or index + 1 == count:
             shown = ", ".join(f"{key} {value:.3f}" for key, value in means.items())
-            print(
-                f"{name} {index + 1}/{optimizer.steps} {time.monotonic() - began:.0f} s: {shown}", flush=True
-            )
+            print(f"{name} {index + 1}/{count} {time.monotonic() - began:.0f} s: {shown}", flush=True)
 
 
 class LessonBatches(torch.utils.data.Dataset):
@@ -321,13 +319,18 @@ class RouterBalance:
 
 
 def learn_lessons(
-    model: KimiVL, reader: PatchReader, tokenizer: Tokenizer, options: ImageOptions, args: argparse.Namespace
+    model: KimiVL,
+    reader: PatchReader,
+    tokenizer: Tokenizer,
+    options: ImageOptions,
+    first: int,
+    args: argparse.Namespace,
 ) -> None:
     """Phase two: the whole network learns to think and answer; the patch reader keeps its say."""
     dataset = LessonBatches(args.seed, args.lesson_steps, args.patches, tokenizer, options)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     named |= dict(reader.named_parameters(prefix="reader_head"))
-    optimizer = Optimizer(named, args.matrix_rate, args.rate, args.lesson_steps)
+    optimizer = Optimizer(named, args.matrix_rate, args.rate)
     balance = RouterBalance(model)
 
     def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
@@ -353,10 +356,15 @@ def learn_lessons(
 
     def after(index: int) -> None:
         balance.update()
-        if index % 250 == 249:
-            torch.save({"model": model.state_dict()}, args.work / "lessons.pt")
+        if (index + 1) % 250 == 0:
+            keep(args.work / "lessons.pt", model, reader, index + 1)
 
-    run("lessons", dataset, optimizer, step, args, after)
+    run("lessons", dataset, first, optimizer, step, args, after, args.minutes)
+
+
+def keep(path: Path, model: KimiVL, reader: PatchReader, step: int) -> None:
+    """The state that ``--resume`` begins from; optimizers begin anew."""
+    torch.save({"model": model.state_dict(), "reader": reader.state_dict(), "step": step}, path)
 
 
 def initialise(model: KimiVL) -> None:
@@ -376,11 +384,15 @@ def initialise(model: KimiVL) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the demo model.")
     parser.add_argument("--out", type=Path, default=Path("kimi_vl/demo"), help="folder for the checkpoint")
-    parser.add_argument("--work", type=Path, default=Path(".cache/train_demo"), help="folder for the state between phases")
+    parser.add_argument(
+        "--work", type=Path, default=Path(".cache/train_demo"), help="folder for the state between phases"
+    )
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--picture-steps", type=int, default=1500)
     parser.add_argument("--lesson-steps", type=int, default=2600)
-    parser.add_argument("--resume", action="store_true", help="take the first phase's result from --work if it is there")
+    parser.add_argument(
+        "--resume", action="store_true", help="take the first phase's result from --work if it is there"
+    )
     parser.add_argument("--patches", type=int, default=8192, help="patches a batch in the first phase")
     parser.add_argument("--matrix-rate", type=float, default=1.5e-3)
     parser.add_argument("--rate", type=float, default=1.5e-3)
@@ -401,15 +413,17 @@ def main() -> None:
     tokenizer = checkpoint.train_tokenizer(lessons.vocabulary_text(random.Random(args.seed), 20_000))
     checkpoint.write_without_weights(args.out, tokenizer)
     args.work.mkdir(parents=True, exist_ok=True)
-    saved = args.work / "pictures.pt"
-    if args.resume and saved.exists():
-        state = torch.load(saved)
+    pictures_done, first = args.work / "pictures.pt", 0
+    found = [path for path in (args.work / "lessons.pt", pictures_done) if args.resume and path.exists()]
+    if found:
+        state = torch.load(found[0])
         model.load_state_dict(state["model"])
         reader.load_state_dict(state["reader"])
+        first = state["step"]
     else:
         learn_pictures(model, reader, options, args)
-        torch.save({"model": model.state_dict(), "reader": reader.state_dict()}, saved)
-    learn_lessons(model, reader, tokenizer, options, args)
+        keep(pictures_done, model, reader, 0)
+    learn_lessons(model, reader, tokenizer, options, first, args)
     checkpoint.write(args.out, model, tokenizer)
 
 

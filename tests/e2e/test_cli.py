@@ -140,9 +140,7 @@ def test_which_model(
     assert all(line.startswith("no CUDA GPU found: answering with the demo model") for line in said)
 
 
-def test_a_model_folder_is_found_from_the_caller_s_folder(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_model_folder_is_found_from_the_caller_s_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "models" / "mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     settled = model_environment({"KIMI_VL_MODEL": "models/mine"}, print)
@@ -182,9 +180,7 @@ def mark(processes: Callable[[str], list[int]]) -> Iterator[str]:
     assert left == []
 
 
-def command(
-    mark: str, *arguments: str, model: str | None = "demo", cwd: Path = ROOT
-) -> subprocess.Popen[str]:
+def command(mark: str, *arguments: str, model: str | None = "demo", cwd: Path = ROOT) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if name != "KIMI_VL_MODEL"}
     environment[mark] = environment["OMP_NUM_THREADS"] = "1"
     environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -213,7 +209,7 @@ def test_the_answer_alone_is_on_stdout(mark: str, tmp_path: Path) -> None:
     code, out, err = run(mark, *SHORT, *images, model=None, cwd=tmp_path)
     assert code == 0, err
     assert out.strip() and out.endswith("\n")
-    assert "setup" not in out and "setup: ready" in err
+    assert "setup" not in out and "setup: loading the model" in err
     assert err.count("no CUDA GPU found: answering with the demo model") == 1
 
 

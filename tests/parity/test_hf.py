@@ -123,9 +123,7 @@ def test_several_answers_and_beams_repeat_images_by_row(model, processor):
     names = ["07_two_images", "01_text_only", "03_landscape"]
     texts, images = [], []
     for name in names:
-        texts.append(
-            json.loads((GOLDEN / "cases" / name / "expected.json").read_text(encoding="utf-8"))["prompt"]
-        )
+        texts.append(json.loads((GOLDEN / "cases" / name / "expected.json").read_text(encoding="utf-8"))["prompt"])
         images += [Image.open(path) for path in sorted((GOLDEN / "cases" / name).glob("image_*.png"))]
     inputs = processor(text=texts, images=images, return_tensors="pt")
     settings = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False, "eos_token_id": None}
@@ -226,9 +224,7 @@ def test_padding(processor):
     missing = int((inputs["attention_mask"][0] == 0).sum())
     assert missing > 0
     assert inputs["input_ids"][0, :missing].tolist() == [processor.tokenizer.pad_id] * missing
-    assert inputs["attention_mask"][0].tolist() == [0] * missing + [1] * (
-        inputs["input_ids"].shape[1] - missing
-    )
+    assert inputs["attention_mask"][0].tolist() == [0] * missing + [1] * (inputs["input_ids"].shape[1] - missing)
     wide = processor(text="a", return_tensors="np", padding="max_length", max_length=9)
     assert wide["input_ids"].shape == (1, 9)
 
@@ -358,17 +354,11 @@ def test_reduced_debug_model(processor):
     model = KimiVLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
     assert len(model.model.language_model.layers) == 2 and len(model.model.vision_tower.layers) == 1
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert (
-        model.config.text_config._attn_implementation
-        == model.config.vision_config._attn_implementation
-        == "eager"
-    )
+    assert model.config.text_config._attn_implementation == model.config.vision_config._attn_implementation == "eager"
     assert model.generation_config.eos_token_id == [BOS + 1, BOS + 2]
     _, inputs = case_inputs(processor, "03_landscape")
     length = inputs["input_ids"].shape[1]
-    out = model.generate(
-        **inputs, max_new_tokens=3, do_sample=True, temperature=0.6, top_p=0.9, eos_token_id=None
-    )
+    out = model.generate(**inputs, max_new_tokens=3, do_sample=True, temperature=0.6, top_p=0.9, eos_token_id=None)
     assert out.shape == (1, length + 3)
 
 
@@ -417,9 +407,7 @@ def published_tensors(config, seed=0):
     vision, text = config["vision_config"], config["text_config"]
     c, mlp, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
     h, heads = text["hidden_size"], text["num_attention_heads"]
-    nope, rope, v, latent = (
-        text[k] for k in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
-    )
+    nope, rope, v, latent = (text[k] for k in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank"))
     shapes = {
         "vision_tower.patch_embed.proj.weight": (c, 3, patch, patch),
         "vision_tower.patch_embed.proj.bias": (c,),
@@ -515,9 +503,7 @@ def write_tensors(folder, tensors, shards=1):
         return
     files = {name: f"model-{k % shards + 1:05}-of-{shards:05}.safetensors" for k, name in enumerate(names)}
     for file in set(files.values()):
-        save_file(
-            {n: tensors[n] for n in names if files[n] == file}, folder / file, metadata={"format": "pt"}
-        )
+        save_file({n: tensors[n] for n in names if files[n] == file}, folder / file, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": files}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
@@ -583,9 +569,7 @@ def test_bfloat16_keeps_the_routing_bias_exact(tmp_path):
     bias = model.model.language_model.layers[2].mlp.gate.e_score_correction_bias
     assert torch.equal(bias, tensors["language_model.model.layers.2.mlp.gate.e_score_correction_bias"])
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    out = model.generate(
-        **sample_inputs(KimiVLProcessor.from_pretrained(tmp_path)), max_new_tokens=2, do_sample=False
-    )
+    out = model.generate(**sample_inputs(KimiVLProcessor.from_pretrained(tmp_path)), max_new_tokens=2, do_sample=False)
     assert out.ndim == 2
 
 
@@ -594,9 +578,7 @@ def test_bfloat16_routing_bias_is_widened(tmp_path):
     model = KimiVLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
     bias = model.model.language_model.layers[2].mlp.gate.e_score_correction_bias
     assert bias.dtype == torch.float32
-    assert torch.equal(
-        bias, tensors["language_model.model.layers.2.mlp.gate.e_score_correction_bias"].float()
-    )
+    assert torch.equal(bias, tensors["language_model.model.layers.2.mlp.gate.e_score_correction_bias"].float())
 
 
 @pytest.mark.parametrize("loader", [KimiVLForConditionalGeneration, AutoModelForImageTextToText])
@@ -646,9 +628,7 @@ def test_both_implementations_agree(tmp_path, shape):
     features = model.vision_features(pixels, grids)
     ours = own.vision_tower(pixels, pairs)
     torch.testing.assert_close(ours.reshape(features.shape), features, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(
-        own.encode_images(pixels, pairs), model.projected(pixels, grids), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(own.encode_images(pixels, pairs), model.projected(pixels, grids), atol=1e-5, rtol=1e-5)
     logits = model(**inputs).logits
     assert logits.std() > 0.1  # says something
     torch.testing.assert_close(own(inputs["input_ids"], pixels, pairs), logits, atol=5e-4, rtol=1e-4)

@@ -83,7 +83,11 @@ def test_the_cache_is_latent_and_refuses_more_than_it_holds(model):
 def test_placeholders_and_image_vectors_must_match(model):
     prompt = picture(model, 2, 2, 0)
     with pytest.raises(ValueError, match="placeholders"):
-        Session(model, [Prompt([*prompt.ids, model.config.media_placeholder_token_id], prompt.pixel_values, prompt.grids)], 1)
+        Session(
+            model,
+            [Prompt([*prompt.ids, model.config.media_placeholder_token_id], prompt.pixel_values, prompt.grids)],
+            1,
+        )
 
 
 def test_gradients_reach_every_parameter():
@@ -93,7 +97,11 @@ def test_gradients_reach_every_parameter():
     logits = model(torch.tensor([list(prompt.ids) * 1]), prompt.pixel_values, prompt.grids)
     logits.logsumexp(-1).sum().backward()
     # experts that no token chose have no gradient to receive; the fused tensors as a whole do
-    silent = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)]
+    silent = [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)
+    ]
     assert silent == []
 
 

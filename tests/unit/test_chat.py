@@ -42,7 +42,10 @@ def test_rendered_examples():
 
 
 def test_ids_equal_those_of_the_rendered_text(tokenizer):
-    messages = [user(text("First: "), IMAGE, text(" and "), text("second"), IMAGE), {"role": "assistant", "content": "x"}]
+    messages = [
+        user(text("First: "), IMAGE, text(" and "), text("second"), IMAGE),
+        {"role": "assistant", "content": "x"},
+    ]
     rendered = chat.render(messages).replace("<|media_pad|>", "<|media_pad|>" * 3)
     assert chat.encode(tokenizer, messages, [3, 3]) == tokenizer.encode(rendered, allow_special=True)
 
@@ -66,7 +69,10 @@ def test_images_and_slots_must_match(tokenizer, count):
         chat.encode(tokenizer, [user(IMAGE, IMAGE, text("?"))], [4] * count)
 
 
-@pytest.mark.parametrize("bad", [["x"], [{"role": "user"}], [{"role": 1, "content": "x"}], [{"role": "user", "content": 5}], [user({})]])
+@pytest.mark.parametrize(
+    "bad",
+    [["x"], [{"role": "user"}], [{"role": 1, "content": "x"}], [{"role": "user", "content": 5}], [user({})]],
+)
 def test_malformed_messages(tokenizer, bad):
     with pytest.raises(UserError, match="E_MESSAGES_INVALID"):
         chat.encode(tokenizer, bad, [])
@@ -102,5 +108,12 @@ def test_split_is_the_same_under_any_chunking(whole):
 
 
 def test_history_keeps_the_answer_alone():
-    assert chat.without_thinking("◁think▷x◁/think▷answer") == "answer"
-    assert chat.without_thinking("plain") == "plain"
+    thought = "◁think▷x◁/think▷answer"
+    history = [
+        {"role": "user", "content": thought},
+        {"role": "assistant", "content": thought},
+        {"role": "assistant", "content": [text(thought)]},
+    ]
+    kept = chat.without_earlier_thinking(history)
+    assert [message["content"] for message in kept] == [thought, "answer", [text("answer")]]
+    assert history[1]["content"] == thought

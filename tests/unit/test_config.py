@@ -48,7 +48,7 @@ def test_reads_the_published_form():
         ("text_config", "qk_rope_head_dim", 15),
         ("vision_config", "merge_kernel_size", [4, 4]),
         ("vision_config", "model_type", "clip"),
-        ("vision_config", "num_attention_heads", 5),
+        ("vision_config", "hidden_size", 70),
         (None, "media_placeholder_token_id", 5000),
         (None, "tie_word_embeddings", True),
         (None, "model_type", "llava"),
@@ -62,7 +62,14 @@ def test_what_is_not_computed_is_refused_by_name(section, name, value):
 
 @pytest.mark.parametrize("section", ["text_config", "vision_config"])
 def test_no_field_has_a_default(section):
-    read = {"init_pos_emb_height", "hidden_size", "num_hidden_layers", "kv_lora_rank", "rope_theta", "q_lora_rank"}
+    read = {
+        "init_pos_emb_height",
+        "hidden_size",
+        "num_hidden_layers",
+        "kv_lora_rank",
+        "rope_theta",
+        "q_lora_rank",
+    }
     for name in read & VALUES[section].keys():
         values = copy.deepcopy(VALUES)
         del values[section][name]

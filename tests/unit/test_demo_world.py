@@ -9,6 +9,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+
 from demo_world import phrases
 from demo_world.lessons import (
     TASKS,
@@ -93,12 +94,8 @@ def test_arithmetic_is_right_everywhere() -> None:
 
 def test_seed_fixes_pictures_and_texts() -> None:
     for task in TASKS:
-        assert _plain(make_study(random.Random(5), FONTS, task)) == _plain(
-            make_study(random.Random(5), FONTS, task)
-        )
-    assert _plain(make_study(random.Random(1), FONTS, "sum")) != _plain(
-        make_study(random.Random(2), FONTS, "sum")
-    )
+        assert _plain(make_study(random.Random(5), FONTS, task)) == _plain(make_study(random.Random(5), FONTS, task))
+    assert _plain(make_study(random.Random(1), FONTS, "sum")) != _plain(make_study(random.Random(2), FONTS, "sum"))
     assert list(vocabulary_text(random.Random(3), 30)) == list(vocabulary_text(random.Random(3), 30))
     soups = [draw_soup(random.Random(4), FONTS) for _ in range(2)]
     assert soups[0].items == soups[1].items
@@ -172,10 +169,7 @@ def test_labels_lie_where_the_boxes_are() -> None:
         assert labels.dtype == np.int64
         assert labels.shape == (-(-height // 28) * 2, -(-width // 28) * 2, 3)
         assert (labels.reshape(-1, 3).max(0) < (len(KINDS), len(COLOURS), MAX_ORDER + 1)).all()
-        seen = {
-            (KINDS.index(item.kind), COLOURS.index(item.colour or "none"), item.order)
-            for item in picture.items
-        }
+        seen = {(KINDS.index(item.kind), COLOURS.index(item.colour or "none"), item.order) for item in picture.items}
         for row, column in np.argwhere(labels[..., 0] > 0):
             assert tuple(labels[row, column]) in seen
             areas = {}
@@ -183,9 +177,7 @@ def test_labels_lie_where_the_boxes_are() -> None:
                 x0, y0, x1, y1 = item.box
                 wide = min(x1, 14 * column + 14) - max(x0, 14 * column)
                 high = min(y1, 14 * row + 14) - max(y0, 14 * row)
-                areas[item.kind, item.order] = max(
-                    areas.get((item.kind, item.order), 0), max(wide, 0) * max(high, 0)
-                )
+                areas[item.kind, item.order] = max(areas.get((item.kind, item.order), 0), max(wide, 0) * max(high, 0))
             kind, order = KINDS[labels[row, column, 0]], labels[row, column, 2]
             assert areas[kind, order] == max(areas.values()) > 0
     plain = draw_scene(rng, [("red", "square")], size=(224, 224))
@@ -220,9 +212,7 @@ def _check_sum(talk: Conversation, a: int, op: str, b: int) -> None:
 
 
 def _check_place(talk: Conversation, picture: Picture) -> None:
-    found = re.match(
-        r"The (\w+ \w+) is (on the |)(left|right|above|below)(?: of)?(?: the (\w+ \w+))?\.$", talk.answer
-    )
+    found = re.match(r"The (\w+ \w+) is (on the |)(left|right|above|below)(?: of)?(?: the (\w+ \w+))?\.$", talk.answer)
     assert found is not None, talk.answer
     one = picture.items[_names(picture).index(found[1])]
     other = picture.items[1 - picture.items.index(one)]

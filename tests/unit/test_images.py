@@ -117,7 +117,12 @@ def test_every_shape_has_a_plan(size):
 
 def test_options_are_strict(tmp_path):
     good = json.loads((DATA / "golden_a" / "checkpoint" / "preprocessor_config.json").read_text())
-    for name, value in (("pad_input", False), ("patch_size", None), ("in_token_limit", "9"), ("image_std", [1])):
+    for name, value in (
+        ("pad_input", False),
+        ("patch_size", None),
+        ("in_token_limit", "9"),
+        ("image_std", [1]),
+    ):
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(good | {name: value}))
         with pytest.raises(CheckpointError, match=rf"preprocessor_config\.json.*{name}"):
             ImageOptions.from_directory(tmp_path)

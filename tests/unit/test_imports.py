@@ -66,14 +66,18 @@ def test_directions(module):
 
 def test_importing_the_package_is_light():
     program = "import sys, kimi_vl; print(sorted({m.split('.')[0] for m in sys.modules}))"
-    loaded = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     for heavy in ("transformers", "cog", "torchvision", "torch", "numpy", "PIL", "huggingface_hub"):
         assert f"'{heavy}'" not in loaded
 
 
 def test_loading_the_pipeline_needs_neither_transformers_nor_cog():
     program = "import sys, kimi_vl; kimi_vl.load; print(sorted({m.split('.')[0] for m in sys.modules}))"
-    loaded = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert "'torch'" in loaded
     for heavy in ("transformers", "cog", "torchvision", "huggingface_hub"):
         assert f"'{heavy}'" not in loaded

@@ -62,7 +62,10 @@ def test_a_split_checkpoint_is_the_same_model(folder):
         (lambda t: t.pop(GATE), rf"missing tensor {GATE}"),
         (lambda t: t.pop(EXPERT), rf"missing tensor {EXPERT}"),
         (lambda t: t.update(extra=torch.zeros(1)), "unexpected tensor extra"),
-        (lambda t: t.update({GATE: t[GATE][:4].clone()}), rf"{GATE} has shape \(4, 64\); \(8, 64\) was expected"),
+        (
+            lambda t: t.update({GATE: t[GATE][:4].clone()}),
+            rf"{GATE} has shape \(4, 64\); \(8, 64\) was expected",
+        ),
         (lambda t: t.update({GATE: t[GATE].int()}), rf"{GATE} has dtype I32"),
     ],
     ids=["missing", "missing expert", "unexpected", "misshapen", "integers"],

@@ -414,9 +414,7 @@ def test_names_of_the_token_limit(inputs: dict[str, int], limit: int) -> None:
     assert parameters(**inputs)["max_length_tokens"] == limit
 
 
-@pytest.mark.parametrize(
-    "inputs", [{"max_tokens": 1, "max_new_tokens": 2}, {"max_length_tokens": 1, "max_tokens": 2}]
-)
+@pytest.mark.parametrize("inputs", [{"max_tokens": 1, "max_new_tokens": 2}, {"max_length_tokens": 1, "max_tokens": 2}])
 def test_token_limits_that_differ(inputs: dict[str, int]) -> None:
     assert refusal(prompt="hi", **inputs).startswith("E_PARAMETER: ")
 
@@ -483,9 +481,7 @@ def test_defaults_here_and_in_predict_are_those_of_the_schema() -> None:
 
 
 @pytest.mark.parametrize(("value", "model"), [(None, "thinking"), ("", "thinking"), ("demo", "demo")])
-def test_setup_loads_what_the_environment_names(
-    monkeypatch: pytest.MonkeyPatch, value: str | None, model: str
-) -> None:
+def test_setup_loads_what_the_environment_names(monkeypatch: pytest.MonkeyPatch, value: str | None, model: str) -> None:
     loaded = []
     package = SimpleNamespace(load=lambda model: loaded.append(model) or StubPipeline())
     monkeypatch.setattr(predict, "kimi_vl", package)

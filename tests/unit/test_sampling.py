@@ -28,7 +28,8 @@ def reference(logits: list[float], temperature: float, top_p: float, top_k: int)
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.3, 0.8, 0), (1.0, 1.0, 5), (0.8, 0.7, 6), (2.0, 0.05, 0)]
+    ("temperature", "top_p", "top_k"),
+    [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.3, 0.8, 0), (1.0, 1.0, 5), (0.8, 0.7, 6), (2.0, 0.05, 0)],
 )
 def test_draws_follow_the_reference(temperature, top_p, top_k):
     rng = random.Random(5)
@@ -69,7 +70,15 @@ def test_seed_zero_is_a_seed_and_numbers_are_even():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("temperature", -0.1), ("temperature", 2.1), ("temperature", float("nan")), ("top_p", 1.5), ("top_k", -1), ("seed", -1)]
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", 2.1),
+        ("temperature", float("nan")),
+        ("top_p", 1.5),
+        ("top_k", -1),
+        ("seed", -1),
+    ],
 )
 def test_bounds(name, value):
     options = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 0} | {name: value}

@@ -78,7 +78,12 @@ def test_stream_ends_with_a_replacement_where_a_character_is_cut(tokenizer):
 
 @pytest.mark.parametrize(
     ("content", "word"),
-    [(None, "cannot be read"), (b"IQ== 0\nnonsense\n", "line 2"), (b"IQ== 0\nIg== 2\n", "ranks"), (b"IQ== 0\n", "byte")],
+    [
+        (None, "cannot be read"),
+        (b"IQ== 0\nnonsense\n", "line 2"),
+        (b"IQ== 0\nIg== 2\n", "ranks"),
+        (b"IQ== 0\n", "byte"),
+    ],
 )
 def test_a_bad_rank_file_is_named(tmp_path, content, word):
     if content is not None:

@@ -1,0 +1,199 @@
+"""The thinking budget, stop sequences and figures of a request, with a scripted model in place of the network."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from kimi_vl import chat, loader, pipeline
+from kimi_vl.errors import UserError
+from kimi_vl.events import Answer, Done, Reasoning
+from kimi_vl.images import ImageOptions
+from kimi_vl.pipeline import Pipeline
+from kimi_vl.tokenizer import Tokenizer
+
+CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
+ASK = [{"role": "user", "content": "Why?"}]
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return Pipeline(
+        loader.load(CHECKPOINT, dtype=torch.float32),
+        Tokenizer.from_directory(CHECKPOINT),
+        ImageOptions.from_directory(CHECKPOINT),
+    )
+
+
+class Scripted:
+    """A session whose next token is a function of the tokens so far."""
+
+    def __init__(self, size: int, script: Callable[[list[int]], int]):
+        self.size, self.script, self.tokens = size, script, []
+
+    def __call__(self, model, prompts, room) -> Scripted:
+        self.tokens = []
+        return self
+
+    @property
+    def logits(self) -> torch.Tensor:
+        wanted = self.script(self.tokens)
+        second = torch.arange(self.size).float() / self.size
+        return second.index_fill(0, torch.tensor([wanted]), 100.0).unsqueeze(0)
+
+    def step(self, tokens: Sequence[int]) -> None:
+        self.tokens += tokens
+
+
+@pytest.fixture
+def say(whole, monkeypatch):
+    """Makes the model say a text (and then end its turn) whatever was put into it before."""
+
+    def scripted(text: str, after_close: str | None = None) -> None:
+        tokenizer = whole.tokenizer
+        ids = [*tokenizer.encode(text), tokenizer.im_end_id]
+        later = [*tokenizer.encode(after_close or ""), tokenizer.im_end_id]
+        closer = tokenizer.encode(chat.THINK_CLOSE)
+
+        def script(tokens: list[int]) -> int:
+            if after_close is not None:
+                for at in range(len(tokens) - len(closer), -1, -1):
+                    if tokens[at : at + len(closer)] == closer:
+                        return later[min(len(tokens) - at - len(closer), len(later) - 1)]
+            return ids[min(len(tokens), len(ids) - 1)]
+
+        monkeypatch.setattr(pipeline, "Session", Scripted(1280, script))
+
+    return scripted
+
+
+def test_events_join_to_the_summary(whole, say):
+    say("◁think▷It is so.◁/think▷Because.")
+    events = list(whole.stream(ASK, temperature=0))
+    done = events[-1]
+    assert isinstance(done, Done)
+    assert "".join(e.text for e in events if isinstance(e, Reasoning)) == done.reasoning == "It is so."
+    assert "".join(e.text for e in events if isinstance(e, Answer)) == done.answer == "Because."
+    assert (done.finish_reason, done.thinking_closed_by) == ("stop", "model")
+    encode = whole.tokenizer.encode
+    assert done.usage.output_tokens == len(encode("◁think▷It is so.◁/think▷Because.")) + 1
+    assert done.usage.reasoning_tokens + len(encode("Because.")) + 1 == done.usage.output_tokens
+
+
+@pytest.mark.parametrize("budget", [0, 1, 2, 5, 17])
+def test_a_budget_closes_the_thinking_and_the_answer_follows(whole, say, budget):
+    say("◁think▷" + "and so on " * 200, after_close="Enough.")
+    done = whole.complete(ASK, temperature=0, thinking_budget=budget)
+    assert (done.answer, done.finish_reason, done.thinking_closed_by) == ("Enough.", "stop", "budget")
+    assert len(whole.tokenizer.encode(done.reasoning)) <= budget + 1
+    assert chat.THINK_CLOSE not in done.reasoning
+
+
+@pytest.mark.parametrize("length", [16, 40, 200])
+def test_without_a_budget_a_quarter_is_kept_for_the_answer(whole, say, length):
+    say("◁think▷" + "and so on " * 200, after_close="Enough. " * 200)
+    done = whole.complete(ASK, temperature=0, max_length_tokens=length)
+    assert (done.finish_reason, done.thinking_closed_by) == ("length", "budget")
+    assert done.usage.output_tokens == length
+    assert length // 4 - 3 <= length - done.usage.reasoning_tokens <= length // 4 + 3
+
+
+def test_a_turn_that_ends_inside_the_thinking_still_gets_an_answer(whole, say):
+    say("◁think▷I stop here", after_close="Answer.")
+    done = whole.complete(ASK, temperature=0)
+    assert (done.reasoning, done.answer, done.thinking_closed_by) == ("I stop here", "Answer.", "budget")
+
+
+def test_an_empty_answer_is_not_accepted(whole, say):
+    say("◁think▷hm◁/think▷")
+    assert whole.complete(ASK, temperature=0, max_length_tokens=30).answer.strip()
+
+
+def test_models_that_do_not_think(whole, say):
+    say("Plain answer.")
+    done = whole.complete(ASK, temperature=0)
+    assert (done.reasoning, done.answer, done.thinking_closed_by) == ("", "Plain answer.", "none")
+    assert done.usage.reasoning_tokens == 0
+    plain = Pipeline(whole.model, whole.tokenizer, whole.image_options, thinks=False)
+    assert plain.complete(ASK, temperature=0, thinking_budget=0).answer == "Plain answer."
+
+
+@pytest.mark.parametrize("stops", [("END",), ("x", "END"), (" EN",), ("", "END")])
+def test_stop_sequences_end_the_answer_only(whole, say, stops):
+    say("◁think▷END of thought x◁/think▷one two END three")
+    done = whole.complete(ASK, temperature=0, stop_sequences=stops)
+    assert done.reasoning == "END of thought x"
+    assert done.answer == "one two" + ("" if stops == (" EN",) else " ")
+    assert done.finish_reason == "stop_sequence"
+
+
+def test_what_only_begins_a_stop_sequence_is_kept(whole, say):
+    say("one two EN")
+    assert whole.complete(ASK, temperature=0, stop_sequences=["ENDE"]).answer == "one two EN"
+
+
+def test_seeds(whole):
+    options = {"max_length_tokens": 12, "temperature": 1.0}
+    first = whole.complete(ASK, seed=3, **options)
+    assert first == whole.complete(ASK, seed=3, **options).__class__(
+        **{**vars(whole.complete(ASK, seed=3, **options)), **_times(first)}
+    )
+    assert first.answer != whole.complete(ASK, seed=4, **options).answer
+    drawn = whole.complete(ASK, **options)
+    assert whole.complete(ASK, seed=drawn.seed, **options).answer == drawn.answer
+
+
+def _times(done: Done) -> dict[str, float]:
+    return {"time_to_first_token": done.time_to_first_token, "tokens_per_second": done.tokens_per_second}
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"temperature": 3}, "E_PARAMETER"),
+        ({"max_length_tokens": 0}, "E_PARAMETER"),
+        ({"thinking_budget": -1}, "E_PARAMETER"),
+        ({"images": [b"x"] * 65}, "E_TOO_MANY_IMAGES"),
+        ({"images": [b"not an image"]}, "E_IMAGE_FORMAT"),
+        ({"messages": []}, "E_PROMPT_EMPTY"),
+        ({"messages": [{"role": "user", "content": "word " * 5000}]}, "E_PROMPT_TOO_LONG"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "E_MESSAGES_INVALID"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_computed(whole, monkeypatch, options, code):
+    monkeypatch.setattr(pipeline, "Session", None)
+    with pytest.raises(UserError, match=code):
+        whole.stream(**{"messages": ASK, **options})
+
+
+def test_a_value_that_is_not_finite_fails_the_request(whole, monkeypatch):
+    session = Scripted(1280, lambda tokens: 5)
+    monkeypatch.setattr(Scripted, "logits", property(lambda self: torch.full((1, 1280), float("nan"))))
+    monkeypatch.setattr(pipeline, "Session", session)
+    with pytest.raises(RuntimeError, match="not finite"):
+        list(whole.stream(ASK))
+
+
+def test_images_of_every_source_are_the_same_request(whole, tmp_path):
+    image = Image.new("RGB", (60, 40), "teal")
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    (tmp_path / "a.png").write_bytes(stream.getvalue())
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+    options = {"temperature": 0, "max_length_tokens": 6}
+    sources = (image, stream.getvalue(), tmp_path / "a.png", str(tmp_path / "a.png"))
+    results = [whole.complete(messages, [source], **options) for source in sources]
+    assert len({(done.answer, done.usage) for done in results}) == 1
+    assert results[0].usage.image_tokens == 6
+
+
+def test_closing_the_stream_stops_the_work(whole):
+    events = whole.stream(ASK, temperature=0, max_length_tokens=500)
+    next(events)
+    events.close()
+    assert list(events) == []
