@@ -11,6 +11,7 @@ import binascii
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import sys
 import time
@@ -43,6 +44,7 @@ class Predictor(BasePredictor):
     def setup(self) -> None:
         """Loads the model that KIMI_VL_MODEL names."""
         started = time.monotonic()
+        logging.basicConfig(level=logging.INFO, format="setup: %(message)s", stream=sys.stdout)
         print("setup: loading the model", flush=True)
         try:
             self.pipeline = kimi_vl.load(model=os.environ.get("KIMI_VL_MODEL") or "thinking")
@@ -125,7 +127,7 @@ class Predictor(BasePredictor):
                 seed=_optional_integer("seed", seed),
             )
             # Cancelling raises inside the loop; closing the stream is what makes the model stop.
-            with contextlib.closing(events):  # pyright: ignore[reportArgumentType]
+            with contextlib.closing(events):
                 pieces = Coalescer().run(self._with_metrics(events))
                 yield from format_events(pieces, output_format)  # pyright: ignore[reportReturnType]
         except UserError:

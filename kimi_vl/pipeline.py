@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class Pipeline:
         thinking_budget: int | None = None,
         stop_sequences: Sequence[str] = (),
         seed: int | None = None,
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """Events of one request: :class:`Reasoning` and :class:`Answer` pieces as they come, then :class:`Done`.
 
         ``messages`` have the chat form; image parts take ``images`` (bytes, paths or PIL images) in order. The
@@ -120,7 +120,7 @@ class Pipeline:
         room: int,
         thinking_budget: int | None,
         stop_sequences: tuple[str, ...],
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         began = time.monotonic()
         text = _OutputText(self.tokenizer, stop_sequences)
         steer = _Steering(self.tokenizer, self.thinks, room, thinking_budget)

@@ -53,7 +53,7 @@ def resolve(model: str, *, has_gpu: bool, cache: str | Path | None = None) -> Pa
     if model == "demo":
         return DEMO
     cache = Path(cache or "model_cache")
-    if Path(model).is_dir():
+    if model and Path(model).is_dir():
         return checkpoint_folder(Path(model))
     if model in ARCHIVES:
         base = os.environ.get("KIMI_VL_WEIGHTS_URL") or DEFAULT_WEIGHTS_URL

@@ -36,9 +36,10 @@ class Event:
 
 
 class Client:
-    """Talks to one server; every call has a connection of its own."""
+    """Talks to one server; every call has a connection of its own. A busy server is asked again for `patience` s."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, patience: float = RETRY_SECONDS) -> None:
+        self.patience = patience
         parts = urllib.parse.urlsplit(url)
         self.host = parts.hostname or "127.0.0.1"
         self.port = parts.port or 80
@@ -80,7 +81,7 @@ class Client:
             body["id"] = prediction_id
         payload = json.dumps(body).encode()
         headers = {"Content-Type": "application/json", "Accept": accept}
-        deadline = time.monotonic() + RETRY_SECONDS
+        deadline = time.monotonic() + self.patience
         delay = 0.005
         while True:
             with self._request("POST", "/predictions", payload, headers, None) as response:

@@ -26,7 +26,7 @@ from .conftest import picture
 
 PREDICT = str(ROOT / "scripts" / "predict")
 SHORT = ["-i", "prompt=Hello.", "-i", "temperature=0", "-i", "max_length_tokens=40"]
-LONG = ["-i", "prompt=Tell me a long story.", "-i", "temperature=2", "-i", "seed=1"]
+LONG = ["-i", "prompt=Tell me a long story.", "-i", "temperature=0", "-i", "max_length_tokens=100000"]
 
 
 # Reading the command line
@@ -221,16 +221,35 @@ def test_json(mark: str) -> None:
     assert "no CUDA GPU" not in err, "the model was chosen by the caller"
 
 
-def test_text_is_printed_as_it_comes(mark: str) -> None:
-    process = command(mark, *LONG, "-i", "max_length_tokens=600")
+def test_text_is_printed_as_it_comes(mark: str, endless_model: Path) -> None:
+    process = command(mark, *LONG, model=str(endless_model))
     assert process.stdout is not None
-    arrivals = []
-    while os.read(process.stdout.fileno(), 65536):
-        arrivals.append(time.monotonic())
+    for _ in range(4):
+        assert os.read(process.stdout.fileno(), 65536)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert len(arrivals) >= 4
-    assert arrivals[-1] - arrivals[0] > 0.2
+
+
+README_COMMANDS = {
+    ("prompt=Describe this image in detail.", "image=@images/demo1.jpeg"): "The picture shows 4 objects on a light "
+    "ground. From left to right: a red circle, a blue square, a yellow star and a green triangle.",
+    ("prompt=Explain the concept of multimodal large language models.",): "multimodal",
+    (
+        "prompt=Solve this math problem shown in the image.",
+        "image=@images/math_problem.png",
+        "temperature=0.6",
+    ): "37 + 48 = 85",
+}
+
+
+@pytest.mark.parametrize("inputs", README_COMMANDS, ids=lambda inputs: inputs[0][7:20])
+def test_the_commands_that_everybody_knows(mark: str, inputs: tuple[str, ...]) -> None:
+    code, out, err = run(mark, *[word for pair in inputs for word in ("-i", pair)], "-i", "seed=1", model=None)
+    assert code == 0, err
+    thinking, closer, said = out.strip().partition("◁/think▷")
+    assert thinking.startswith("◁think▷") and closer
+    assert README_COMMANDS[inputs] in said
 
 
 def test_errors_of_the_model(mark: str) -> None:
@@ -258,20 +277,18 @@ def test_a_model_that_cannot_be_loaded(mark: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupting_cancels_and_leaves_nothing(mark: str, number: signal.Signals) -> None:
-    process = command(mark, *LONG, "-i", "max_length_tokens=100000")
+def test_interrupting_cancels_and_leaves_nothing(mark: str, endless_model: Path, number: signal.Signals) -> None:
+    process = command(mark, *LONG, model=str(endless_model))
     assert process.stdout is not None
     assert os.read(process.stdout.fileno(), 65536)
     process.send_signal(number)
-    started = time.monotonic()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)  # the request alone would take many minutes
     assert process.returncode == 130
-    assert time.monotonic() - started < 5
     assert err.splitlines()[-1] == "canceled"
 
 
-def test_being_killed_outright_leaves_nothing(mark: str) -> None:
-    process = command(mark, *LONG, "-i", "max_length_tokens=100000")
+def test_being_killed_outright_leaves_nothing(mark: str, endless_model: Path) -> None:
+    process = command(mark, *LONG, model=str(endless_model))
     assert process.stdout is not None
     assert os.read(process.stdout.fileno(), 65536)
     process.kill()

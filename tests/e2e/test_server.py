@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
-import time
 import uuid
 from typing import Any
 
@@ -15,12 +13,12 @@ from cog_local import schema
 from cog_local.client import Client, Event, RequestRefused
 from cog_local.server import ROOT, Server
 
-from .conftest import data_url, file_url, needs_trained_model, picture
+from .conftest import data_url, file_url, picture
 
 ASK = {"prompt": "Hello, who are you?", "temperature": 0, "max_length_tokens": 200}
 
-# At this temperature the demo model wanders and goes on until it is stopped.
-LONG = {"prompt": "Tell me a long story.", "temperature": 2.0, "seed": 1, "max_length_tokens": 600}
+# For the model that never ends its turn.
+LONG = {"prompt": "Tell me a long story.", "temperature": 0, "max_length_tokens": 100_000}
 
 METRICS: dict[str, type | tuple[type, ...]] = {
     "input_token_count": int,
@@ -106,18 +104,13 @@ def test_events(client: Client) -> None:
     assert set(METRICS) <= set(final["metrics"])
 
 
-def test_text_arrives_while_it_is_made(client: Client) -> None:
-    arrivals: list[float] = []
-    ended = 0.0
-    for event in client.stream(LONG):
-        if event.name == "output":
-            arrivals.append(time.monotonic())
-        elif event.name == "completed":
-            ended = time.monotonic()
-    assert len(arrivals) >= 4
-    assert ended - arrivals[0] > 0.2, "the first chunk came before the rest was made"
-    gaps = sorted(later - earlier for earlier, later in itertools.pairwise(arrivals))
-    assert 0.04 < gaps[len(gaps) // 2] < 0.5, "chunks of about 60 to 100 ms"
+def test_text_arrives_while_it_is_made(endless: Client) -> None:
+    events = endless.stream(LONG)
+    with contextlib.closing(events):
+        outputs = (event for event in events if event.name == "output")
+        first, *later = [next(outputs).data["index"] for _ in range(4)]
+        assert endless.health()["status"] == "BUSY", "the rest is still being made"
+    assert [first, *later] == [0, 1, 2, 3]
 
 
 def test_output_forms_agree(client: Client) -> None:
@@ -150,11 +143,10 @@ def test_zero_is_a_seed(client: Client) -> None:
 
 
 @pytest.mark.parametrize("name", ["max_length_tokens", "max_tokens", "max_new_tokens"])
-def test_token_limit(client: Client, name: str) -> None:
-    inputs = {**LONG, name: 12}
-    if name != "max_length_tokens":
-        del inputs["max_length_tokens"]
-    assert succeed(client, **inputs)["metrics"]["output_token_count"] <= 12
+def test_token_limit(endless: Client, name: str) -> None:
+    inputs = {"prompt": "Go on.", "temperature": 0, name: 12}
+    metrics = succeed(endless, **inputs)["metrics"]
+    assert (metrics["output_token_count"], metrics["finish_reason"]) == (12, "length")
 
 
 def test_no_thinking_when_the_budget_is_zero(client: Client) -> None:
@@ -248,30 +240,27 @@ def test_requests_leave_no_trace_in_the_log(server: Server, client: Client) -> N
 
 
 def start_long(client: Client, prediction_id: str) -> tuple[Any, Event]:
-    """A running prediction and its first output."""
-    events = client.stream({**LONG, "max_length_tokens": 100_000}, prediction_id)
+    """A running prediction, which would take many minutes, and its first output."""
+    events = client.stream(LONG, prediction_id)
     return events, next(event for event in events if event.name == "output")
 
 
-def test_cancel(client: Client) -> None:
+def test_cancel(endless: Client) -> None:
     prediction_id = uuid.uuid4().hex
-    events, _ = start_long(client, prediction_id)
+    events, _ = start_long(endless, prediction_id)
     with contextlib.closing(events):
-        started = time.monotonic()
-        assert client.cancel(prediction_id)
+        assert endless.cancel(prediction_id)
         final = list(events)[-1]
     assert final.data["status"] == "canceled"
-    assert time.monotonic() - started < 2.0
-    succeed(client, **ASK)
-    assert not client.cancel(prediction_id)
+    succeed(endless, prompt="Go on.", max_length_tokens=4)
+    assert not endless.cancel(prediction_id)
 
 
-def test_a_reader_that_leaves_cancels(client: Client) -> None:
-    events, _ = start_long(client, uuid.uuid4().hex)
+def test_a_reader_that_leaves_cancels(endless: Client) -> None:
+    events, _ = start_long(endless, uuid.uuid4().hex)
     events.close()
-    started = time.monotonic()
-    succeed(client, **{**ASK, "max_length_tokens": 4})
-    assert time.monotonic() - started < 3.0
+    # the client gives up long before the first request could end by itself
+    succeed(endless, prompt="Go on.", max_length_tokens=4)
 
 
 # Images and conversations
@@ -310,16 +299,40 @@ def test_second_turn(client: Client) -> None:
     assert response["output"]
 
 
-@needs_trained_model
+# Right answers about real pictures
+
+
 def test_sum_in_a_picture(client: Client) -> None:
-    said = answer(client, prompt="What is the answer?", image=file_url(MATH_PROBLEM))
-    assert any(character.isdigit() for character in said), said
+    said = answer(client, prompt="What is the result?", image=file_url(MATH_PROBLEM))
+    assert said == "37 + 48 = 85"
 
 
-@needs_trained_model
-def test_sum_in_a_picture_of_an_earlier_turn(client: Client) -> None:
+def test_the_thinking_comes_first_and_is_consistent(client: Client) -> None:
+    response = succeed(client, prompt="What is the result?", image=file_url(MATH_PROBLEM), temperature=0)
+    thinking, closer, said = "".join(response["output"]).partition("◁/think▷")
+    assert thinking.startswith("◁think▷The picture shows 37 + 48.") and thinking.endswith("So 85.")
+    assert (closer, said) == ("◁/think▷", "37 + 48 = 85")
+    assert response["metrics"]["thinking_closed_by"] == "model"
+
+
+def test_a_second_turn_about_the_first_turn_s_picture(client: Client) -> None:
     picture_part = {"type": "image_url", "image_url": {"url": file_url(MATH_PROBLEM)}}
-    first = user(picture_part, text("What is the answer?"))
+    first = user(picture_part, text("What is the result?"))
     said = answer(client, messages=[first])
-    turns = [first, {"role": "assistant", "content": said}, user(text("What was the answer?"))]
-    assert [c for c in answer(client, messages=turns) if c.isdigit()] == [c for c in said if c.isdigit()]
+    turns = [first, {"role": "assistant", "content": said}, user(text("What is shown in the image?"))]
+    assert "37 + 48" in answer(client, messages=turns)
+
+
+def test_two_pictures_compared(client: Client) -> None:
+    files = [file_url(ROOT / "images" / name) for name in ("compare_1.png", "compare_2.png")]
+    question = "Which picture has more objects?"
+    assert answer(client, prompt=question, images=files) == "The second picture has more objects."
+    assert answer(client, prompt=question, images=files[::-1]) == "The first picture has more objects."
+
+
+def test_concurrent_requests_are_refused_and_may_retry(endless: Client) -> None:
+    impatient = Client(f"http://{endless.host}:{endless.port}", patience=0)
+    events, _ = start_long(endless, uuid.uuid4().hex)
+    with contextlib.closing(events), pytest.raises(RequestRefused) as refusal:
+        impatient.predict({"prompt": "Go on.", "max_length_tokens": 4})
+    assert refusal.value.status == 409
