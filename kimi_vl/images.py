@@ -108,7 +108,8 @@ def preprocess(image: Image.Image, options: ImageOptions) -> tuple[np.ndarray, t
     # crop past the border fills with zeros and keeps the palette
     image = image.crop((0, 0, *chosen.padded)).convert("RGB")
     pixels = np.asarray(image, dtype=np.float32) / np.float32(255)  # (H, W, 3)
-    pixels = (pixels - np.float32(options.image_mean)) / np.float32(options.image_std)
+    mean, std = (np.asarray(values, dtype=np.float32) for values in (options.image_mean, options.image_std))
+    pixels = (pixels - mean) / std
     rows, columns = chosen.grid
     patch = options.patch_size
     patches = pixels.reshape(rows, patch, columns, patch, 3).transpose(0, 2, 4, 1, 3)  # (R, C, 3, patch, patch)

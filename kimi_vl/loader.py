@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .config import Config
 from .errors import CheckpointError
@@ -62,12 +63,22 @@ def _slots(parameter: str, value: Tensor) -> Iterator[tuple[str, Slot]]:
 
 def empty_model(config: Config, dtype: torch.dtype = torch.bfloat16) -> KimiVL:
     """The model without memory for its parameters (meta device); the router's correction biases stay float32."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NoRandomFilling():
         model = KimiVL(config).to(dtype)
         for name, parameter in model.named_parameters():
             if name.endswith(_ROUTER_BIAS):
                 parameter.data = parameter.data.float()
     return model
+
+
+class _NoRandomFilling(TorchFunctionMode):
+    """Leaves out the random start of parameters that have no memory; torch would import its compiler for it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.nn.init.normal_, torch.nn.init.uniform_, torch.nn.init.kaiming_uniform_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def load(

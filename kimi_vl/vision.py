@@ -77,8 +77,8 @@ def apply_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
     """Full attention inside each image and none between images; all tensors (P, N, D), ``lengths`` sum to P."""
     if len(set(lengths)) == 1:  # equal images go as one batch
-        batched = [states.unflatten(0, (len(lengths), -1)).transpose(1, 2) for states in (query, key, value)]
-        return F.scaled_dot_product_attention(*batched).transpose(1, 2).flatten(0, 1)  # (P, N, D)
+        query, key, value = (s.unflatten(0, (len(lengths), -1)).transpose(1, 2) for s in (query, key, value))
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(0, 1)  # (P, N, D)
     split = [states.transpose(0, 1).split(list(lengths), dim=1) for states in (query, key, value)]  # (N, P_i, D)
     outputs = [F.scaled_dot_product_attention(q[None], k[None], v[None])[0] for q, k, v in zip(*split, strict=True)]
     return torch.cat(outputs, dim=1).transpose(0, 1)  # (P, N, D)

@@ -143,7 +143,9 @@ class _Glyph:
 @lru_cache(maxsize=512)
 def _load_font(path: str | None, size: int) -> ImageFont.FreeTypeFont:
     if path is None:
-        return ImageFont.load_default(size)
+        font = ImageFont.load_default(size)
+        assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow comes with FreeType
+        return font
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
 
 

@@ -229,7 +229,7 @@ def run(
         optimizer.step(progress)
         if after is not None:
             after(index)
-        for key, value in {"loss": loss.item(), **figures}.items():
+        for key, value in {"loss": float(loss), **figures}.items():
             if not math.isnan(value):
                 means[key] = 0.95 * means.get(key, value) + 0.05 * value
         if index % 50 == 0 or index + 1 == count:
@@ -302,7 +302,7 @@ class RouterBalance:
 
     def __init__(self, model: KimiVL, speed: float = 1e-3):
         self.speed = speed
-        self.gates = [module for module in model.modules() if isinstance(module, Gate)]
+        self.gates: list[Gate] = [module for module in model.modules() if isinstance(module, Gate)]
         self.loads = [torch.zeros_like(gate.e_score_correction_bias) for gate in self.gates]
         for gate, load in zip(self.gates, self.loads, strict=True):
             gate.register_forward_hook(lambda _, __, output, load=load: self._count(output[0], load))
@@ -314,7 +314,7 @@ class RouterBalance:
     @torch.no_grad()
     def update(self) -> None:
         for gate, load in zip(self.gates, self.loads, strict=True):
-            gate.e_score_correction_bias += self.speed * torch.sign(load.mean() - load)
+            gate.e_score_correction_bias.add_(self.speed * torch.sign(load.mean() - load))
             load.zero_()
 
 

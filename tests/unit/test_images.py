@@ -34,9 +34,9 @@ def test_sizes_of_the_original():
             checked += 1
             if "error" in row:
                 with pytest.raises(ValueError, match="exceeds the position encoding"):
-                    images.plan(*row["size_wh"], options)
+                    images.plan(row["size_wh"][0], row["size_wh"][1], options)
                 continue
-            plan = images.plan(*row["size_wh"], options)
+            plan = images.plan(row["size_wh"][0], row["size_wh"][1], options)
             ours = [list(plan.resized), list(plan.padded), list(plan.grid), plan.patches, plan.tokens]
             assert ours == [row[k] for k in ("resized_wh", "padded_wh", "grid_hw", "patches", "image_tokens")]
     assert checked > 50

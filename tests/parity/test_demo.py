@@ -1,0 +1,106 @@
+"""The demo model does what its card says, on pictures drawn for this test, in both implementations."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from demo_world import evaluate, lessons, pictures
+from PIL import Image
+
+import kimi_vl
+from kimi_vl import weights
+
+ROOT = Path(__file__).parents[2]
+SEED = 31_000_000  # neither training's nor the card's
+
+
+@pytest.fixture(scope="module")
+def examinee():
+    return evaluate.Examinee(weights.DEMO)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return kimi_vl.load("demo")
+
+
+@pytest.mark.parametrize("task", lessons.TASKS)
+def test_fresh_pictures(examinee, task):
+    """48 questions a task; the card promises more than is asked here, where chance has a say."""
+    results = evaluate.examine(examinee, SEED, 48, [task])
+    wrong = [(result.question, result.due, result.came) for result in results if not result.right]
+    assert len(wrong) <= 7, wrong
+
+
+def test_the_built_in_font_at_every_size(examinee):
+    """Sums in Pillow's own face, which every machine has."""
+    font = next(font for font in pictures.find_fonts() if font.path is None)
+    asked = []
+    for index in range(48):
+        rng = random.Random(f"{SEED} built-in {index}")
+        study = lessons.make_study(rng, [font], "sum", 1, [(336, 252)])
+        asked.append((study.conversations[0], study.pictures))
+    answers = [answer for begin in (0, 24) for _, answer in examinee.answer(asked[begin : begin + 24])]
+    wrong = [
+        (conversation.answer, answer)
+        for (conversation, _), answer in zip(asked, answers, strict=True)
+        if not lessons.is_right(conversation, answer)
+    ]
+    assert len(wrong) <= 7, wrong
+
+
+def test_the_sample_pictures(pipeline):
+    def ask(text: str, *names: str) -> str:
+        parts = [{"type": "image"} for _ in names] + [{"type": "text", "text": text}]
+        images = [ROOT / "images" / name for name in names]
+        return pipeline.complete([{"role": "user", "content": parts}], images, temperature=0).answer
+
+    assert ask("Solve this math problem shown in the image.", "math_problem.png") == "37 + 48 = 85"
+    assert ask("Which picture has more objects?", "compare_1.png", "compare_2.png").startswith("The second picture")
+    assert ask("How many objects are there?", "demo1.jpeg") == "There are 4 objects."
+
+
+def test_thinking_comes_first_and_names_what_it_reads(pipeline):
+    image = Image.open(ROOT / "images" / "math_problem.png")
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is the result?"}]}]
+    done = pipeline.complete(messages, [image], temperature=0)
+    assert done.reasoning.startswith("The picture shows 37 + 48.")
+    assert done.thinking_closed_by == "model"
+    assert done.usage.image_tokens == 15 * 9
+
+
+def test_a_budget_still_brings_an_answer(pipeline):
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is the result?"}]}]
+    images = [ROOT / "images" / "math_problem.png"]
+    for budget in (0, 3, 9):
+        done = pipeline.complete(messages, images, temperature=0, thinking_budget=budget)
+        assert (done.thinking_closed_by, done.finish_reason) == ("budget", "stop")
+        assert done.answer.strip()
+
+
+@torch.inference_mode()
+def test_both_implementations_say_the_same(examinee):
+    from kimi_vl import KimiVLForConditionalGeneration
+
+    other = KimiVLForConditionalGeneration.from_pretrained(weights.DEMO, dtype=torch.float32)
+    (asked,) = evaluate.questions(SEED, 1, "compare")
+    prompt = examinee.prompt(*asked)
+    ids = torch.tensor([list(prompt.ids)])
+    ours = examinee.model(ids, prompt.pixel_values, prompt.grids)
+    theirs = other(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=prompt.pixel_values,
+        image_grid_hws=torch.tensor(prompt.grids),
+    ).logits
+    assert (ours - theirs).abs().max() < 5e-4
+
+
+def test_the_checkpoint_is_small_and_in_the_published_format():
+    files = {path.name for path in weights.DEMO.iterdir()}
+    assert {"config.json", "model.safetensors", "tiktoken.model", "tokenizer_config.json"} <= files
+    assert (weights.DEMO / "model.safetensors").stat().st_size <= 8e6
+    assert not list(weights.DEMO.glob("*.py"))
