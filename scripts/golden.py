@@ -49,7 +49,9 @@ class Implementation(Protocol):
     """What can be measured. Grids are (rows, columns) of patches; text rows are single."""
 
     name: str
-    special_tokens: Iterable[str]
+
+    @property
+    def special_tokens(self) -> Iterable[str]: ...
 
     def prompt(self, messages: list[dict[str, Any]]) -> str: ...
     def inputs(
@@ -85,8 +87,11 @@ class Native:
         self.model = loader.load(directory, dtype=torch.float32, device=device)
         self.tokenizer = Tokenizer.from_directory(directory)
         self.options = ImageOptions.from_directory(directory)
-        self.special_tokens = self.tokenizer.special
         self.device = device
+
+    @property
+    def special_tokens(self) -> Iterable[str]:
+        return self.tokenizer.special
 
     def prompt(self, messages: list[dict[str, Any]]) -> str:
         return chat.render(messages)
@@ -226,8 +231,11 @@ class HuggingFace:
 
         self.model: Any = KimiVLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).to(device)
         self.processor = KimiVLProcessor.from_pretrained(directory)
-        self.special_tokens = self.processor.tokenizer.special
         self.device = device
+
+    @property
+    def special_tokens(self) -> Iterable[str]:
+        return self.processor.tokenizer.special
 
     def prompt(self, messages: list[dict[str, Any]]) -> str:
         return str(self.processor.apply_chat_template(messages, add_generation_prompt=True))

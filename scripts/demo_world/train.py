@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from demo_world import checkpoint, lessons, pictures
-from kimi_vl import chat
+from kimi_vl import chat, loader
 from kimi_vl.images import ImageOptions, preprocess
 from kimi_vl.language import Experts, Gate
 from kimi_vl.model import KimiVL
@@ -28,7 +29,8 @@ from kimi_vl.tokenizer import Tokenizer
 SEED = 20260101
 LABEL_CLASSES = (len(pictures.KINDS), len(pictures.COLOURS), pictures.MAX_ORDER + 1)
 LABEL_WEIGHTS = (1.0, 0.5, 0.5)
-TEXT_TASKS = ("text_sum", "talk")
+TEXT_TASKS = {"text_sum": 3, "talk": 1}  # with their shares of the batches without pictures
+TEXT_SHARE = 0.3  # of the batches are without pictures: they are cheap, and teach the arithmetic of sums as well
 TEXT_ONLY_START = 150  # quick first steps without pictures
 CUT_SHARE = 0.08  # of the conversations have their thinking cut short
 
@@ -229,7 +231,7 @@ def run(
         optimizer.step(progress)
         if after is not None:
             after(index)
-        for key, value in {"loss": float(loss), **figures}.items():
+        for key, value in {"loss": float(loss.detach()), **figures}.items():
             if not math.isnan(value):
                 means[key] = 0.95 * means.get(key, value) + 0.05 * value
         if index % 50 == 0 or index + 1 == count:
@@ -250,8 +252,9 @@ class LessonBatches(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> Batch:
         rng = random.Random(f"{self.seed} lessons {index}")
-        if index < TEXT_ONLY_START or rng.random() < 0.15:
-            studies = [lessons.make_study(rng, self.fonts, rng.choice(TEXT_TASKS), 1) for _ in range(40)]
+        if index < TEXT_ONLY_START or rng.random() < TEXT_SHARE:
+            tasks = rng.choices(list(TEXT_TASKS), list(TEXT_TASKS.values()), k=64)
+            studies = [lessons.make_study(rng, self.fonts, task, 1) for task in tasks]
         else:
             compare = rng.random() < 0.13
             size = pictures.picture_size(rng, high=336 if compare else 448)
@@ -305,11 +308,14 @@ class RouterBalance:
         self.gates: list[Gate] = [module for module in model.modules() if isinstance(module, Gate)]
         self.loads = [torch.zeros_like(gate.e_score_correction_bias) for gate in self.gates]
         for gate, load in zip(self.gates, self.loads, strict=True):
-            gate.register_forward_hook(lambda _, __, output, load=load: self._count(output[0], load))
+            gate.register_forward_hook(self._counting(load))
 
     @staticmethod
-    def _count(chosen: Tensor, load: Tensor) -> None:
-        load += torch.bincount(chosen.flatten(), minlength=load.numel())
+    def _counting(load: Tensor) -> Callable[..., None]:
+        def count(_: nn.Module, __: Any, output: tuple[Tensor, Tensor]) -> None:
+            load.add_(torch.bincount(output[0].flatten(), minlength=load.numel()))
+
+        return count
 
     @torch.no_grad()
     def update(self) -> None:
@@ -385,7 +391,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--picture-steps", type=int, default=1100)
     parser.add_argument("--lesson-steps", type=int, default=2000)
+    parser.add_argument("--first", type=int, default=0, help="with --start: the number of the first batch of lessons")
     parser.add_argument("--minutes", type=float, default=0, help="end the second phase after this time instead")
+    parser.add_argument("--start", type=Path, help="go on from this checkpoint's weights instead of from nothing")
     parser.add_argument("--resume", action="store_true", help="go on from what an earlier run left in --work")
     parser.add_argument("--picture-patches", type=int, default=8192, help="patches a batch in the first phase")
     parser.add_argument("--patches", type=int, default=4096, help="patches a batch in the second phase")
@@ -410,7 +418,10 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     pictures_done, first = args.work / "pictures.pt", 0
     found = [path for path in (args.work / "lessons.pt", pictures_done) if args.resume and path.exists()]
-    if found:
+    if args.start:
+        model = loader.load(args.start, dtype=torch.float32).train().requires_grad_(True)
+        first = args.first
+    elif found:
         state = torch.load(found[0])
         model.load_state_dict(state["model"])
         first = state["step"]
