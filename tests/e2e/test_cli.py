@@ -232,14 +232,14 @@ def test_text_is_printed_as_it_comes(mark: str, endless_model: Path) -> None:
 
 
 README_COMMANDS = {
-    ("prompt=Describe this image in detail.", "image=@images/demo1.jpeg"): "The picture shows 4 objects on a light "
-    "ground. From left to right: a red circle, a blue square, a yellow star and a green triangle.",
+    ("prompt=Describe this image in detail.", "image=@images/demo1.jpeg"): "The picture shows 3 objects on a light "
+    "ground. From left to right: a red circle, a green triangle and a blue star.",
     ("prompt=Explain the concept of multimodal large language models.",): "multimodal",
     (
         "prompt=Solve this math problem shown in the image.",
         "image=@images/math_problem.png",
         "temperature=0.6",
-    ): "37 + 48 = 85",
+    ): "25 + 13 = 38",
 }
 
 

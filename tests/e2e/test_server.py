@@ -304,14 +304,14 @@ def test_second_turn(client: Client) -> None:
 
 def test_sum_in_a_picture(client: Client) -> None:
     said = answer(client, prompt="What is the result?", image=file_url(MATH_PROBLEM))
-    assert said == "37 + 48 = 85"
+    assert said == "25 + 13 = 38"
 
 
 def test_the_thinking_comes_first_and_is_consistent(client: Client) -> None:
     response = succeed(client, prompt="What is the result?", image=file_url(MATH_PROBLEM), temperature=0)
     thinking, closer, said = "".join(response["output"]).partition("◁/think▷")
-    assert thinking.startswith("◁think▷The picture shows 37 + 48.") and thinking.endswith("So 85.")
-    assert (closer, said) == ("◁/think▷", "37 + 48 = 85")
+    assert thinking.startswith("◁think▷The picture shows 25 + 13.") and thinking.endswith("So 38.")
+    assert (closer, said) == ("◁/think▷", "25 + 13 = 38")
     assert response["metrics"]["thinking_closed_by"] == "model"
 
 
@@ -320,14 +320,7 @@ def test_a_second_turn_about_the_first_turn_s_picture(client: Client) -> None:
     first = user(picture_part, text("What is the result?"))
     said = answer(client, messages=[first])
     turns = [first, {"role": "assistant", "content": said}, user(text("What is shown in the image?"))]
-    assert "37 + 48" in answer(client, messages=turns)
-
-
-def test_two_pictures_compared(client: Client) -> None:
-    files = [file_url(ROOT / "images" / name) for name in ("compare_1.png", "compare_2.png")]
-    question = "Which picture has more objects?"
-    assert answer(client, prompt=question, images=files) == "The second picture has more objects."
-    assert answer(client, prompt=question, images=files[::-1]) == "The first picture has more objects."
+    assert "25 + 13" in answer(client, messages=turns)
 
 
 def test_concurrent_requests_are_refused_and_may_retry(endless: Client) -> None:

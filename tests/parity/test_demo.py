@@ -54,16 +54,15 @@ def test_the_sample_pictures(pipeline):
         images = [ROOT / "images" / name for name in names]
         return pipeline.complete([{"role": "user", "content": parts}], images, temperature=0).answer
 
-    assert ask("Solve this math problem shown in the image.", "math_problem.png") == "37 + 48 = 85"
-    assert ask("Which picture has more objects?", "compare_1.png", "compare_2.png").startswith("The second picture")
-    assert ask("How many objects are there?", "demo1.jpeg") == "There are 4 objects."
+    assert ask("Solve this math problem shown in the image.", "math_problem.png") == "25 + 13 = 38"
+    assert ask("How many objects are there?", "demo1.jpeg") == "There are 3 objects."
 
 
 def test_thinking_comes_first_and_names_what_it_reads(pipeline):
     image = Image.open(ROOT / "images" / "math_problem.png")
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is the result?"}]}]
     done = pipeline.complete(messages, [image], temperature=0)
-    assert done.reasoning.startswith("The picture shows 37 + 48.")
+    assert done.reasoning.startswith("The picture shows 25 + 13.")
     assert done.thinking_closed_by == "model"
     assert done.usage.image_tokens == 15 * 9
 
