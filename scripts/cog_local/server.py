@@ -76,6 +76,8 @@ def model_environment(environment: Mapping[str, str], log: Log) -> dict[str, str
         settled["KIMI_VL_MODEL"] = "thinking"
     else:
         settled["KIMI_VL_MODEL"] = "demo"
+        # matrices as small as the demo model's gain nothing from a second thread, and wait for it
+        settled.setdefault("OMP_NUM_THREADS", "1")
         log("no CUDA GPU found: answering with the demo model, not with Kimi-VL (set KIMI_VL_MODEL to choose)")
     return settled
 
