@@ -57,6 +57,14 @@ def largest(actual, expected):
     return (actual - expected).abs().max().item()
 
 
+def largest_golden(actual, tensors, name):
+    """Against the whole golden tensor, or its last rows where the copy holds no more."""
+    if name in tensors:
+        return largest(actual, tensors[name])
+    tail = tensors[f"{name}_tail"]
+    return largest(actual[-tail.shape[0] :], tail)
+
+
 # -----------------------------------------------------------------------------------------------------------
 # Golden data
 # -----------------------------------------------------------------------------------------------------------
@@ -77,10 +85,10 @@ def test_golden_case(processor, name, attention):
     if "pixel_values" in inputs:
         grids = inputs["image_grid_hws"]
         assert grids.tolist() == expected["image_grid_hws"]
-        assert largest(inputs["pixel_values"], tensors["pixel_values"]) <= 1e-6
+        assert largest_golden(inputs["pixel_values"], tensors, "pixel_values") <= 1e-6
         assert largest(model.vision_features(inputs["pixel_values"], grids), tensors["vit_output"]) <= 2e-6
         assert largest(model.projected(inputs["pixel_values"], grids), tensors["projector_output"]) <= 2e-6
-    assert largest(model(**inputs).logits[0], tensors["logits"]) <= 5e-4
+    assert largest_golden(model(**inputs).logits[0], tensors, "logits") <= 5e-4
     generated = model.generate(**inputs, max_new_tokens=32, do_sample=False, eos_token_id=None)
     assert generated[0, len(expected["input_ids"]) :].tolist() == expected["generated_ids_32"]
     assert processor.decode(expected["generated_ids_32"]) == expected["generated_text"]
