@@ -429,8 +429,8 @@ def _two_looks(rng: random.Random) -> list[Look]:
     return [first, _other_look(rng, [first])]
 
 
-def _pair(artist: _Artist) -> tuple[tuple[Picture, Picture], float]:
-    """Two pictures to compare, and the share of questions that should ask whether they are the same."""
+def _pair(artist: _Artist) -> tuple[Picture, Picture]:
+    """Two pictures to compare: the same objects or nearly, in the same places or others, or another number of them."""
     rng = artist.rng
     count = rng.randint(1, 4)
     looks = _looks(rng, count)
@@ -440,19 +440,17 @@ def _pair(artist: _Artist) -> tuple[tuple[Picture, Picture], float]:
     if case < 0.4:
         if rng.random() < 0.5:
             layout = lay_out_scene(rng, count, first_size)
-            pair = artist.scene(looks, first_size, layout), artist.scene(looks, first_size, layout)
-            return pair, 0.65
-        others, ask_same = rng.sample(looks, count), 0.65
+            return artist.scene(looks, first_size, layout), artist.scene(looks, first_size, layout)
+        others = rng.sample(looks, count)
     elif case < 0.6:
         kept = rng.sample(looks, rng.randint(0, count // 2))
         if set(kept) == set(looks):
             kept = []
-        others, ask_same = kept + [_other_look(rng, looks) for _ in range(count - len(kept))], 0.65
+        others = kept + [_other_look(rng, looks) for _ in range(count - len(kept))]
     else:
         count = rng.choice([number for number in range(1, 5) if number != count])
         others = [rng.choice(looks) if rng.random() < 0.3 else _other_look(rng, looks) for _ in range(count)]
-        ask_same = 0.25
-    return (artist.scene(looks, first_size), artist.scene(others, second_size)), ask_same
+    return artist.scene(looks, first_size), artist.scene(others, second_size)
 
 
 Asker = Callable[[random.Random, Sequence[Picture]], Turn]
@@ -467,19 +465,42 @@ _SUM_FOLLOWS: tuple[Asker, ...] = (
 _ENDS: tuple[Asker, ...] = (_turn_end("leftmost"), _turn_end("rightmost"))
 
 
-def _second_turn(artist: _Artist) -> tuple[Picture, tuple[Asker, ...]]:
-    """A picture and the kinds of question that can follow each other about it."""
+def _askers(items: Sequence[Item]) -> tuple[Asker, ...]:
+    """The kinds of question that can follow each other about a picture."""
+    if items[0].colour is None:
+        return _SUM_FOLLOWS
+    if len(items) == 1:
+        return (*_OBJECT, _turn_count, _turn_describe)
+    if len(items) == 2:
+        return (_turn_place, _turn_count, _turn_describe)
+    return (*_ENDS, _turn_count, _turn_describe)
+
+
+def _pictures(artist: _Artist, task: str) -> tuple[Picture, ...]:
+    """What a conversation of this task looks at."""
     rng = artist.rng
-    case = rng.random()
-    if case < 0.4:
-        return artist.sum(), _SUM_FOLLOWS
-    if case < 0.6:
-        return artist.scene(_looks(rng, 1)), (*_OBJECT, _turn_count, _turn_describe)
-    if case < 0.8:
-        picture = artist.scene(_two_looks(rng))
-        return picture, (_turn_place, _turn_count, _turn_describe)
-    picture = artist.scene(_looks(rng, rng.randint(3, 5)))
-    return picture, (*_ENDS, _turn_count, _turn_describe)
+    if task in ("talk", "text_sum"):
+        return ()
+    if task == "compare":
+        return _pair(artist)
+    if task == "sum":
+        return (artist.sum(),)
+    if task == "object":
+        return (artist.scene(_looks(rng, 1)),)
+    if task == "count":
+        return (artist.scene(_looks(rng, rng.randint(1, 6))),)
+    if task == "place":
+        return (artist.scene(_two_looks(rng)),)
+    if task == "describe":
+        return (artist.sum() if rng.random() < 0.2 else artist.scene(_looks(rng, rng.randint(1, 6))),)
+    if task == "second_turn":
+        case = rng.random()
+        if case < 0.4:
+            return (artist.sum(),)
+        if case < 0.6:
+            return (artist.scene(_looks(rng, 1)),)
+        return (artist.scene(_two_looks(rng) if case < 0.8 else _looks(rng, rng.randint(3, 5))),)
+    raise ValueError(f"no such task: {task!r}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -493,64 +514,51 @@ def _user(question: str, images: int) -> Message:
     return {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
 
 
-def _converse(rng: random.Random, task: str, images: int, turns: Sequence[Turn]) -> Conversation:
-    """A chat of these turns; only the last one's thinking is kept."""
-    messages: list[Message] = []
-    if rng.random() < SYSTEM_SHARE:
-        messages.append({"role": "system", "content": rng.choice(phrases.SYSTEM_MESSAGES)})
+def _turns(rng: random.Random, task: str, pictures: Sequence[Picture]) -> list[Turn]:
+    """The turns of one conversation about pictures drawn for this task."""
+    if task == "talk":
+        return [_turn_talk(rng)]
+    if task == "text_sum":
+        return [_turn_text_sum(rng)]
+    if task == "compare":
+        equal = len(pictures[0].items) == len(pictures[1].items)
+        return [(_turn_same if rng.random() < (0.65 if equal else 0.25) else _turn_more)(rng, pictures)]
+    if task == "second_turn":
+        return [asker(rng, pictures) for asker in rng.sample(_askers(pictures[0].items), 2)]
+    if task == "sum":
+        return [(_turn_sum if rng.random() < 0.85 else _turn_describe)(rng, pictures)]
+    if task == "object":
+        return [rng.choice(_OBJECT)(rng, pictures)]
+    return [{"count": _turn_count, "place": _turn_place, "describe": _turn_describe}[task](rng, pictures)]
+
+
+def system_message(rng: random.Random) -> str | None:
+    """What a conversation begins with, if anything."""
+    return rng.choice(phrases.SYSTEM_MESSAGES) if rng.random() < SYSTEM_SHARE else None
+
+
+def converse(rng: random.Random, task: str, pictures: Sequence[Picture], system: str | None) -> Conversation:
+    """A conversation about pictures drawn for this task; only its last turn's thinking is kept."""
+    turns = _turns(rng, task, pictures)
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
     for index, turn in enumerate(turns):
-        messages.append(_user(turn.question, images if index == 0 else 0))
+        messages.append(_user(turn.question, len(pictures) if index == 0 else 0))
         if index < len(turns) - 1:
             messages.append({"role": "assistant", "content": turn.answer})
     return Conversation(task, messages, turns[-1].thinking, turns[-1].answer)
 
 
-def _plan(artist: _Artist, task: str) -> tuple[tuple[Picture, ...], Callable[[], list[Turn]]]:
-    """The pictures of a study and a function that gives the turns of its next conversation."""
-    rng = artist.rng
-    if task == "talk":
-        return (), lambda: [_turn_talk(rng)]
-    if task == "text_sum":
-        return (), lambda: [_turn_text_sum(rng)]
-    if task == "compare":
-        pair, ask_same = _pair(artist)
-        return pair, lambda: [_turn_same(rng, pair) if rng.random() < ask_same else _turn_more(rng, pair)]
-    if task == "second_turn":
-        picture, askers = _second_turn(artist)
-        return (picture,), lambda: [asker(rng, (picture,)) for asker in rng.sample(askers, 2)]
-    if task == "sum":
-        pictures = (artist.sum(),)
-        return pictures, lambda: [(_turn_sum if rng.random() < 0.85 else _turn_describe)(rng, pictures)]
-    if task == "object":
-        pictures = (artist.scene(_looks(rng, 1)),)
-        return pictures, lambda: [rng.choice(_OBJECT)(rng, pictures)]
-    if task == "count":
-        pictures = (artist.scene(_looks(rng, rng.randint(1, 6))),)
-        return pictures, lambda: [_turn_count(rng, pictures)]
-    if task == "place":
-        pictures = (artist.scene(_two_looks(rng)),)
-        return pictures, lambda: [_turn_place(rng, pictures)]
-    if task == "describe":
-        drawn = artist.sum() if rng.random() < 0.2 else artist.scene(_looks(rng, rng.randint(1, 6)))
-        return (drawn,), lambda: [_turn_describe(rng, (drawn,))]
-    raise ValueError(f"no such task: {task!r}")
-
-
 def _study(artist: _Artist, task: str | None, conversations: int) -> Study:
     rng = artist.rng
     task = task or rng.choices(list(TASKS), list(TASKS.values()))[0]
-    pictures, next_turns = _plan(artist, task)
-    made: list[Conversation] = []
-    asked: set[tuple[str, ...]] = set()
-    for _ in range(conversations):
-        turns = next_turns()
-        for _ in range(5):
-            if tuple(turn.question for turn in turns) not in asked:
-                break
-            turns = next_turns()
-        asked.add(tuple(turn.question for turn in turns))
-        made.append(_converse(rng, task, len(pictures), turns))
-    return Study(pictures, tuple(made))
+    pictures = _pictures(artist, task)
+    made: dict[tuple[str, ...], Conversation] = {}
+    for _ in range(5 * conversations):  # conversations that ask something else each, where there is enough to ask
+        talk = converse(rng, task, pictures, system_message(rng))
+        made.setdefault(tuple(text_of(message) for message in talk.messages if message["role"] == "user"), talk)
+        if len(made) == conversations:
+            break
+    return Study(pictures, tuple(made.values()))
 
 
 def make_study(
@@ -562,6 +570,11 @@ def make_study(
 ) -> Study:
     """A study of one task (drawn by weight where None); pictures take one of `sizes` where given."""
     return _study(_Artist(rng, fonts, sizes), task, conversations)
+
+
+def draw(rng: random.Random, fonts: Sequence[Font], task: str, sizes: Sequence[Size]) -> tuple[Picture, ...]:
+    """The pictures of a study of this task, each of one of the `sizes`."""
+    return _pictures(_Artist(rng, fonts, sizes), task)
 
 
 def vocabulary_text(rng: random.Random, n: int) -> Iterator[str]:

@@ -10,7 +10,7 @@ import argparse
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from demo_world import checkpoint, lessons, pictures
-from kimi_vl import chat, loader
+from demo_world import checkpoint, gallery, lessons, pictures
+from kimi_vl import loader
 from kimi_vl.images import ImageOptions, preprocess
-from kimi_vl.language import Experts, Gate
+from kimi_vl.language import Attention, Experts, Gate
 from kimi_vl.model import KimiVL
 from kimi_vl.tokenizer import Tokenizer
 
 SEED = 20260101
 LABEL_CLASSES = (len(pictures.KINDS), len(pictures.COLOURS), pictures.MAX_ORDER + 1)
 LABEL_WEIGHTS = (1.0, 0.5, 0.5)
-TEXT_TASKS = {"text_sum": 3, "talk": 1}  # with their shares of the batches without pictures
-TEXT_SHARE = 0.3  # of the batches are without pictures: they are cheap, and teach the arithmetic of sums as well
-TEXT_ONLY_START = 150  # quick first steps without pictures
-CUT_SHARE = 0.08  # of the conversations have their thinking cut short
 
 
 class PatchReader(nn.Module):
@@ -71,15 +67,12 @@ def merged_labels(picture: pictures.Picture) -> Tensor:
 
 
 @dataclass
-class Batch:
-    """Pictures of one size with their labels and, in the second phase, rows of ids to learn."""
+class PictureBatch:
+    """Pictures of one size with their labels."""
 
-    pixel_values: Tensor | None  # (P, 3, 14, 14)
+    pixel_values: Tensor  # (P, 3, 14, 14)
     grids: list[tuple[int, int]]
-    labels: Tensor | None  # (T, 4, 3)
-    ids: Tensor | None = None  # (B, S)
-    targets: Tensor | None = None  # (B, S), -100 where nothing is to be learnt
-    row_pictures: list[list[int]] | None = None  # which pictures each row looks at
+    labels: Tensor  # (T, 4, 3)
 
 
 class PictureBatches(torch.utils.data.Dataset):
@@ -92,11 +85,17 @@ class PictureBatches(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> PictureBatch:
         rng = random.Random(f"{self.seed} pictures {index}")
         size = pictures.picture_size(rng, high=364 if index < self.count * 3 // 4 else 448)
-        drawn = [self.draw(rng, size) for _ in range(pictures_per_batch(size, self.patches))]
-        return Batch(*encode_pictures(drawn, self.options))
+        of_one = math.ceil(size[0] / 28) * math.ceil(size[1] / 28) * 4
+        drawn = [self.draw(rng, size) for _ in range(max(2, round(self.patches / of_one)))]
+        encoded = [preprocess(picture.image, self.options) for picture in drawn]
+        return PictureBatch(
+            torch.cat([torch.from_numpy(patches) for patches, _ in encoded]),
+            [grid for _, grid in encoded],
+            torch.cat([merged_labels(picture) for picture in drawn]),
+        )
 
     def draw(self, rng: random.Random, size: tuple[int, int]) -> pictures.Picture:
         chance = rng.random()
@@ -110,32 +109,18 @@ class PictureBatches(torch.utils.data.Dataset):
         return pictures.draw_scene(rng, looks, size=size)
 
 
-def pictures_per_batch(size: tuple[int, int], patches: int) -> int:
-    return max(2, round(patches / (math.ceil(size[0] / 28) * math.ceil(size[1] / 28) * 4)))
-
-
-def encode_pictures(
-    drawn: Sequence[pictures.Picture], options: ImageOptions
-) -> tuple[Tensor, list[tuple[int, int]], Tensor]:
-    encoded = [preprocess(picture.image, options) for picture in drawn]
-    pixels = torch.cat([torch.from_numpy(patches) for patches, _ in encoded])
-    return pixels, [grid for _, grid in encoded], torch.cat([merged_labels(picture) for picture in drawn])
-
-
-def batches(dataset: torch.utils.data.Dataset, start: int, workers: int) -> Iterator[Batch]:
-    """Batches from ``start`` on, made in other processes in order."""
-    count = len(dataset)  # pyright: ignore[reportArgumentType]
-    part = torch.utils.data.Subset(dataset, range(start, count))
-    loader = torch.utils.data.DataLoader(
-        part, batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None
+def in_order(dataset: torch.utils.data.Dataset, workers: int) -> Iterator[Any]:
+    """The items of a dataset, made in other processes, in order."""
+    yield from torch.utils.data.DataLoader(
+        dataset, batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None
     )
-    yield from loader
 
 
 class Optimizer:
     """Muon for the matrices inside the network and AdamW for the rest, with one schedule for both."""
 
-    def __init__(self, named: dict[str, nn.Parameter], matrix_rate: float, rate: float):
+    def __init__(self, named: dict[str, nn.Parameter], matrix_rate: float, rate: float, plateau: float):
+        self.plateau = plateau
         matrices = [p for name, p in named.items() if p.ndim == 2 and "embed" not in name and "head" not in name]
         chosen = {id(p) for p in matrices}
         others = [p for p in named.values() if id(p) not in chosen]
@@ -148,9 +133,9 @@ class Optimizer:
         self.steps = 0
 
     def step(self, progress: float) -> None:
-        """Apply the gradients: warm-up over 100 steps, a plateau, and a linear fall from ``progress`` 0.45 to 1."""
+        """Apply the gradients: warm-up over 100 steps, a plateau, and a linear fall from there to ``progress`` 1."""
         self.steps += 1
-        factor = max(0.0, min(1.0, self.steps / 100, (1 - progress) / 0.55))
+        factor = max(0.0, min(1.0, self.steps / 100, (1 - progress) / (1 - self.plateau)))
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for part, rate in zip(self.parts, self.rates, strict=True):
             for group in part.param_groups:
@@ -195,34 +180,30 @@ def learn_pictures(model: KimiVL, options: ImageOptions, args: argparse.Namespac
     dataset = PictureBatches(args.seed, args.picture_steps, args.picture_patches, options)
     reader = PatchReader(model.config.vision_config.hidden_size)
     named = dict(model.vision_tower.named_parameters()) | dict(reader.named_parameters(prefix="reader_head"))
-    optimizer = Optimizer(named, args.matrix_rate, args.rate)
+    optimizer = Optimizer(named, args.matrix_rate, args.rate, plateau=0.45)
 
-    def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        assert batch.pixel_values is not None and batch.labels is not None
+    def step(batch: PictureBatch) -> tuple[Tensor, dict[str, float]]:
         loss, right = reader.loss(model.vision_tower(batch.pixel_values, batch.grids), batch.labels)
         return loss, {"patches right": float(right)}
 
-    run("pictures", dataset, 0, optimizer, step, args)
+    run("pictures", in_order(dataset, args.workers), args.picture_steps, optimizer, step, args)
 
 
 def run(
     name: str,
-    dataset: torch.utils.data.Dataset,
-    first: int,
+    batches: Iterator[Any],
+    count: int,
     optimizer: Optimizer,
-    step: Callable[[Batch], tuple[Tensor, dict[str, float]]],
+    step: Callable[[Any], tuple[Tensor, dict[str, float]]],
     args: argparse.Namespace,
     after: Callable[[int], None] | None = None,
     minutes: float = 0,
 ) -> None:
-    """One pass over ``dataset`` from batch ``first`` on, or ``minutes`` of it; prints running means every 50 steps."""
+    """``count`` steps, or ``minutes`` of them; prints running means every 50 steps."""
     means: dict[str, float] = {}
     began = time.monotonic()
-    count = len(dataset)  # pyright: ignore[reportArgumentType]
-    for index, batch in enumerate(batches(dataset, first, args.workers), start=first):
-        progress = (index - first) / (count - first)
-        if minutes:
-            progress = (time.monotonic() - began) / (60 * minutes)
+    for index, batch in enumerate(batches, start=1):
+        progress = (time.monotonic() - began) / (60 * minutes) if minutes else (index - 1) / count
         if progress >= 1:
             break
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.bfloat16):
@@ -234,70 +215,9 @@ def run(
         for key, value in {"loss": float(loss.detach()), **figures}.items():
             if not math.isnan(value):
                 means[key] = 0.95 * means.get(key, value) + 0.05 * value
-        if index % 50 == 0 or index + 1 == count:
+        if index % 50 == 0 or index == count:
             shown = ", ".join(f"{key} {value:.3f}" for key, value in means.items())
-            print(f"{name} {index + 1}/{count} {time.monotonic() - began:.0f} s: {shown}", flush=True)
-
-
-class LessonBatches(torch.utils.data.Dataset):
-    """Second phase: conversations about pictures of one size, and now and then a batch without pictures."""
-
-    def __init__(self, seed: int, count: int, patches: int, tokenizer: Tokenizer, options: ImageOptions):
-        self.seed, self.count, self.patches = seed, count, patches
-        self.tokenizer, self.options = tokenizer, options
-        self.fonts = pictures.find_fonts()
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Batch:
-        rng = random.Random(f"{self.seed} lessons {index}")
-        if index < TEXT_ONLY_START or rng.random() < TEXT_SHARE:
-            tasks = rng.choices(list(TEXT_TASKS), list(TEXT_TASKS.values()), k=64)
-            studies = [lessons.make_study(rng, self.fonts, task, 1) for task in tasks]
-        else:
-            compare = rng.random() < 0.13
-            size = pictures.picture_size(rng, high=336 if compare else 448)
-            tasks = ["compare"] if compare else [task for task in lessons.TASKS if task not in ("compare", *TEXT_TASKS)]
-            count = pictures_per_batch(size, self.patches)
-            count = max(2, count // 2) if compare else count
-            weights = [lessons.TASKS[task] for task in tasks]
-            studies = [
-                lessons.make_study(rng, self.fonts, rng.choices(tasks, weights)[0], 2, [size]) for _ in range(count)
-            ]
-        return self.encode(rng, studies)
-
-    def encode(self, rng: random.Random, studies: Sequence[lessons.Study]) -> Batch:
-        drawn = [picture for study in studies for picture in study.pictures]
-        pixels, grids, labels = encode_pictures(drawn, self.options) if drawn else (None, [], None)
-        rows, looks, first = [], [], 0
-        for study in studies:
-            looked = list(range(first, first + len(study.pictures)))
-            first += len(looked)
-            tokens = [grids[picture][0] * grids[picture][1] // 4 for picture in looked]
-            for conversation in study.conversations:
-                prompt = chat.encode(self.tokenizer, conversation.messages, tokens)
-                rows.append((prompt, *self.completion(rng, conversation)))
-                looks.append(looked)
-        longest = max(len(prompt) + len(silent) + len(learnt) for prompt, silent, learnt in rows)
-        ids = torch.full((len(rows), longest), self.tokenizer.pad_id)
-        targets = torch.full((len(rows), longest), -100)
-        for row, (prompt, silent, learnt) in enumerate(rows):
-            begin, end = len(prompt) + len(silent), len(prompt) + len(silent) + len(learnt)
-            ids[row, :end] = torch.tensor([*prompt, *silent, *learnt])
-            targets[row, begin - 1 : end - 1] = torch.tensor(learnt)  # the token before predicts each
-        return Batch(pixels, grids, labels, ids, targets, looks)
-
-    def completion(self, rng: random.Random, conversation: lessons.Conversation) -> tuple[list[int], list[int]]:
-        """Ids that are put there and ids that are learnt: mostly all of them are learnt, and at times the thinking
-        is cut short, as a budget does, and the answer alone is learnt."""
-        encode, end = self.tokenizer.encode, [self.tokenizer.im_end_id]
-        thinking = chat.THINK_OPEN + conversation.thinking
-        if rng.random() < CUT_SHARE:
-            ids = encode(thinking)
-            cut = ids[: rng.randint(len(encode(chat.THINK_OPEN)), len(ids))]
-            return cut + encode(chat.THINK_CLOSE), encode(conversation.answer) + end
-        return [], encode(thinking + chat.THINK_CLOSE + conversation.answer) + end
+            print(f"{name} {index}/{count} {time.monotonic() - began:.0f} s: {shown}", flush=True)
 
 
 class RouterBalance:
@@ -324,48 +244,74 @@ class RouterBalance:
             load.zero_()
 
 
-def learn_lessons(
-    model: KimiVL, tokenizer: Tokenizer, options: ImageOptions, first: int, args: argparse.Namespace
-) -> None:
-    """Phase two: projector and decoder learn to think and answer. The vision tower stays as it is: it reads nearly
-    every patch right by now, and leaving it out makes a step twice as fast."""
-    dataset = LessonBatches(args.seed, args.lesson_steps, args.patches, tokenizer, options)
+class SharedPast:
+    """A cache for training: what the rows of pictures left behind comes before each conversation."""
+
+    def __init__(self) -> None:
+        self.past: dict[int, Tensor] = {}
+        self.present: dict[int, Tensor] = {}
+        self.rows: Tensor | None = None
+
+    def share(self, rows: Tensor) -> None:
+        """From now on row r is preceded by the earlier row ``rows[r]``."""
+        self.past, self.present, self.rows = self.present, {}, rows
+
+    def at(self, positions: Tensor) -> SharedPast:
+        return self
+
+    def attend(self, layer: int, attention: Attention, q_nope: Tensor, q_rope: Tensor, entries: Tensor) -> Tensor:
+        self.present[layer] = entries
+        if self.rows is None:
+            return attention.expanded(q_nope, q_rope, entries, None)
+        seen = torch.cat((self.past[layer].index_select(0, self.rows), entries), dim=1)
+        own, length = entries.shape[1], seen.shape[1]
+        mask = torch.ones(own, length, dtype=torch.bool).tril(length - own)
+        return attention.expanded(q_nope, q_rope, seen, mask)
+
+
+def final_states(model: KimiVL, batch: gallery.LessonBatch) -> Tensor:
+    """States (R, S, H) of the conversations' own tokens."""
+    past, shared_length = None, 0
+    if batch.shared_ids is not None and batch.groups is not None and batch.shared_row is not None:
+        past, shared_length = SharedPast(), batch.shared_ids.shape[1]
+        positions = torch.arange(shared_length).expand_as(batch.shared_ids)
+        embeddings = model.embed(batch.shared_ids, model.multi_modal_projector(batch.groups))
+        model.language_model(embeddings, positions, past)
+        past.share(batch.shared_row)
+    positions = shared_length + torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
+    return model.language_model(model.embed(batch.ids), positions, past)
+
+
+def learn_lessons(model: KimiVL, tokenizer: Tokenizer, options: ImageOptions, args: argparse.Namespace) -> None:
+    """Phase two: projector and decoder learn to think and answer; the vision tower stays as it is."""
     model.vision_tower.requires_grad_(False)
+    sketchbook = gallery.Sketchbook(args.seed, args.gallery, args.patches, options)
+    exhibits: list[gallery.Exhibit] = []
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.bfloat16):
+        for index, drawn in enumerate(in_order(sketchbook, args.workers), start=1):
+            exhibits += gallery.hang(model, drawn)
+            if index % 50 == 0:
+                print(f"gallery {index}/{args.gallery}: {len(exhibits)} exhibits", flush=True)
+    teacher = gallery.Teacher(random.Random(f"{args.seed} lessons"), tokenizer, exhibits)
     optimizer = Optimizer(
-        {name: p for name, p in model.named_parameters() if p.requires_grad}, args.matrix_rate, args.rate
+        {name: p for name, p in model.named_parameters() if p.requires_grad}, args.matrix_rate, args.rate, plateau=0.1
     )
     balance = RouterBalance(model)
 
-    def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        assert batch.ids is not None and batch.targets is not None and batch.row_pictures is not None
-        features = None
-        if batch.pixel_values is not None:
-            with torch.no_grad():
-                groups = model.vision_tower(batch.pixel_values, batch.grids)
-            of_picture = model.multi_modal_projector(groups).split([r * c // 4 for r, c in batch.grids])
-            features = torch.cat([of_picture[picture] for looks in batch.row_pictures for picture in looks])
-        positions = torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
-        states = model.language_model(model.embed(batch.ids, features), positions)
-        wanted = batch.targets.flatten()
-        learnt = (wanted >= 0).nonzero().squeeze(1)
-        wanted = wanted[learnt]
-        logits = model.language_model.logits(states.flatten(0, 1).index_select(0, learnt))
-        loss = F.cross_entropy(logits, wanted)
-        kind = "text" if features is None else "compare" if len(batch.row_pictures[0]) > 1 else "picture"
-        right = (logits.argmax(-1) == wanted).float().mean().item()
-        return loss, {f"{kind} loss": loss.item(), f"{kind} tokens right": right}
+    def step(batch: gallery.LessonBatch) -> tuple[Tensor, dict[str, float]]:
+        logits = model.language_model.logits(final_states(model, batch))  # (R, S, vocab_size)
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+        right = (logits.argmax(-1) == batch.targets) | (batch.targets < 0)
+        whole = right.all(-1).float().mean().item()
+        kind = "text" if batch.shared_ids is None else "picture"
+        return loss, {f"{kind} loss": loss.item(), f"{kind} conversations right": whole}
 
     def after(index: int) -> None:
         balance.update()
-        if (index + 1) % 250 == 0:
-            keep(args.work / "lessons.pt", model, index + 1)
+        if index % 500 == 0:
+            checkpoint.write(args.work / "lessons", model, tokenizer)
 
-    run("lessons", dataset, first, optimizer, step, args, after, args.minutes)
-
-
-def keep(path: Path, model: KimiVL, step: int) -> None:
-    """The state that ``--resume`` begins from; optimizers begin anew."""
-    torch.save({"model": model.state_dict(), "step": step}, path)
+    run("lessons", teacher.batches(args.text_steps), args.lesson_steps, optimizer, step, args, after, args.minutes)
 
 
 def initialise(model: KimiVL) -> None:
@@ -386,17 +332,17 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the demo model.")
     parser.add_argument("--out", type=Path, default=Path("kimi_vl/demo"), help="folder for the checkpoint")
     parser.add_argument(
-        "--work", type=Path, default=Path(".cache/train_demo"), help="folder for the state between phases"
+        "--work", type=Path, default=Path(".cache/train_demo"), help="folder for checkpoints on the way"
     )
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--picture-steps", type=int, default=1100)
-    parser.add_argument("--lesson-steps", type=int, default=2000)
-    parser.add_argument("--first", type=int, default=0, help="with --start: the number of the first batch of lessons")
-    parser.add_argument("--minutes", type=float, default=0, help="end the second phase after this time instead")
-    parser.add_argument("--start", type=Path, help="go on from this checkpoint's weights instead of from nothing")
-    parser.add_argument("--resume", action="store_true", help="go on from what an earlier run left in --work")
+    parser.add_argument("--start", type=Path, help="go on from this checkpoint, with the second phase")
+    parser.add_argument("--picture-steps", type=int, default=1100, help="steps of the first phase")
     parser.add_argument("--picture-patches", type=int, default=8192, help="patches a batch in the first phase")
-    parser.add_argument("--patches", type=int, default=4096, help="patches a batch in the second phase")
+    parser.add_argument("--gallery", type=int, default=900, help="batches of pictures that the second phase has")
+    parser.add_argument("--patches", type=int, default=8192, help="patches a batch of these")
+    parser.add_argument("--text-steps", type=int, default=1200, help="its first steps, without pictures")
+    parser.add_argument("--lesson-steps", type=int, default=8000, help="steps of the second phase")
+    parser.add_argument("--minutes", type=float, default=0, help="end the second phase after this time instead")
     parser.add_argument("--matrix-rate", type=float, default=1.5e-3)
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--workers", type=int, default=1)
@@ -410,25 +356,17 @@ def main() -> None:
     F.scaled_dot_product_attention = plain_attention
     Experts.forward = all_experts
     Gate.forward = torch.autocast("cpu", enabled=False)(Gate.forward)  # routing is float32, as in inference
-    options, config = checkpoint.image_options(), checkpoint.demo_config()
-    model = KimiVL(config)
-    initialise(model)
-    tokenizer = checkpoint.train_tokenizer(lessons.vocabulary_text(random.Random(args.seed), 20_000))
-    checkpoint.write_without_weights(args.out, tokenizer)
-    args.work.mkdir(parents=True, exist_ok=True)
-    pictures_done, first = args.work / "pictures.pt", 0
-    found = [path for path in (args.work / "lessons.pt", pictures_done) if args.resume and path.exists()]
+    options = checkpoint.image_options()
     if args.start:
         model = loader.load(args.start, dtype=torch.float32).train().requires_grad_(True)
-        first = args.first
-    elif found:
-        state = torch.load(found[0])
-        model.load_state_dict(state["model"])
-        first = state["step"]
+        tokenizer = Tokenizer.from_directory(args.start)
     else:
+        model = KimiVL(checkpoint.demo_config())
+        initialise(model)
+        tokenizer = checkpoint.train_tokenizer(lessons.vocabulary_text(random.Random(args.seed), 20_000))
         learn_pictures(model, options, args)
-        keep(pictures_done, model, 0)
-    learn_lessons(model, tokenizer, options, first, args)
+        checkpoint.write(args.work / "pictures", model, tokenizer)
+    learn_lessons(model, tokenizer, options, args)
     checkpoint.write(args.out, model, tokenizer)
 
 
