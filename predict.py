@@ -17,19 +17,25 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cog import BasePredictor, ConcatenateIterator, Input, Path, streaming
+from cog import AsyncConcatenateIterator, BasePredictor, ConcatenateIterator, Input, Path, streaming
 
 import kimi_vl
 from kimi_vl.errors import UserError
-from kimi_vl.events import Answer, Done, Reasoning
+from kimi_vl.events import Answer, Done, Event, Reasoning
+
+if TYPE_CHECKING:
+    from kimi_vl.pipeline import Pipeline
 
 DEFAULT_MAX_LENGTH_TOKENS = 8192
 """Repeats the default of `max_length_tokens`, to tell a value that was given from one that was not."""
 
 CHUNK_SECONDS = 0.07
 """Text is held back for this long: Cog sends the whole output again with every chunk to a webhook."""
+
+DEFAULT_DEADLINE_S = 1800.0
+"""A request takes no longer than this in all (KIMI_VL_DEADLINE_S)."""
 
 MARKERS = {"text": ("◁think▷", "◁/think▷"), "think_tags": ("<think>", "</think>")}
 
@@ -41,26 +47,15 @@ Message = dict[str, Any]
 
 
 class Predictor(BasePredictor):
+    """Streams its text; Cog gives it one request at a time."""
+
     def setup(self) -> None:
         """Loads the model that KIMI_VL_MODEL names."""
-        started = time.monotonic()
-        logging.basicConfig(level=logging.INFO, format="setup: %(message)s", stream=sys.stdout)
-        print("setup: loading the model", flush=True)
-        try:
-            self.pipeline = kimi_vl.load(model=os.environ.get("KIMI_VL_MODEL") or "thinking")
-        except Exception:
-            # Cog keeps only the type and the message of what is raised here, and ends the process so soon
-            # that what was just printed does not reach its log without a pause.
-            traceback.print_exc()
-            time.sleep(0.3)
-            raise
-        print(f"setup: ready after {time.monotonic() - started:.1f} s", flush=True)
+        self.pipeline = load_model()
 
     def healthcheck(self) -> bool:
         """Whether the model can still answer; Cog reports UNHEALTHY when this is false."""
-        pipeline = getattr(self, "pipeline", None)
-        healthy: Callable[[], bool] | None = getattr(pipeline, "healthy", None)
-        return pipeline is not None and (healthy is None or bool(healthy()))
+        return self.pipeline.healthy()
 
     @streaming
     def predict(
@@ -113,11 +108,11 @@ class Predictor(BasePredictor):
         ),
     ) -> ConcatenateIterator[str]:  # pyright: ignore[reportInvalidTypeForm]
         """Answers one request, piece by piece."""
-        try:
+        with only_promised_errors():
             chat, chat_images = build_chat(prompt, system_prompt, messages, image, images)
             events = self.pipeline.stream(
                 chat,
-                images=chat_images,
+                chat_images,
                 temperature=float(temperature),
                 top_p=float(top_p),
                 top_k=_integer("top_k", top_k),
@@ -125,23 +120,144 @@ class Predictor(BasePredictor):
                 thinking_budget=_optional_integer("thinking_budget", thinking_budget),
                 stop_sequences=_split_stop_sequences(stop_sequences),
                 seed=_optional_integer("seed", seed),
+                deadline=_deadline(),
             )
             # Cancelling raises inside the loop; closing the stream is what makes the model stop.
             with contextlib.closing(events):
-                pieces = Coalescer().run(self._with_metrics(events))
+                pieces = Coalescer().run(_recorded(self, events))
                 yield from format_events(pieces, output_format)  # pyright: ignore[reportReturnType]
-        except UserError:
-            raise
-        except Exception as error:
-            _log_error(error)
-            raise RuntimeError(INTERNAL_ERROR) from None
 
-    def _with_metrics(self, events: Iterable[Any]) -> Iterator[Any]:
-        for event in events:
-            if isinstance(event, Done):
-                for name, value in metrics(event).items():
-                    self.record_metric(name, value)
-            yield event
+
+class ConcurrentPredictor(BasePredictor):
+    """The same for many requests at a time (cog.concurrent.yaml). Cog sends what an async predictor yields at its
+    end, so nothing streams here."""
+
+    async def setup(self) -> None:
+        """Loads the model that KIMI_VL_MODEL names."""
+        self.pipeline = load_model()
+
+    def healthcheck(self) -> bool:
+        """Whether the model can still answer; Cog reports UNHEALTHY when this is false."""
+        return self.pipeline.healthy()
+
+    async def predict(
+        self,
+        prompt: str = Input(default="", description="What to ask. Required unless messages is given."),
+        image: Path | None = Input(
+            default=None,
+            description="An image: PNG, JPEG, WebP, GIF, BMP or TIFF, up to 32 MiB and 40 million pixels.",
+        ),
+        top_p: float = Input(
+            default=1.0,
+            ge=0,
+            le=1,
+            description="Sample from the likeliest tokens up to this total probability.",
+        ),
+        temperature: float = Input(
+            default=0.6,
+            ge=0,
+            le=2,
+            description="Randomness of the sampling. 0 always takes the likeliest token.",
+        ),
+        max_length_tokens: int = Input(
+            default=8192, ge=1, le=131072, description="The most tokens to generate, thinking included."
+        ),
+        images: list[Path] = Input(default=[], description="More images, after the one in image. Up to 64 in all."),
+        system_prompt: str = Input(default="", description="Replaces the default system message."),
+        messages: list[dict] = Input(
+            default=[],
+            description="A conversation in the OpenAI chat form, instead of prompt and system_prompt. An image part holds a data URL, or is a bare {type: image} that takes the next of image and images.",  # noqa: E501
+        ),
+        thinking_budget: int | None = Input(
+            default=None,
+            ge=0,
+            description="The most tokens to think with before the answer. 0 answers without thinking. If left out, the thinking leaves room for an answer.",  # noqa: E501
+        ),
+        top_k: int = Input(default=0, ge=0, description="Sample from this many of the likeliest tokens. 0 is off."),
+        stop_sequences: str = Input(
+            default="",
+            description="Comma-separated texts that end the answer and are not part of it. Spaces around each are ignored.",  # noqa: E501
+        ),
+        seed: int | None = Input(default=None, description="Seed of the sampling. If left out, one is drawn."),
+        output_format: str = Input(
+            default="text",
+            choices=["text", "think_tags", "answer", "json"],
+            description="text: thinking between the markers of the model, then the answer. think_tags: the same with think tags. answer: the answer alone. json: one JSON object per line.",  # noqa: E501
+        ),
+        max_tokens: int | None = Input(default=None, description="Another name of max_length_tokens.", deprecated=True),
+        max_new_tokens: int | None = Input(
+            default=None, description="Another name of max_length_tokens.", deprecated=True
+        ),
+    ) -> AsyncConcatenateIterator[str]:  # pyright: ignore[reportInvalidTypeForm]
+        """Answers one request beside others."""
+        with only_promised_errors():
+            chat, chat_images = build_chat(prompt, system_prompt, messages, image, images)
+            events = self.pipeline.astream(
+                chat,
+                chat_images,
+                temperature=float(temperature),
+                top_p=float(top_p),
+                top_k=_integer("top_k", top_k),
+                max_length_tokens=_token_limit(max_length_tokens, max_tokens, max_new_tokens),
+                thinking_budget=_optional_integer("thinking_budget", thinking_budget),
+                stop_sequences=_split_stop_sequences(stop_sequences),
+                seed=_optional_integer("seed", seed),
+                deadline=_deadline(),
+            )
+            async with contextlib.aclosing(events):
+                kept = [event async for event in events]
+            for piece in format_events(_recorded(self, kept), output_format):
+                yield piece  # pyright: ignore[reportReturnType]
+
+
+def load_model() -> Pipeline:
+    """The model that KIMI_VL_MODEL names, its road told in the log."""
+    started = time.monotonic()
+    logging.basicConfig(level=logging.INFO, format="setup: %(message)s", stream=sys.stdout)
+    print("setup: loading the model", flush=True)
+    try:
+        _deadline()  # a value that cannot be used is found now
+        pipeline = kimi_vl.load(model=os.environ.get("KIMI_VL_MODEL") or "thinking")
+    except Exception:
+        # Cog keeps only the type and the message of what is raised here, and ends the process so soon
+        # that what was just printed does not reach its log without a pause.
+        traceback.print_exc()
+        time.sleep(0.3)
+        raise
+    print(f"setup: ready after {time.monotonic() - started:.1f} s", flush=True)
+    return pipeline
+
+
+@contextlib.contextmanager
+def only_promised_errors() -> Iterator[None]:
+    """Lets a caller's mistakes pass, and turns whatever else goes wrong into E_INTERNAL with a log without texts."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        _log_error(error)
+        raise RuntimeError(INTERNAL_ERROR) from None
+
+
+def _recorded(predictor: BasePredictor, events: Iterable[Event]) -> Iterator[Event]:
+    for event in events:
+        if isinstance(event, Done):
+            for name, value in metrics(event).items():
+                predictor.record_metric(name, value)
+        yield event
+
+
+def _deadline() -> float:
+    """Seconds that a request may take."""
+    given = os.environ.get("KIMI_VL_DEADLINE_S") or str(DEFAULT_DEADLINE_S)
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise ValueError(f"KIMI_VL_DEADLINE_S must be a number of seconds above 0, not {given!r}")
+    return seconds
 
 
 # From inputs to a chat
@@ -272,8 +388,8 @@ def _split_stop_sequences(text: str) -> tuple[str, ...]:
 class Coalescer:
     """Joins neighbouring events of one kind into pieces of about `interval` seconds.
 
-    The first piece leaves at once, and so does what is held when the kind changes. There is no timer: the
-    thread that waits here is the one that computes, so what is held leaves with a later event.
+    The first piece leaves at once, and so does what is held when the kind changes. There is no timer: what is
+    held leaves with a later event.
     """
 
     def __init__(self, interval: float = CHUNK_SECONDS, clock: Callable[[], float] = time.monotonic) -> None:

@@ -7,11 +7,12 @@ DeepSeek-V3 (routing without auxiliary loss, section 2.1.2) reports, the publish
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import LatentCache
 from .config import TextConfig
 
 # Shapes: B rows, S new tokens a row, L tokens to attend to, H hidden_size, N heads, R kv_lora_rank,
@@ -48,11 +49,27 @@ def apply_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return straight * cos + crossed * sin
 
 
-class Attention(nn.Module):
-    """Multi-head latent attention. Only the normed latent and the turned rotary key of a token are kept.
+class Past(Protocol):
+    """What new tokens see of the tokens before them, and where they are remembered; see :mod:`kimi_vl.cache`."""
 
-    A single new token a row is answered in the absorbed form: queries move into the latent space, so that the cost
-    of a step does not include expanding the past. Longer inputs expand keys and values, which is cheaper there.
+    def attend(self, layer: int, attention: Attention, q_nope: Tensor, q_rope: Tensor, entries: Tensor) -> Tensor:
+        """Remember ``entries`` (B, S, R+P) of the new tokens in ``layer`` and answer their queries: (B, N, S, V)."""
+        ...
+
+
+class Cache(Protocol):
+    """Remembers tokens from call to call."""
+
+    def at(self, positions: Tensor) -> Past:
+        """For new tokens at ``positions`` (B, S)."""
+        ...
+
+
+class Attention(nn.Module):
+    """Multi-head latent attention. Only the normed latent and the turned rotary key of a token are kept: its entry.
+
+    Few new tokens on a long past are answered in the absorbed form: queries move into the latent space, so that the
+    cost of a step does not include expanding the past. Longer inputs expand keys and values, which is cheaper there.
     """
 
     def __init__(self, config: TextConfig):
@@ -68,37 +85,27 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=False)
         self.scale = config.qk_head_dim**-0.5
 
-    def forward(
-        self,
-        states: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | None,
-        positions: Tensor,
-        length: int,
-        cache: LatentCache | None,
-        layer: int,
-    ) -> Tensor:
-        """``mask`` (B, 1, S, L) is true where a query may look; None means plain causal attention over ``states``."""
+    def forward(self, states: Tensor, cos: Tensor, sin: Tensor, past: Past | None, layer: int) -> Tensor:
+        """Without a past every row begins here, and attention is plainly causal."""
         config = self.config
         query = self.q_proj(states).unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2)  # (B, N, S, Q+P)
         q_nope, q_rope = query.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
         latent, k_rope = self.kv_a_proj_with_mqa(states).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        latent = self.kv_a_layernorm(latent)  # (B, S, R)
         q_rope = apply_rope(q_rope, cos.unsqueeze(1), sin.unsqueeze(1))  # (B, N, S, P)
-        k_rope = apply_rope(k_rope.unsqueeze(1), cos.unsqueeze(1), sin.unsqueeze(1)).squeeze(1)  # (B, S, P)
-        if cache is not None:
-            cache.write(layer, positions, torch.cat((latent, k_rope), dim=-1))
-            past = cache.read(layer, length)  # (B, L, R+P)
-            latent, k_rope = past.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        if cache is not None and states.shape[1] == 1:
-            heads = self._absorbed(q_nope, q_rope, latent, k_rope, mask)
+        entries = torch.cat((self.kv_a_layernorm(latent), apply_rope(k_rope, cos, sin)), dim=-1)  # (B, S, R+P)
+        if past is None:
+            heads = self.expanded(q_nope, q_rope, entries, None)
         else:
-            heads = self._expanded(q_nope, q_rope, latent, k_rope, mask)
+            heads = past.attend(layer, self, q_nope, q_rope, entries)
         return self.o_proj(heads.transpose(1, 2).flatten(2))  # (B, S, H)
 
-    def _expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
+    def expanded(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, mask: Tensor | None) -> Tensor:
+        """Heads (B, N, S, V) of queries over ``entries`` (B, L, R+P), their keys and values written out.
+
+        ``mask`` (…, S, L) is true where a query may look; None means causal, for as many queries as entries.
+        """
         config = self.config
+        latent, k_rope = entries.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
         expanded = self.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2)
         k_nope, value = expanded.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)  # (B, N, L, Q), (…, V)
         query = torch.cat((q_nope, q_rope), dim=-1)
@@ -107,16 +114,18 @@ class Attention(nn.Module):
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale
         )  # (B, N, S, V)
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
+    def absorbed(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, mask: Tensor | None) -> Tensor:
+        """The same with queries taken into the latent space; ``mask`` None lets every query see every entry."""
         config = self.config
         up = self.kv_b_proj.weight.view(config.num_attention_heads, -1, config.kv_lora_rank)  # (N, Q+V, R)
         to_key, to_value = up.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
         query = torch.cat((torch.einsum("bnsq,nqr->bnsr", q_nope, to_key), q_rope), dim=-1)  # (B, N, S, R+P)
-        key = torch.cat((latent, k_rope), dim=-1).unsqueeze(1)  # (B, 1, L, R+P), shared by the heads
+        key = entries.unsqueeze(1)  # (B, 1, L, R+P), shared by the heads
         scores = (query @ key.transpose(-1, -2)).float() * self.scale  # (B, N, S, L)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
-        mixed = scores.softmax(-1).to(latent.dtype) @ latent.unsqueeze(1)  # (B, N, S, R)
+        latent = key[..., : config.kv_lora_rank]
+        mixed = scores.softmax(-1).to(latent.dtype) @ latent  # (B, N, S, R)
         return torch.einsum("bnsr,nvr->bnsv", mixed, to_value)
 
 
@@ -198,18 +207,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Mlp(config.hidden_size, config.intermediate_size) if config.is_dense(layer) else MoE(config)
 
-    def forward(
-        self,
-        states: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | None,
-        positions: Tensor,
-        length: int,
-        cache: LatentCache | None,
-    ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(states), cos, sin, mask, positions, length, cache, self.layer)
-        states = states + attended
+    def forward(self, states: Tensor, cos: Tensor, sin: Tensor, past: Past | None) -> Tensor:
+        states = states + self.self_attn(self.input_layernorm(states), cos, sin, past, self.layer)
         return states + self.mlp(self.post_attention_layernorm(states))
 
 
@@ -223,20 +222,12 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, embeddings: Tensor, positions: Tensor, cache: LatentCache | None = None) -> Tensor:
+    def forward(self, embeddings: Tensor, positions: Tensor, cache: Cache | None = None) -> Tensor:
         cos, sin = rope_tables(positions, self.config.qk_rope_head_dim, self.config.rope_theta, embeddings.dtype)
-        length, mask = positions.shape[1], None
-        if cache is not None:
-            length = int(positions.max()) + 1
-            if length > cache.capacity:
-                raise ValueError(f"position {length - 1} is past the cache's capacity of {cache.capacity}")
-            if length > positions.shape[1]:  # else all rows begin here, and plain causal attention is the same
-                slots = torch.arange(length, device=positions.device)
-                # a row's slots past its own position may hold padding, and are never seen
-                mask = (slots <= positions.unsqueeze(-1)).unsqueeze(1)  # (B, 1, S, L)
+        past = None if cache is None else cache.at(positions)
         states = embeddings
         for layer in self.layers:
-            states = layer(states, cos, sin, mask, positions, length, cache)
+            states = layer(states, cos, sin, past)
         return self.norm(states)
 
 
@@ -248,12 +239,11 @@ class LanguageModel(nn.Module):
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, embeddings: Tensor, positions: Tensor, cache: LatentCache | None = None) -> Tensor:
+    def forward(self, embeddings: Tensor, positions: Tensor, cache: Cache | None = None) -> Tensor:
         """Final states (B, S, H); :meth:`logits` turns those that are wanted into scores.
 
-        ``positions`` (B, S) count from 0 in each row. With a cache they are also the slots to write, and rows may
-        be of different lengths (pad on the right and read the state of each row's own last token). Without one
-        every row starts at 0.
+        ``positions`` (B, S) count from 0 in each row. The cache says what a token sees; without one every row
+        starts at 0.
         """
         return self.model(embeddings, positions, cache)
 

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .cache import LatentCache
 from .config import Config
-from .language import LanguageModel
+from .language import Cache, LanguageModel
 from .projector import Projector
 from .vision import Grid, VisionTower
 
@@ -55,7 +54,7 @@ class KimiVL(nn.Module):
         pixel_values: Tensor | None = None,
         grids: Sequence[Grid] = (),
         positions: Tensor | None = None,
-        cache: LatentCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """float32 logits (B, S, vocab_size) of every token; the plain road for tests and training."""
         features = None if pixel_values is None else self.encode_images(pixel_values, grids)

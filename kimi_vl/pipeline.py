@@ -1,4 +1,4 @@
-"""Messages and images to events: the one place that knows both text and tensors.
+"""Messages and images to events: the one place that knows both text and engine.
 
 A request is checked whole before anything is computed. Thinking that reaches its budget is closed here, so that
 there is always room for an answer.
@@ -6,31 +6,40 @@ there is always room for an answer.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import dataclasses
+import queue
 import secrets
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from . import chat, images, loader, weights
+from .engine import Engine, EngineOptions, Patches, Ticket
 from .errors import UserError
 from .events import Answer, ClosedBy, Done, Event, FinishReason, Reasoning, Usage
-from .generation import Prompt, Session
 from .images import ImageOptions
 from .model import KimiVL
-from .sampling import Sampling, sample
+from .sampling import Sampling
 from .tokenizer import TextStream, Tokenizer
 
 ImageSource = bytes | str | Path | Image.Image
+Deliver = Callable[[Event | Exception], None]
 MAX_LENGTH_TOKENS = 131_072
+POLL_S = 0.05  # an exception that is raised in a waiting thread from outside is seen this soon
 
 
-def load(model: str = "auto", device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pipeline:
+def load(
+    model: str = "auto",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    options: EngineOptions | None = None,
+) -> Pipeline:
     """A pipeline for ``model``: a published name, ``demo``, ``auto``, or a directory (see :mod:`kimi_vl.weights`).
 
     ``device`` None takes a CUDA GPU if there is one; ``dtype`` None is bfloat16 there and float32 on a CPU. Raises
@@ -46,51 +55,78 @@ def load(model: str = "auto", device: torch.device | str | None = None, dtype: t
         Tokenizer.from_directory(directory),
         ImageOptions.from_directory(directory),
         thinks="instruct" not in f"{model} {directory}".lower(),
+        options=options,
     )
 
 
 class Pipeline:
-    """A loaded model with its tokenizer. Requests do not share state, so threads may run them side by side."""
+    """A loaded model with its tokenizer and its engine. Any number of threads may send requests at once."""
 
-    def __init__(self, model: KimiVL, tokenizer: Tokenizer, image_options: ImageOptions, thinks: bool = True):
-        self.model = model
+    def __init__(
+        self,
+        model: KimiVL,
+        tokenizer: Tokenizer,
+        image_options: ImageOptions,
+        thinks: bool = True,
+        options: EngineOptions | None = None,
+    ):
         self.tokenizer = tokenizer
         self.image_options = image_options
         self.thinks = thinks
+        self.engine = Engine(model, tokenizer.num_ranks, options)
+
+    @property
+    def model(self) -> KimiVL:
+        return self.engine.model
+
+    def healthy(self) -> bool:
+        """Whether requests are still served."""
+        return self.engine.healthy()
+
+    def close(self) -> None:
+        """Take no more requests, and return when those that run are done."""
+        self.engine.close()
 
     def stream(
-        self,
-        messages: Sequence[chat.Message],
-        images: Sequence[ImageSource] = (),
-        *,
-        temperature: float = 0.6,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        max_length_tokens: int = 8192,
-        thinking_budget: int | None = None,
-        stop_sequences: Sequence[str] = (),
-        seed: int | None = None,
-    ) -> Generator[Event, None, None]:
+        self, messages: Sequence[chat.Message], images: Sequence[ImageSource] = (), **params: Any
+    ) -> EventStream:
         """Events of one request: :class:`Reasoning` and :class:`Answer` pieces as they come, then :class:`Done`.
 
-        ``messages`` have the chat form; image parts take ``images`` (bytes, paths or PIL images) in order. The
-        request is checked at once, by this call: :class:`UserError` says what the caller should change. Closing
-        the iterator frees everything at once.
+        ``messages`` have the chat form; image parts take ``images`` (bytes, paths or PIL images) in order. ``params``
+        are ``temperature`` (0.6), ``top_p`` (1.0), ``top_k`` (0), ``max_length_tokens`` (8192), ``thinking_budget``
+        (None), ``stop_sequences`` (()), ``seed`` (None) and ``deadline`` (seconds, None). The request is checked at
+        once, by this call: :class:`UserError` says what the caller should change. Closing the stream frees
+        everything within a step.
         """
-        sampling = Sampling(temperature, top_p, top_k, secrets.randbelow(2**31) if seed is None else seed)
-        if not 1 <= max_length_tokens <= MAX_LENGTH_TOKENS:
-            raise UserError("E_PARAMETER", f"max_length_tokens must be from 1 to {MAX_LENGTH_TOKENS}; change it.")
-        if thinking_budget is not None and thinking_budget < 0:
-            raise UserError("E_PARAMETER", "thinking_budget must be at least 0; change it.")
-        prompt = self._prompt(messages, images)
-        context = self.model.config.text_config.max_position_embeddings
-        room = min(max_length_tokens, context - len(prompt.ids))
-        if room < 1:
-            raise UserError(
-                "E_PROMPT_TOO_LONG",
-                f"the prompt takes {len(prompt.ids)} tokens of {context}; shorten it or send fewer images.",
-            )
-        return self._generate(prompt, sampling, room, thinking_budget, tuple(filter(None, stop_sequences)))
+        events: queue.SimpleQueue[Event | Exception] = queue.SimpleQueue()
+        return EventStream(self.engine, self.submit(messages, images, events.put, **params), events)
+
+    async def astream(
+        self, messages: Sequence[chat.Message], images: Sequence[ImageSource] = (), **params: Any
+    ) -> AsyncIterator[Event]:
+        """:meth:`stream` for an event loop, which is never held up; images are decoded in another thread."""
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event | Exception] = asyncio.Queue()
+
+        def deliver(event: Event | Exception) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        submitting = asyncio.ensure_future(asyncio.to_thread(self.submit, messages, images, deliver, **params))
+        try:
+            ticket = await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            submitting.add_done_callback(lambda done: done.exception() or self.engine.cancel(done.result()))
+            raise
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                if isinstance(event, Done):
+                    return
+        finally:
+            self.engine.cancel(ticket)
 
     def complete(self, messages: Sequence[chat.Message], images: Sequence[ImageSource] = (), **params: Any) -> Done:
         """The summary of a whole request; parameters as for :meth:`stream`."""
@@ -99,82 +135,158 @@ class Pipeline:
                 return event
         raise AssertionError("a request ends with Done")
 
-    def _prompt(self, messages: Sequence[chat.Message], sources: Sequence[ImageSource]) -> Prompt:
+    def submit(
+        self,
+        messages: Sequence[chat.Message],
+        images: Sequence[ImageSource],
+        deliver: Deliver,
+        *,
+        temperature: float = 0.6,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        max_length_tokens: int = 8192,
+        thinking_budget: int | None = None,
+        stop_sequences: Sequence[str] = (),
+        seed: int | None = None,
+        deadline: float | None = None,
+    ) -> Ticket:
+        """Send a request whose events (or error, which ends it) are delivered by the engine's thread."""
+        began = time.monotonic()
+        sampling = Sampling(temperature, top_p, top_k, secrets.randbelow(2**31) if seed is None else seed)
+        if not 1 <= max_length_tokens <= MAX_LENGTH_TOKENS:
+            raise UserError("E_PARAMETER", f"max_length_tokens must be from 1 to {MAX_LENGTH_TOKENS}; change it.")
+        if thinking_budget is not None and thinking_budget < 0:
+            raise UserError("E_PARAMETER", "thinking_budget must be at least 0; change it.")
+        ids, patches = self._prompt(messages, images)
+        context = self.model.config.text_config.max_position_embeddings
+        room = min(max_length_tokens, context - len(ids))
+        if room < 1:
+            raise UserError(
+                "E_PROMPT_TOO_LONG",
+                f"the prompt takes {len(ids)} tokens of {context}; shorten it or send fewer images.",
+            )
+        guide = _Guide(
+            self.tokenizer,
+            sampling,
+            _Steering(self.tokenizer, self.thinks, room, thinking_budget),
+            _OutputText(self.tokenizer, tuple(filter(None, stop_sequences))),
+            room,
+            Usage(len(ids), sum(image.tokens for image in patches), 0, 0),
+            began,
+            deliver,
+        )
+        return self.engine.submit(ids, patches, room, guide, float("inf") if deadline is None else deadline)
+
+    def _prompt(
+        self, messages: Sequence[chat.Message], sources: Sequence[ImageSource]
+    ) -> tuple[list[int], list[Patches]]:
         if len(sources) > images.MAX_IMAGES:
             raise UserError("E_TOO_MANY_IMAGES", f"a request may have {images.MAX_IMAGES} images; send fewer.")
         if not messages:
             raise UserError("E_PROMPT_EMPTY", "the conversation is empty; send a message.")
-        patches, grids = [], []
-        for source in sources:
-            pixels, grid = images.preprocess(images.load(source, self.image_options), self.image_options)
-            patches.append(pixels)
-            grids.append(grid)
-        counts = [rows * columns // 4 for rows, columns in grids]
-        ids = chat.encode(self.tokenizer, chat.without_earlier_thinking(messages), counts)
-        return Prompt(ids, torch.from_numpy(np.concatenate(patches)) if patches else None, grids)
+        patches = [
+            Patches(*images.preprocess(images.load(source, self.image_options), self.image_options))
+            for source in sources
+        ]
+        history = chat.without_earlier_thinking(messages)
+        return chat.encode(self.tokenizer, history, [image.tokens for image in patches]), patches
 
-    def _generate(
+
+class EventStream(Iterator[Event]):
+    """The events of one request as they come; closing it (or letting go of it) cancels what is not done."""
+
+    def __init__(self, engine: Engine, ticket: Ticket, events: queue.SimpleQueue[Event | Exception]):
+        self._engine, self._ticket, self._events = engine, ticket, events
+        self._over = False
+
+    def __next__(self) -> Event:
+        if self._over:
+            raise StopIteration
+        event = None
+        while event is None:
+            with contextlib.suppress(queue.Empty):
+                event = self._events.get(timeout=POLL_S)
+        self._over = isinstance(event, Done | Exception)
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+    def close(self) -> None:
+        if not self._over:
+            self._over = True
+            self._engine.cancel(self._ticket)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class _Guide:
+    """Turns drawn tokens to events, and says what follows: see :class:`kimi_vl.engine.Guide`."""
+
+    def __init__(
         self,
-        prompt: Prompt,
+        tokenizer: Tokenizer,
         sampling: Sampling,
+        steer: _Steering,
+        text: _OutputText,
         room: int,
-        thinking_budget: int | None,
-        stop_sequences: tuple[str, ...],
-    ) -> Generator[Event, None, None]:
-        began = time.monotonic()
-        text = _OutputText(self.tokenizer, stop_sequences)
-        steer = _Steering(self.tokenizer, self.thinks, room, thinking_budget)
-        session = Session(self.model, [prompt], room)
-        finish_reason: FinishReason = "length"
-        first_token_at = None
-        count = 0
-        while count < room:
-            token = steer.forced()
-            if token is None:
-                silent = steer.closed_by != "none" and not text.answer.strip()
-                token = self._draw(session.logits[0], sampling, count, must_speak=silent)
-                if token in self.tokenizer.stop_ids and text.splitter.section == "reasoning":
-                    steer.close()  # a turn that would end inside the thinking is led to its answer
-                    continue
-            count += 1
-            first_token_at = first_token_at or time.monotonic()
-            if token in self.tokenizer.stop_ids:
-                finish_reason = "stop"
-                break
-            yield from text.push(token)
-            steer.saw(text.splitter.section)
-            if text.stopped:
-                finish_reason = "stop_sequence"
-                break
-            if count < room:
-                session.step([token])
-        if not text.stopped:
-            yield from text.finish()
-        elapsed = time.monotonic() - (first_token_at or began)
-        yield Done(
-            reasoning=text.reasoning,
-            answer=text.answer,
-            finish_reason=finish_reason,
-            thinking_closed_by=steer.closed_by,
-            usage=Usage(
-                input_tokens=len(prompt.ids),
-                image_tokens=sum(rows * columns // 4 for rows, columns in prompt.grids),
-                output_tokens=count,
-                reasoning_tokens=steer.reasoning_tokens,
-            ),
-            seed=sampling.seed,
-            time_to_first_token=(first_token_at or began) - began,
-            tokens_per_second=(count - 1) / elapsed if count > 1 and elapsed > 0 else 0.0,
-        )
+        usage: Usage,
+        began: float,
+        deliver: Deliver,
+    ):
+        self._stop_ids = tokenizer.stop_ids
+        self.sampling = sampling
+        self._steer, self._text, self._room, self._usage = steer, text, room, usage
+        self._began, self._first_at = began, None
+        self._count = 0
+        self._deliver = deliver
 
-    def _draw(self, logits: Tensor, sampling: Sampling, count: int, must_speak: bool) -> int:
-        """The next token; ``must_speak`` rules out what has no text, so that an answer is never empty."""
-        if not bool(torch.isfinite(logits).all()):
-            raise RuntimeError("the model produced a value that is not finite")
-        if must_speak:
-            logits = logits.clone()
-            logits[self.tokenizer.num_ranks :] = float("-inf")
-        return sample(logits, sampling, count)
+    @property
+    def text_only(self) -> bool:
+        """An answer is never empty: after the thinking, text comes before the turn may end."""
+        return self._steer.closed_by != "none" and not self._text.answer.strip()
+
+    def forced(self) -> int | None:
+        return self._steer.forced()
+
+    def take(self, token: int) -> int | None:
+        if token in self._stop_ids and self._text.splitter.section == "reasoning":
+            token = self._steer.close()  # a turn that would end inside the thinking is led to its answer
+        self._count += 1
+        self._first_at = self._first_at or time.monotonic()
+        if token in self._stop_ids:
+            return self._finish("stop")
+        for event in self._text.push(token):
+            self._deliver(event)
+        self._steer.saw(self._text.splitter.section)
+        if self._text.stopped:
+            return self._finish("stop_sequence")
+        return token if self._count < self._room else self._finish("length")
+
+    def fail(self, error: Exception) -> None:
+        self._deliver(error)
+
+    def _finish(self, reason: FinishReason) -> None:
+        text, steer = self._text, self._steer
+        if not text.stopped:
+            for event in text.finish():
+                self._deliver(event)
+        first_at = self._first_at or self._began
+        elapsed = time.monotonic() - first_at
+        self._deliver(
+            Done(
+                reasoning=text.reasoning,
+                answer=text.answer,
+                finish_reason=reason,
+                thinking_closed_by=steer.closed_by,
+                usage=dataclasses.replace(
+                    self._usage, output_tokens=self._count, reasoning_tokens=steer.reasoning_tokens
+                ),
+                seed=self.sampling.seed,
+                time_to_first_token=first_at - self._began,
+                tokens_per_second=(self._count - 1) / elapsed if self._count > 1 and elapsed > 0 else 0.0,
+            )
+        )
 
 
 class _Steering:
@@ -190,16 +302,17 @@ class _Steering:
         longest = max(0, room - min(1024, room // 4) - len(self._closer))
         self._budget = longest if budget is None else min(budget, longest)
         if thinks and budget == 0:
-            self.close()
-            self._queue = tokenizer.encode(chat.THINK_OPEN) + self._queue
+            self._closing = True
+            self._queue = tokenizer.encode(chat.THINK_OPEN) + self._closer
 
     def forced(self) -> int | None:
         """The next token where it is not drawn."""
         return self._queue.pop(0) if self._queue else None
 
-    def close(self) -> None:
-        """End the thinking now."""
-        self._queue, self._closing = list(self._closer), True
+    def close(self) -> int:
+        """End the thinking now, with this token; the others that it takes are forced."""
+        self._queue, self._closing = self._closer[1:], True
+        return self._closer[0]
 
     def saw(self, section: chat.Section | None) -> None:
         """One token was added, after which the text is in ``section`` (None while that is not known)."""
@@ -214,7 +327,7 @@ class _Steering:
         self.reasoning_tokens += 1
         self._inside += section == "reasoning"
         if self._inside >= max(1, self._budget) and not self._closing:
-            self.close()
+            self._queue, self._closing = list(self._closer), True
 
 
 class _OutputText:

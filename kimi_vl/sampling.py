@@ -5,6 +5,7 @@ Knows no text and no model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +66,18 @@ def sample(logits: Tensor, sampling: Sampling, position: int) -> int:
     target = uniform(sampling.seed, position) * cumulative[-1]
     index = min(int(torch.searchsorted(cumulative, target, right=True)), cumulative.numel() - 1)
     return index if ids is None else int(ids[index])
+
+
+def draw(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], limits: Sequence[int]) -> list[int]:
+    """One token id for each row of float32 ``logits`` (B, V), of the ids below its limit; see :func:`sample`.
+
+    A row's draw depends on nothing but its own logits, seed and position.
+    """
+    vocabulary = logits.shape[-1]
+    if all(sampling.greedy for sampling in samplings) and all(limit == vocabulary for limit in limits):
+        return logits.argmax(-1).tolist()
+    rows = zip(logits, samplings, positions, limits, strict=True)
+    return [sample(row[:limit], sampling, position) for row, sampling, position, limit in rows]
 
 
 def uniform(seed: int, position: int) -> float:

@@ -44,7 +44,15 @@ CONSTRAINTS = {
     "accept": "x-cog-accept",
 }
 INPUT_KEYWORDS = {"default", "description", "choices", "deprecated", *CONSTRAINTS}
-COG_NAMES = {"BasePredictor", "BaseRunner", "ConcatenateIterator", "Input", "Path", "streaming"}
+COG_NAMES = {
+    "AsyncConcatenateIterator",
+    "BasePredictor",
+    "BaseRunner",
+    "ConcatenateIterator",
+    "Input",
+    "Path",
+    "streaming",
+}
 OUTPUTS: dict[str, dict[str, Any]] = {
     "str": {"title": "Output", "type": "string"},
     "Iterator[str]": {
@@ -61,6 +69,8 @@ OUTPUTS: dict[str, dict[str, Any]] = {
         "x-cog-array-display": "concatenate",
     },
 }
+OUTPUTS["AsyncConcatenateIterator[str]"] = OUTPUTS["ConcatenateIterator[str]"]
+Method = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class SchemaError(Exception):
@@ -103,14 +113,14 @@ def generate(source: str, class_name: str = "Predictor") -> dict[str, Any]:
     return _document(inputs, output, enums, streaming)
 
 
-def write(root: Path) -> Path:
+def write(root: Path, class_name: str = "Predictor") -> Path:
     """Brings the schema file of the project at `root` up to date and returns its path.
 
     The file is replaced in one step, and only when its content changes: a server that is just starting never
     reads half a schema.
     """
     path = root / SCHEMA_PATH
-    document = generate((root / "predict.py").read_text(encoding="utf-8"))
+    document = generate((root / "predict.py").read_text(encoding="utf-8"), class_name)
     content = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
     if path.is_file() and path.read_text(encoding="utf-8") == content:
         return path
@@ -149,7 +159,7 @@ def _check_imports(module: ast.Module) -> None:
         raise SchemaError(None, f"{name} must come from a plain `from cog import {name}` at the top")
 
 
-def _find_method(module: ast.Module, class_name: str) -> ast.FunctionDef:
+def _find_method(module: ast.Module, class_name: str) -> Method:
     classes = [node for node in module.body if isinstance(node, ast.ClassDef) and node.name == class_name]
     if len(classes) != 1:
         raise SchemaError(None, f"expected one class {class_name} at the top level, found {len(classes)}")
@@ -160,28 +170,30 @@ def _find_method(module: ast.Module, class_name: str) -> ast.FunctionDef:
     ]
     if len(methods) != 1:
         raise SchemaError(classes[0], f"{class_name} must define exactly one of predict and run")
-    if isinstance(methods[0], ast.AsyncFunctionDef):
-        raise SchemaError(methods[0], "Cog collects an async generator before it sends anything; use a plain def")
     return methods[0]
 
 
-def _is_streaming(method: ast.FunctionDef) -> bool:
+def _is_streaming(method: Method) -> bool:
     for decorator in method.decorator_list:
         if ast.unparse(decorator) != "streaming":
             raise SchemaError(decorator, f"the only decorator known here is @streaming, not @{ast.unparse(decorator)}")
     return bool(method.decorator_list)
 
 
-def _output_schema(method: ast.FunctionDef, streaming: bool) -> dict[str, Any]:
+def _output_schema(method: Method, streaming: bool) -> dict[str, Any]:
     name = ast.unparse(method.returns) if method.returns else "nothing"
     if name not in OUTPUTS:
         raise SchemaError(method, f"the return annotation must be one of {', '.join(OUTPUTS)}, not {name}")
     if streaming and name == "str":
         raise SchemaError(method, "@streaming needs an iterator as the return annotation")
+    if streaming and isinstance(method, ast.AsyncFunctionDef):
+        raise SchemaError(method, "Cog collects an async generator before it sends anything; use a plain def")
+    if name.startswith("Async") != isinstance(method, ast.AsyncFunctionDef):
+        raise SchemaError(method, f"{name} does not fit the method: async def takes AsyncConcatenateIterator[str]")
     return OUTPUTS[name]
 
 
-def _parameters(method: ast.FunctionDef) -> list[tuple[ast.arg, ast.expr]]:
+def _parameters(method: Method) -> list[tuple[ast.arg, ast.expr]]:
     """The inputs with their defaults, without self."""
     arguments = method.args
     if arguments.vararg or arguments.kwarg or arguments.kwonlyargs or arguments.posonlyargs:

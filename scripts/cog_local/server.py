@@ -25,7 +25,7 @@ from cog_local import schema
 from cog_local.client import Client, ServerGone
 
 ROOT = Path(__file__).resolve().parents[2]
-PREDICTOR = "predict.py:Predictor"
+CONCURRENT_REQUESTS = 32
 DRAIN_SECONDS = 10.0
 
 # Runs Cog's server, and ends it with its worker when our end of its stdin closes: if we are killed outright,
@@ -102,8 +102,10 @@ class Server:
         host: str = "127.0.0.1",
         port: int | None = None,
         log: Log | None = None,
+        concurrent: bool = False,
     ) -> None:
         self.root = root
+        self.predictor = "ConcurrentPredictor" if concurrent else "Predictor"
         self.environment = dict(os.environ if environment is None else environment)
         self.host = host
         self.fixed_port = port
@@ -125,7 +127,7 @@ class Server:
         return Client(self.url)
 
     def __enter__(self) -> Server:
-        schema.write(self.root)
+        schema.write(self.root, self.predictor)
         try:
             # Between choosing a free port and using it, somebody else may take it.
             for attempts_left in (2, 1, 0):
@@ -155,7 +157,8 @@ class Server:
             # Cog starts its worker as plain `python`, so the right one has to come first.
             "PATH": binaries + os.pathsep + self.environment.get("PATH", os.defpath),
             "PORT": str(self.port),
-            "COG_PREDICT_TYPE_STUB": PREDICTOR,
+            "COG_PREDICT_TYPE_STUB": f"predict.py:{self.predictor}",
+            "COG_MAX_CONCURRENCY": str(CONCURRENT_REQUESTS if self.predictor == "ConcurrentPredictor" else 1),
             "LOG_FORMAT": "json",
         }
         self.lines.clear()
@@ -287,11 +290,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/serve", description="Serve the Cog HTTP API without Docker.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=5000, help="port to listen on (5000)")
+    parser.add_argument("--concurrent", action="store_true", help="many requests at a time, none of them streamed")
     arguments = parser.parse_args()
     interrupt_on_signals()
     try:
         environment = model_environment(os.environ, say)
-        server = Server(environment=environment, host=arguments.host, port=arguments.port, log=say)
+        server = Server(
+            environment=environment,
+            host=arguments.host,
+            port=arguments.port,
+            log=say,
+            concurrent=arguments.concurrent,
+        )
         with server:
             say(f"ready: POST {server.url}/predictions (Ctrl-C stops)")
             try:

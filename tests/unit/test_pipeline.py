@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+import gc
 import io
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from kimi_vl import chat, loader, pipeline
+from kimi_vl import chat, loader
+from kimi_vl.engine import Engine
 from kimi_vl.errors import UserError
-from kimi_vl.events import Answer, Done, Reasoning
+from kimi_vl.events import Answer, Done, Event, Reasoning
 from kimi_vl.images import ImageOptions
 from kimi_vl.pipeline import Pipeline
+from kimi_vl.scheduler import Work
 from kimi_vl.tokenizer import Tokenizer
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
 ASK = [{"role": "user", "content": "Why?"}]
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 20) -> bool:
+    """Whether something comes true before long."""
+    end = time.monotonic() + seconds
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.01)
+    return holds()
 
 
 @pytest.fixture(scope="module")
@@ -28,26 +43,6 @@ def whole():
         Tokenizer.from_directory(CHECKPOINT),
         ImageOptions.from_directory(CHECKPOINT),
     )
-
-
-class Scripted:
-    """A session whose next token is a function of the tokens so far."""
-
-    def __init__(self, size: int, script: Callable[[list[int]], int]):
-        self.size, self.script, self.tokens = size, script, []
-
-    def __call__(self, model, prompts, room) -> Scripted:
-        self.tokens = []
-        return self
-
-    @property
-    def logits(self) -> torch.Tensor:
-        wanted = self.script(self.tokens)
-        second = torch.arange(self.size).float() / self.size
-        return second.index_fill(0, torch.tensor([wanted]), 100.0).unsqueeze(0)
-
-    def step(self, tokens: Sequence[int]) -> None:
-        self.tokens += tokens
 
 
 @pytest.fixture
@@ -67,7 +62,12 @@ def say(whole, monkeypatch):
                         return later[min(len(tokens) - at - len(closer), len(later) - 1)]
             return ids[min(len(tokens), len(ids) - 1)]
 
-        monkeypatch.setattr(pipeline, "Session", Scripted(1280, script))
+        def forward(works: Sequence[Work]) -> torch.Tensor:
+            rows = [script(work.request.ids[work.request.prompt_length :]) for work in works if work.complete]
+            likely = torch.arange(1280).float() / 1280
+            return torch.stack([likely.index_fill(0, torch.tensor([row]), 100.0) for row in rows])
+
+        monkeypatch.setattr(Engine, "_forward", staticmethod(forward))
 
     return scripted
 
@@ -166,15 +166,13 @@ def _times(done: Done) -> dict[str, float]:
     ],
 )
 def test_mistakes_are_found_before_anything_is_computed(whole, monkeypatch, options, code):
-    monkeypatch.setattr(pipeline, "Session", None)
+    monkeypatch.setattr(whole, "engine", SimpleNamespace(model=whole.model))
     with pytest.raises(UserError, match=code):
         whole.stream(**{"messages": ASK, **options})
 
 
 def test_a_value_that_is_not_finite_fails_the_request(whole, monkeypatch):
-    session = Scripted(1280, lambda tokens: 5)
-    monkeypatch.setattr(Scripted, "logits", property(lambda self: torch.full((1, 1280), float("nan"))))
-    monkeypatch.setattr(pipeline, "Session", session)
+    monkeypatch.setattr(Engine, "_forward", lambda self, works: torch.full((1, 1280), float("nan")))
     with pytest.raises(RuntimeError, match="not finite"):
         list(whole.stream(ASK))
 
@@ -197,3 +195,43 @@ def test_closing_the_stream_stops_the_work(whole):
     next(events)
     events.close()
     assert list(events) == []
+    assert wait_until(lambda: not whole.engine.scheduler.busy)
+
+
+def test_a_stream_that_nobody_holds_stops_too(whole):
+    whole.stream(ASK, temperature=0, max_length_tokens=5000)
+    gc.collect()
+    assert wait_until(lambda: not whole.engine.scheduler.busy)
+    assert whole.engine.steps < 4000
+
+
+def test_an_event_loop_gets_the_same_events(whole):
+    async def together() -> list[list[Event]]:
+        async def one(seed: int) -> list[Event]:
+            return [event async for event in whole.astream(ASK, seed=seed, max_length_tokens=20)]
+
+        return await asyncio.gather(*(one(seed) for seed in range(5)))
+
+    for seed, events in enumerate(asyncio.run(together())):
+        done = events[-1]
+        assert isinstance(done, Done)
+        assert done == dataclasses.replace(whole.complete(ASK, seed=seed, max_length_tokens=20), **_times(done))
+
+
+def test_a_task_that_is_cancelled_stops_the_work(whole):
+    async def impatient() -> None:
+        async def read() -> None:
+            async for _ in whole.astream(ASK, temperature=0, max_length_tokens=5000):
+                pass
+
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(read(), 0.2)
+
+    asyncio.run(impatient())
+    assert wait_until(lambda: not whole.engine.scheduler.busy)
+
+
+def test_a_deadline_ends_a_request(whole):
+    with pytest.raises(UserError, match="E_OVERLOADED"):
+        whole.complete(ASK, temperature=0, max_length_tokens=5000, deadline=0.1)
+    assert whole.complete(ASK, temperature=0, max_length_tokens=3).usage.output_tokens == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import pathlib
@@ -62,6 +63,10 @@ class StubPipeline:
         self.images: Any = None
         self.params: dict[str, Any] = {}
         self.closed = False
+        self.health = True
+
+    def healthy(self) -> bool:
+        return self.health
 
     def stream(self, messages: Any, images: Any = (), **params: Any) -> Iterator[Any]:
         self.messages, self.images, self.params = messages, images, params
@@ -377,6 +382,15 @@ def test_messages_exclude_prompts(inputs: dict[str, str]) -> None:
 # Parameters
 
 
+def test_the_deadline_is_set_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KIMI_VL_DEADLINE_S", "2.5")
+    assert parameters()["deadline"] == 2.5
+    for wrong in ("soon", "0", "-1", "nan"):
+        monkeypatch.setenv("KIMI_VL_DEADLINE_S", wrong)
+        with pytest.raises(ValueError, match="KIMI_VL_DEADLINE_S"):
+            predict.load_model()
+
+
 def test_parameters_reach_the_pipeline() -> None:
     assert parameters() == {
         "temperature": 0.6,
@@ -386,6 +400,7 @@ def test_parameters_reach_the_pipeline() -> None:
         "thinking_budget": None,
         "stop_sequences": (),
         "seed": None,
+        "deadline": 1800.0,
     }
     given = parameters(temperature=1, top_p=0, top_k=5, thinking_budget=0, seed=0, stop_sequences="END")
     assert (given["temperature"], given["top_p"], given["top_k"]) == (1.0, 0.0, 5)
@@ -489,15 +504,17 @@ def test_setup_loads_what_the_environment_names(monkeypatch: pytest.MonkeyPatch,
     if value is not None:
         monkeypatch.setenv("KIMI_VL_MODEL", value)
     predictor = predict.Predictor()
-    assert not predictor.healthcheck()
     predictor.setup()
-    assert loaded == [model]
+    concurrent = predict.ConcurrentPredictor()
+    asyncio.run(concurrent.setup())
+    assert loaded == [model, model]
+    assert predictor.healthcheck() and concurrent.healthcheck()
+
+
+@pytest.mark.parametrize("kind", [predict.Predictor, predict.ConcurrentPredictor])
+def test_healthcheck_asks_the_pipeline(kind: type[predict.Predictor | predict.ConcurrentPredictor]) -> None:
+    predictor = kind()
+    predictor.pipeline = StubPipeline()  # pyright: ignore[reportAttributeAccessIssue]
     assert predictor.healthcheck()
-
-
-def test_healthcheck_asks_the_pipeline() -> None:
-    pipeline = StubPipeline()
-    recorder = Recorder(pipeline)
-    assert recorder.healthcheck()
-    pipeline.healthy = lambda: False  # type: ignore[attr-defined]
-    assert not recorder.healthcheck()
+    predictor.pipeline.health = False  # pyright: ignore[reportAttributeAccessIssue]
+    assert not predictor.healthcheck()

@@ -55,6 +55,12 @@ def test_input(document: dict[str, Any], name: str, promised: dict[str, Any]) ->
     assert field == promised
 
 
+def test_the_concurrent_predictor_has_the_same_inputs_and_does_not_stream(document: dict[str, Any]) -> None:
+    concurrent = schema.generate((ROOT / "predict.py").read_text(encoding="utf-8"), "ConcurrentPredictor")
+    assert concurrent["components"]["schemas"] == document["components"]["schemas"]
+    assert "x-cog-streaming" not in json.dumps(concurrent)
+
+
 def test_nothing_is_required(document: dict[str, Any]) -> None:
     assert "required" not in document["components"]["schemas"]["Input"]
 
@@ -174,6 +180,7 @@ def test_refused_inputs(parameter: str, reason: str) -> None:
         (", Path, streaming\n", ", streaming\nfrom pathlib import Path\n", "plain"),
         (", streaming\n", "\n", "plain"),
         ("    def predict", "    async def predict", "async"),
+        ("    @streaming\n    def predict", "    async def predict", "does not fit"),
         ("ConcatenateIterator[str]:", "ConcatenateIterator:", "return annotation"),
         (" -> ConcatenateIterator[str]:", ":", "return annotation"),
         ("-> ConcatenateIterator[str]:", "-> str:", "iterator"),

@@ -1,0 +1,356 @@
+"""One thread that serves every request: plan, tensors, forward, sample, commit.
+
+Knows ids, images as patches, and a guide for each request that says what to do with a drawn token; no text and no
+files. Whatever goes wrong with one request reaches that request alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .cache import Chunk, PagedCache
+from .errors import UserError
+from .model import KimiVL
+from .pages import PagePool
+from .sampling import Sampling, draw
+from .scheduler import NeverFits, Request, Scheduler, Span, Work
+from .vision import Grid
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How much an engine takes on. ``cache_bytes`` 0 takes what the device can spare."""
+
+    page_size: int = 32
+    max_rows: int = 64
+    step_tokens: int = 1024
+    max_waiting: int = 256
+    cache_bytes: int = 0
+    embedding_bytes: int = 256 << 20
+    reuse: bool = True
+
+
+class Patches:
+    """An image as the vision tower takes it: ``pixel_values`` (P, 3, 14, 14), float32, in a ``grid``.
+
+    The digest is the SHA-256 of exactly these values, so that only equal pictures are taken for each other.
+    """
+
+    def __init__(self, pixel_values: np.ndarray, grid: Grid):
+        self.pixel_values, self.grid = pixel_values, grid
+        self.digest = hashlib.sha256(repr(grid).encode() + np.ascontiguousarray(pixel_values).tobytes()).digest()
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1] // 4
+
+
+class Guide(Protocol):
+    """What the engine asks about a request. All calls come from the engine's thread, and must not wait."""
+
+    sampling: Sampling
+
+    @property
+    def text_only(self) -> bool:
+        """Whether tokens without text are ruled out in the next draw."""
+        ...
+
+    def forced(self) -> int | None:
+        """The next token where it is not drawn."""
+        ...
+
+    def take(self, token: int) -> int | None:
+        """What follows the sequence after this token was drawn: it, another one, or None when all is said."""
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """The request is over, without an end."""
+        ...
+
+
+class Ticket:
+    """A request in the engine; :meth:`Engine.cancel` takes it back."""
+
+    def __init__(self, request: Request, patches: Sequence[Patches], guide: Guide, deadline: float):
+        self.request, self.patches, self.guide, self.deadline = request, patches, guide, deadline
+        self.drawn = 0
+        self.cancelled = False
+
+
+class Overloaded(UserError):
+    """More work than the queue may hold, or than was done in time."""
+
+    def __init__(self, message: str):
+        super().__init__("E_OVERLOADED", message)
+
+
+class Engine:
+    """Requests side by side through one model. Callers may be in any thread."""
+
+    def __init__(self, model: KimiVL, text_tokens: int, options: EngineOptions | None = None):
+        """Token ids below ``text_tokens`` have a text."""
+        self.model = model
+        self._text_tokens = text_tokens
+        self.options = options = options or EngineOptions()
+        text = model.config.text_config
+        page_bytes = PagedCache.page_bytes(text, options.page_size, model.dtype)
+        # no more pages than all rows could ever fill
+        most = options.max_rows * -(-text.max_position_embeddings // options.page_size)
+        pages = min(most, (options.cache_bytes or spare_bytes(model.device)) // page_bytes)
+        if pages < 1:
+            raise MemoryError("there is no memory left for a cache; free some or take a smaller model")
+        self._cache = PagedCache(text, pages, options.page_size, dtype=model.dtype, device=model.device)
+        self.scheduler = Scheduler(
+            PagePool(pages),
+            options.page_size,
+            max_rows=options.max_rows,
+            step_tokens=options.step_tokens,
+            max_waiting=options.max_waiting,
+            reuse=options.reuse,
+        )
+        self._embeddings = _Embeddings(options.embedding_bytes)
+        self._tickets: dict[Request, Ticket] = {}
+        self._new: deque[Ticket] = deque()
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._broken: Exception | None = None
+        self.steps = 0
+
+    def submit(
+        self, ids: Sequence[int], patches: Sequence[Patches], room: int, guide: Guide, seconds: float = float("inf")
+    ) -> Ticket:
+        """Queue a prompt with its images (in the order of their placeholders) for up to ``room`` new tokens.
+
+        Raises :class:`UserError` (E_OVERLOADED, E_PROMPT_TOO_LONG) at once; what happens later reaches the guide.
+        """
+        request = Request(list(ids), room, self._spans(ids, patches))
+        ticket = Ticket(request, patches, guide, time.monotonic() + seconds)
+        with self._wake:
+            if self._broken or self._closing:
+                raise RuntimeError("the engine has stopped")
+            try:
+                self.scheduler.check(len(ids), room)
+            except NeverFits:
+                raise UserError(
+                    "E_PROMPT_TOO_LONG", "prompt and answer need more memory than there is; shorten either."
+                ) from None
+            if len(self._new) + len(self.scheduler.waiting) >= self.options.max_waiting:
+                raise Overloaded("too many requests are waiting; try again later.")
+            self._new.append(ticket)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="kimi_vl engine", daemon=True)
+                self._thread.start()
+            self._wake.notify()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Stop a request within one step; harmless when it is over. The guide hears no more of it."""
+        with self._wake:
+            ticket.cancelled = True
+            self._wake.notify()
+
+    def close(self, wait: bool = True) -> None:
+        """Finish what runs or waits, take nothing more, and end the thread."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if wait and self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def healthy(self) -> bool:
+        """False once the thread has died of an error."""
+        return self._broken is None
+
+    # The thread
+
+    def _serve(self) -> None:
+        try:
+            while self._collect():
+                self._drop_the_late_and_cancelled()
+                works = self.scheduler.plan()
+                # a value that is not finite, left by an earlier user of a page, would spoil even masked products
+                self._cache.clear(self.scheduler.fresh)
+                if works:
+                    self._step(works)
+        except Exception as error:
+            self._break(error)
+
+    def _collect(self) -> bool:
+        """Take in new requests, waiting for one when there is nothing to do; False at the end."""
+        with self._wake:
+            while not (self._new or self.scheduler.busy or self._closing):
+                self._wake.wait()
+            while self._new:
+                ticket = self._new.popleft()
+                self._tickets[ticket.request] = ticket
+                self.scheduler.add(ticket.request)
+            return self.scheduler.busy or not self._closing
+
+    def _drop_the_late_and_cancelled(self) -> None:
+        now = time.monotonic()
+        for request, ticket in list(self._tickets.items()):
+            if ticket.cancelled:
+                self._release(request)
+            elif now > ticket.deadline:
+                self._fail(request, Overloaded("the request was not done in time; try again later, or ask for less."))
+
+    @torch.inference_mode()
+    def _step(self, works: Sequence[Work]) -> None:
+        """Compute all works together; where that fails, each alone, so that only those at fault fail."""
+        self.steps += 1
+        try:
+            logits = self._forward(works)
+        except Exception as error:
+            if len(works) == 1:
+                self._fail(works[0].request, _blamed(error))
+                return
+            log.warning("a step of %d requests failed (%s); each is tried alone", len(works), type(error).__name__)
+            for work in works:
+                self._step([work])
+            return
+        for work in works:
+            self.scheduler.computed(work)
+        ready = [work for work in works if work.complete]
+        if ready:
+            self._advance([self._tickets[work.request] for work in ready], logits)
+
+    def _forward(self, works: Sequence[Work]) -> Tensor:
+        """Float32 logits (complete works, vocab_size)."""
+        model = self.model
+        step = self._cache.step([Chunk(work.request.pages, work.begin, work.end) for work in works])
+        ids = torch.tensor([[token for work in works for token in work.request.ids[work.begin : work.end]]])
+        features = [feature for work in works for feature in self._features(work)]
+        embeddings = model.embed(ids.to(model.device), torch.cat(features) if features else None)
+        states = model.language_model(embeddings, step.positions, step)[0]  # (T, H)
+        ends = torch.tensor([work.end - work.begin for work in works]).cumsum(0) - 1
+        complete = torch.tensor([work.complete for work in works])
+        return model.language_model.logits(states[ends[complete].to(model.device)])
+
+    def _features(self, work: Work) -> list[Tensor]:
+        """The image vectors (t, H) of the placeholders among a work's tokens."""
+        parts = []
+        for span, patches in zip(work.request.images, self._tickets[work.request].patches, strict=True):
+            begin, end = max(span.begin, work.begin), min(span.end, work.end)
+            if begin < end:
+                parts.append(self._embed(patches)[begin - span.begin : end - span.begin])
+        return parts
+
+    def _embed(self, patches: Patches) -> Tensor:
+        found = self._embeddings.find(patches.digest)
+        if found is None:
+            pixels = torch.from_numpy(patches.pixel_values).to(self.model.device)
+            found = self.model.encode_images(pixels, [patches.grid])
+            self._embeddings.keep(patches.digest, found)
+        return found
+
+    def _advance(self, tickets: Sequence[Ticket], logits: Tensor) -> None:
+        """Draw each request's next token and let its guide take it."""
+        finite = torch.isfinite(logits).all(-1).tolist()
+        forced = [ticket.guide.forced() for ticket in tickets]
+        rows = [row for row, token in enumerate(forced) if token is None and finite[row]]
+        drawn = draw(
+            logits[rows] if len(rows) < len(tickets) else logits,
+            [tickets[row].guide.sampling for row in rows],
+            [tickets[row].drawn for row in rows],
+            [self._text_tokens if tickets[row].guide.text_only else logits.shape[-1] for row in rows],
+        )
+        tokens = dict(zip(rows, drawn, strict=True))
+        for row, ticket in enumerate(tickets):
+            if not finite[row]:
+                self._fail(ticket.request, RuntimeError("the model produced a value that is not finite"))
+                continue
+            token = forced[row]
+            self._take(ticket, tokens[row] if token is None else token)
+
+    def _take(self, ticket: Ticket, token: int) -> None:
+        try:
+            following = None if ticket.cancelled else ticket.guide.take(token)
+        except Exception as error:
+            self._fail(ticket.request, error)
+            return
+        if following is None:
+            self._release(ticket.request)
+        else:
+            ticket.drawn += 1
+            ticket.request.ids.append(following)
+
+    def _release(self, request: Request, forget: bool = False) -> Ticket:
+        self.scheduler.remove(request, forget)
+        return self._tickets.pop(request)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        self._release(request, forget=True).guide.fail(error)
+
+    def _break(self, error: Exception) -> None:
+        """The thread cannot go on: every caller is told."""
+        log.error("the engine has stopped: %s", type(error).__name__)
+        with self._wake:
+            self._broken = error
+            tickets = [*self._tickets.values(), *self._new]
+            self._tickets, self._new = {}, deque()
+        for ticket in tickets:
+            ticket.guide.fail(error)
+
+    def _spans(self, ids: Sequence[int], patches: Sequence[Patches]) -> list[Span]:
+        """Where each image's placeholders are."""
+        pad, spans, at = self.model.config.media_placeholder_token_id, [], 0
+        for image in patches:
+            while at < len(ids) and ids[at] != pad:
+                at += 1
+            spans.append(Span(at, at + image.tokens, image.digest))
+            at += image.tokens
+        if sum(token == pad for token in ids) != sum(image.tokens for image in patches):
+            raise ValueError("the placeholders and the images differ in number")
+        return spans
+
+
+class _Embeddings:
+    """Image vectors by digest, the longest unused given up first."""
+
+    def __init__(self, limit: int):
+        self._limit, self._bytes = limit, 0
+        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    def find(self, digest: bytes) -> Tensor | None:
+        if digest in self._kept:
+            self._kept.move_to_end(digest)
+        return self._kept.get(digest)
+
+    def keep(self, digest: bytes, vectors: Tensor) -> None:
+        self._kept[digest] = vectors
+        self._bytes += vectors.nbytes
+        while self._bytes > self._limit and len(self._kept) > 1:
+            _, given_up = self._kept.popitem(last=False)
+            self._bytes -= given_up.nbytes
+
+
+def _blamed(error: Exception) -> Exception:
+    """What the one request at fault is told."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return Overloaded("there was not enough memory for this request; try again later, or ask for less.")
+    return error
+
+
+def spare_bytes(device: torch.device) -> int:
+    """Memory for the cache: on a GPU nine tenths of what is free after a reserve of 4 GiB for activations, on a CPU
+    a tenth of the machine's, 4 GiB at most."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(max(free - (4 << 30), free // 4) * 0.9)
+    with open("/proc/meminfo") as file:
+        total = int(file.readline().split()[1]) << 10
+    return min(4 << 30, total // 10)

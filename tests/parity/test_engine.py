@@ -1,0 +1,343 @@
+"""The engine against the plain loop of :mod:`kimi_vl.generation`, and requests against each other.
+
+In float32 on a CPU a request gives the same tokens alone, in company, in chunks, after others with the same
+beginning, and whatever happens to its neighbours.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kimi_vl import loader
+from kimi_vl.cache import Chunk, PagedCache
+from kimi_vl.engine import Engine, EngineOptions, Patches, Ticket
+from kimi_vl.errors import UserError
+from kimi_vl.generation import Prompt, greedy
+from kimi_vl.model import KimiVL
+from kimi_vl.sampling import Sampling
+from kimi_vl.scheduler import Work
+
+CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
+PAD = 1045
+SMALL = EngineOptions(page_size=8, max_rows=4, step_tokens=12, max_waiting=40, cache_bytes=1 << 20)
+
+
+@pytest.fixture(scope="module")
+def model() -> KimiVL:
+    return loader.load(CHECKPOINT, dtype=torch.float32)
+
+
+@pytest.fixture
+def engine(model) -> Iterator[Engine]:
+    engine = Engine(model, 1024, SMALL)
+    yield engine
+    engine.close()
+
+
+class Listener:
+    """A guide that takes ``room`` tokens and keeps them."""
+
+    text_only = False
+
+    def __init__(self, room: int, sampling: Sampling | None = None):
+        self.room, self.sampling = room, sampling or Sampling(0, 1, 0, 0)
+        self.tokens: list[int] = []
+        self.error: Exception | None = None
+        self.over = threading.Event()
+
+    def forced(self) -> int | None:
+        return None
+
+    def take(self, token: int) -> int | None:
+        self.tokens.append(token)
+        if len(self.tokens) < self.room:
+            return token
+        self.over.set()
+        return None
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+        self.over.set()
+
+    def result(self) -> list[int]:
+        assert self.over.wait(60), "the request did not end"
+        if self.error:
+            raise self.error
+        return self.tokens
+
+
+def ids_of(length: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(1000), k=length)
+
+
+def image(rows: int, columns: int, seed: int) -> Patches:
+    pixels = np.random.default_rng(seed).uniform(-1, 1, (rows * columns, 3, 14, 14)).astype(np.float32)
+    return Patches(pixels, (rows, columns))
+
+
+def with_image(picture: Patches, seed: int = 0) -> tuple[list[int], list[Patches]]:
+    return [*ids_of(3, seed), *[PAD] * picture.tokens, *ids_of(4, seed + 1)], [picture]
+
+
+def send(
+    engine: Engine, ids: Sequence[int], patches: Sequence[Patches] = (), room: int = 10, sampling=None, **options
+) -> tuple[Listener, Ticket]:
+    listener = Listener(room, sampling)
+    return listener, engine.submit(ids, patches, room, listener, **options)
+
+
+def ask(engine: Engine, *request, **options) -> list[int]:
+    return send(engine, *request, **options)[0].result()
+
+
+def settle(engine: Engine) -> None:
+    """Wait until nothing runs; then every page must be available again."""
+    end = time.monotonic() + 20
+    while engine.scheduler.busy and time.monotonic() < end:
+        time.sleep(0.005)
+    assert not engine.scheduler.busy
+    assert engine.scheduler.pool.available == engine.scheduler.pool.count
+
+
+def some_requests() -> list[tuple[list[int], list[Patches]]]:
+    lengths = (1, 2, 7, 8, 9, 16, 23, 40)
+    return [(ids_of(length, length), []) for length in lengths] + [
+        with_image(image(4, 6, 3)),
+        with_image(image(2, 8, 4), 5),
+        with_image(image(4, 6, 5), 9),
+    ]
+
+
+def test_the_engine_gives_what_the_plain_loop_gives(model, engine):
+    for ids, patches in some_requests():
+        pixels = torch.from_numpy(patches[0].pixel_values) if patches else None
+        plain = greedy(model, [Prompt(ids, pixels, [p.grid for p in patches])], frozenset(), 12)[0]
+        assert ask(engine, ids, patches, room=12) == plain
+
+
+def test_company_changes_nothing(model, engine):
+    samplings = [Sampling(0, 1, 0, 0), Sampling(1, 1, 0, 5), Sampling(0.8, 0.9, 0, 6), Sampling(1.5, 1, 20, 7)]
+    requests = [(ids, patches, samplings[n % 4]) for n, (ids, patches) in enumerate(some_requests())]
+    alone = [ask(engine, ids, patches, sampling=sampling) for ids, patches, sampling in requests]
+    fresh = Engine(model, 1024, SMALL)
+    sent = [send(fresh, ids, patches, sampling=sampling)[0] for ids, patches, sampling in requests]
+    assert [listener.result() for listener in sent] == alone
+    assert len({tuple(tokens) for tokens in alone}) > 6
+    settle(fresh)
+    fresh.close()
+
+
+@pytest.mark.parametrize("step_tokens", [5, 7, 64])
+@pytest.mark.parametrize("page_size", [1, 5, 64])
+def test_chunks_and_pages_of_any_size_change_nothing(model, engine, step_tokens, page_size):
+    options = EngineOptions(page_size=page_size, max_rows=4, step_tokens=step_tokens, cache_bytes=1 << 20)
+    other = Engine(model, 1024, options)
+    for ids, patches in some_requests():
+        assert ask(other, ids, patches) == ask(engine, ids, patches)
+    settle(other)
+    other.close()
+
+
+def test_what_was_computed_before_is_used_again_and_changes_nothing(model, engine):
+    fresh = Engine(model, 1024, EngineOptions(page_size=8, step_tokens=64, cache_bytes=1 << 20, reuse=False))
+    ids, patches = with_image(image(6, 8, 1), 2)
+    ids += ids_of(30, 3)
+    for tail in ([], [5], ids_of(9, 8), ids_of(20, 9)):
+        listener, ticket = send(engine, ids + tail, patches)
+        assert listener.result() == ask(fresh, ids + tail, patches)
+        assert ticket.request.reused == (len(ids) // 8 * 8 if tail else 0)
+    fresh.close()
+
+
+def test_pictures_of_equal_size_are_never_mistaken(engine, model):
+    fresh = Engine(model, 1024, EngineOptions(page_size=8, step_tokens=64, cache_bytes=1 << 20, reuse=False))
+    answers = set()
+    for seed in range(4):
+        ids, patches = with_image(image(6, 8, seed))
+        tokens = ask(engine, ids, patches)
+        assert tokens == ask(fresh, ids, patches)
+        answers.add(tuple(tokens))
+    assert len(answers) == 4
+    fresh.close()
+
+
+def test_a_picture_is_encoded_once(engine, monkeypatch):
+    calls = []
+    encode = engine.model.encode_images
+    monkeypatch.setattr(engine.model, "encode_images", lambda *given: calls.append(1) or encode(*given))
+    picture = image(6, 8, 1)
+    for seed in range(3):  # other words before it: the tokens cannot be reused, the picture's vectors can
+        ask(engine, *with_image(picture, seed))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("fault", ["raises", "memory", "not finite", "cancelled", "late", "guide"])
+def test_a_neighbour_that_fails_changes_nothing(model, engine, monkeypatch, fault):
+    requests = some_requests()[:4]
+    alone = [ask(engine, ids, patches, room=25) for ids, patches in requests]
+    settle(engine)
+    bad_ids, bad_patches = with_image(image(4, 4, 77))
+    forward, listeners = Engine._forward, []
+
+    def faulty(self: Engine, works: Sequence[Work]) -> torch.Tensor:
+        bad = [work for work in works if work.request.ids[: len(bad_ids)] == bad_ids]
+        if bad and bad[0].end > len(bad_ids) + 3:
+            if fault == "raises":
+                raise RuntimeError("planted")
+            if fault == "memory":
+                raise torch.OutOfMemoryError("planted")
+            if fault == "not finite":
+                self._cache.entries[:, bad[0].request.pages[-1]] = float("nan")
+        return forward(self, works)
+
+    class Rude(Listener):
+        def take(self, token: int) -> int | None:
+            if len(self.tokens) == 3:
+                raise ValueError("planted")
+            return super().take(token)
+
+    monkeypatch.setattr(Engine, "_forward", faulty)
+    listeners = [send(engine, ids, patches, room=25)[0] for ids, patches in requests[:2]]
+    bad = Rude(30) if fault == "guide" else Listener(30)
+    ticket = engine.submit(bad_ids, bad_patches, 30, bad, seconds=0.0 if fault == "late" else 60)
+    listeners += [send(engine, ids, patches, room=25)[0] for ids, patches in requests[2:]]
+    if fault == "cancelled":
+        while len(bad.tokens) < 3:
+            time.sleep(0.001)
+        engine.cancel(ticket)
+    assert [listener.result() for listener in listeners] == alone
+    settle(engine)
+    if fault == "cancelled":
+        assert len(bad.tokens) < 30 and bad.error is None
+    else:
+        expected = {"memory": "E_OVERLOADED", "late": "E_OVERLOADED", "not finite": "not finite"}
+        with pytest.raises((RuntimeError, ValueError), match=expected.get(fault, "planted")):
+            bad.result()
+    assert engine.healthy()
+    monkeypatch.undo()
+    assert ask(engine, *requests[0], room=25) == alone[0]
+
+
+def test_values_that_are_not_finite_do_not_outlive_their_request(model):
+    """A page whose last user failed is given to others: nothing of it may reach them, even behind a mask."""
+    engine = Engine(model, 1024, EngineOptions(page_size=8, max_rows=2, step_tokens=16, cache_bytes=1 << 16))
+    right = ask(engine, ids_of(9), room=6)
+    settle(engine)
+    engine._cache.entries.fill_(float("nan"))
+    engine.scheduler.pool = type(engine.scheduler.pool)(engine.scheduler.pool.count)
+    together = [send(engine, ids_of(9), room=6)[0], send(engine, ids_of(30, 4), room=6)[0]]
+    assert together[0].result() == right
+    together[1].result()
+    engine.close()
+
+
+def test_more_than_the_queue_holds_is_refused_at_once(model):
+    engine = Engine(
+        model, 1024, EngineOptions(page_size=8, max_rows=1, step_tokens=8, max_waiting=3, cache_bytes=1 << 18)
+    )
+    sent = [send(engine, ids_of(5), room=400)]
+    refused = 0
+    for _ in range(12):
+        try:
+            sent.append(send(engine, ids_of(5), room=3))
+        except UserError as error:
+            assert error.code == "E_OVERLOADED"
+            refused += 1
+    assert refused >= 8
+    for _, ticket in sent:
+        engine.cancel(ticket)
+    settle(engine)
+    assert ask(engine, ids_of(5), room=3)
+    engine.close()
+
+
+def test_what_can_never_fit_is_refused(engine):
+    with pytest.raises(UserError, match="E_PROMPT_TOO_LONG"):
+        send(engine, ids_of(5), room=engine.scheduler.pool.count * 8)
+
+
+def test_placeholders_and_pictures_must_agree(engine):
+    with pytest.raises(ValueError, match="placeholders"):
+        engine.submit([1, PAD, PAD, 2], [image(4, 4, 0)], 3, Listener(3))
+
+
+def test_when_the_thread_dies_every_caller_is_told(model, monkeypatch):
+    engine = Engine(model, 1024, SMALL)
+
+    def broken() -> list[Work]:
+        raise KeyError("planted")
+
+    first, _ = send(engine, ids_of(5), room=500)
+    while not first.tokens:
+        time.sleep(0.001)
+    monkeypatch.setattr(engine.scheduler, "plan", broken)
+    others = []
+    for _ in range(3):
+        try:
+            others.append(send(engine, ids_of(5))[0])
+        except RuntimeError:
+            break
+    for listener in [first, *others]:
+        with pytest.raises(KeyError):
+            listener.result()
+    assert not engine.healthy()
+    with pytest.raises(RuntimeError, match="stopped"):
+        send(engine, ids_of(5))
+
+
+def test_closing_lets_what_runs_finish(model):
+    before = threading.active_count()
+    engine = Engine(model, 1024, SMALL)
+    sent = [send(engine, ids_of(5, seed), room=30)[0] for seed in range(8)]
+    engine.close()
+    assert all(len(listener.tokens) == 30 for listener in sent)
+    assert threading.active_count() == before
+    with pytest.raises(RuntimeError, match="stopped"):
+        send(engine, ids_of(5))
+
+
+def test_a_step_reads_the_context_in_use_and_not_the_capacity(model):
+    text = model.config.text_config
+    read = []
+    for pages in (20, 2000):
+        step = PagedCache(text, pages, 8, dtype=torch.float32).step([Chunk([3, 1], 9, 10), Chunk([2], 4, 5)])
+        read.append((tuple(step._table.shape), step._longest))
+    assert read == [((2, 2), 10)] * 2
+
+
+def test_random_traffic_from_many_threads(model, engine):
+    """Good, cancelled and refused requests at once: the good ones are as alone, and all memory comes back."""
+    rng = random.Random(4)
+    requests = some_requests()
+    alone = [ask(engine, ids, patches, room=15) for ids, patches in requests]
+    wrong: list[object] = []
+
+    def caller(seed: int) -> None:
+        own = random.Random(seed)
+        for _ in range(12):
+            which = own.randrange(len(requests))
+            try:
+                listener, ticket = send(engine, *requests[which], room=15)
+            except UserError:
+                continue
+            if own.random() < 0.4:
+                time.sleep(own.random() * 0.02)
+                engine.cancel(ticket)
+            elif listener.result() != alone[which]:
+                wrong.append(which)
+
+    threads = [threading.Thread(target=caller, args=(rng.random(),)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    settle(engine)

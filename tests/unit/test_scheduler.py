@@ -1,0 +1,209 @@
+"""The scheduler and its pages alone, under random traffic, against a plain account of who holds what."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from kimi_vl.pages import PagePool
+from kimi_vl.scheduler import NeverFits, QueueFull, Request, Scheduler, Span, Work
+
+PAGE = 4
+
+
+def make(pages: int = 40, **options: int | bool) -> Scheduler:
+    values = {"max_rows": 6, "step_tokens": 16, "max_waiting": 50} | options
+    return Scheduler(PagePool(pages), PAGE, **values)  # pyright: ignore[reportArgumentType]
+
+
+def step(scheduler: Scheduler) -> list[Work]:
+    """Plan and do the work of one step, then give every complete request a token."""
+    works = scheduler.plan()
+    for work in works:
+        scheduler.computed(work)
+    for work in works:
+        if work.complete:
+            work.request.ids.append(7)
+    return works
+
+
+def run(scheduler: Scheduler, request: Request) -> None:
+    scheduler.add(request)
+    while request.computed < request.prompt_length + request.room - 1:
+        step(scheduler)
+    scheduler.remove(request)
+
+
+def test_a_prompt_is_computed_in_chunks_beside_rows_that_decode():
+    scheduler = make()
+    short, long = Request([1, 2], 30), Request(list(range(40)), 4)
+    scheduler.add(short)
+    step(scheduler)
+    scheduler.add(long)
+    ends = []
+    while long.computed < 40:
+        works = step(scheduler)
+        assert works[0].request is short and works[0].end - works[0].begin == 1
+        assert sum(work.end - work.begin for work in works) <= 16
+        ends.append(long.computed)
+    assert ends == [15, 30, 40]
+
+
+def test_pages_of_equal_prompts_are_shared_and_the_last_token_is_computed():
+    scheduler = make()
+    run(scheduler, Request(list(range(16)), 3))
+    again = Request(list(range(16)), 3)
+    scheduler.add(again)
+    first = step(scheduler)[0]
+    assert (again.reused, first.begin, first.end) == (12, 12, 16)
+    longer = Request(list(range(16)) + [99] * 5, 3)
+    scheduler.add(longer)
+    step(scheduler)
+    assert longer.reused == 16 and longer.pages[:4] != [] and longer.pages[:3] == again.pages[:3]
+
+
+def test_a_different_beginning_shares_nothing():
+    scheduler = make()
+    run(scheduler, Request([5, *range(1, 16)], 1))
+    other = Request([6, *range(1, 16)], 1)
+    scheduler.add(other)
+    step(scheduler)
+    assert other.reused == 0
+
+
+@pytest.mark.parametrize(("first", "second", "reused"), [(b"a", b"a", 12), (b"a", b"b", 0)])
+def test_pictures_of_equal_size_share_only_when_they_are_the_same(first, second, reused):
+    scheduler = make()
+    ids = [1, 2, *[50] * 10, 3, 4]
+    run(scheduler, Request(list(ids), 1, [Span(2, 12, first)]))
+    other = Request(list(ids), 1, [Span(2, 12, second)])
+    scheduler.add(other)
+    step(scheduler)
+    assert other.reused == reused
+
+
+def test_the_place_inside_a_picture_counts():
+    """Two prompts whose second page holds nothing but placeholders, of different parts of one picture."""
+    scheduler = make()
+    run(scheduler, Request([1, 1, *[50] * 12, 3], 1, [Span(2, 14, b"a")]))
+    other = Request([1, 1, *[50] * 12, 3], 1, [Span(0, 12, b"a")])
+    scheduler.add(other)
+    step(scheduler)
+    assert other.reused == 0
+
+
+def test_without_reuse_nothing_is_shared():
+    scheduler = make(reuse=False)
+    for _ in range(2):
+        request = Request(list(range(16)), 3)
+        scheduler.add(request)
+        step(scheduler)
+        assert request.reused == 0
+        scheduler.remove(request)
+
+
+def test_what_is_forgotten_is_not_found_again():
+    scheduler = make()
+    request = Request(list(range(16)), 3)
+    scheduler.add(request)
+    step(scheduler)
+    scheduler.remove(request, forget=True)
+    again = Request(list(range(16)), 3)
+    scheduler.add(again)
+    step(scheduler)
+    assert again.reused == 0
+
+
+def test_bounds():
+    scheduler = make(pages=10, max_waiting=2)
+    with pytest.raises(NeverFits):
+        scheduler.add(Request([1] * 30, 11))
+    for _ in range(2):
+        scheduler.add(Request([1] * 30, 10))
+    with pytest.raises(QueueFull):
+        scheduler.add(Request([1], 1))
+    assert len(scheduler.waiting) == 2
+    with pytest.raises(ValueError, match="token"):
+        make(max_rows=20)
+
+
+def test_a_large_request_is_not_overtaken_for_ever():
+    """Small requests keep coming; the large one at the head gets its pages as soon as those before it are done."""
+    scheduler, large = make(pages=12), Request([1] * 30, 10)
+    small = [Request([n] * 4, 4) for n in range(3)]
+    for request in small:
+        scheduler.add(request)
+    step(scheduler)
+    scheduler.add(large)
+    waited = 0
+    while large not in scheduler.running:
+        scheduler.add(Request([99] * 4, 4))
+        for request in [r for r in scheduler.running if r.computed >= 7]:
+            scheduler.remove(request)
+        step(scheduler)
+        waited += 1
+        assert waited < 10
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_traffic_loses_no_page_shares_none_wrongly_and_lets_nobody_starve(seed: int):
+    rng = random.Random(seed)
+    pages = rng.choice((12, 25, 60))
+    scheduler = make(pages=pages, max_rows=rng.randint(1, 6), step_tokens=rng.randint(6, 20), max_waiting=30)
+    contents: dict[int, list[tuple[int, ...]]] = {}  # what each page holds: the tokens up to the end of each slot
+    alive: list[Request] = []
+    for _ in range(400):
+        for _ in range(rng.choice((0, 0, 1, 2))):
+            prompt = [rng.randint(0, 1) for _ in range(rng.randint(1, 20))]
+            request = Request(prompt, rng.randint(1, 15))
+            try:
+                scheduler.add(request)
+                alive.append(request)
+            except QueueFull:
+                assert len(scheduler.waiting) == 30
+            except NeverFits:
+                assert len(prompt) + request.room > pages * PAGE
+        order = list(scheduler.waiting)
+        works = scheduler.plan()
+        assert list(scheduler.waiting) == order[len(order) - len(scheduler.waiting) :]  # nobody is overtaken
+        assert bool(works) == scheduler.busy
+        assert [w.end - w.begin == 1 for w in works] == sorted((w.end - w.begin == 1 for w in works), reverse=True)
+        assert sum(work.end - work.begin for work in works) <= scheduler.step_tokens
+        decoding = {r for r in scheduler.running if r.computed >= r.prompt_length}
+        assert decoding <= {work.request for work in works}  # what decodes moves on in each step
+        for page in scheduler.fresh:
+            contents[page] = [()] * PAGE
+        for work in works:
+            for at in range(work.begin, work.end):
+                contents[work.request.pages[at // PAGE]][at % PAGE] = tuple(work.request.ids[: at + 1])
+        for work in works:  # everything a work reads is what its own tokens left, whoever computed it
+            for at in range(work.end):
+                held = contents[work.request.pages[at // PAGE]][at % PAGE]
+                assert held == tuple(work.request.ids[: at + 1])
+            scheduler.computed(work)
+        for work in works:
+            if work.complete:
+                work.request.ids.append(rng.randint(0, 1))
+        for request in list(alive):
+            done = len(request.ids) >= request.prompt_length + request.room
+            if done or rng.random() < 0.01:
+                scheduler.remove(request, forget=rng.random() < 0.1)
+                alive.remove(request)
+        holders = Counter(page for request in scheduler.running for page in request.pages)
+        assert scheduler.pool.available == pages - len(holders)
+    for request in alive:
+        scheduler.remove(request)
+    assert scheduler.pool.available == pages and not scheduler.busy
+
+
+def test_giving_back_twice_is_noticed():
+    pool = PagePool(2)
+    page = pool.take()
+    pool.give_back(page)
+    with pytest.raises(ValueError, match="holder"):
+        pool.give_back(page)
+    pool.take(), pool.take()
+    with pytest.raises(MemoryError):
+        pool.take()
