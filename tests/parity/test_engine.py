@@ -195,7 +195,7 @@ def test_a_neighbour_that_fails_changes_nothing(model, engine, monkeypatch, faul
             if fault == "memory":
                 raise torch.OutOfMemoryError("planted")
             if fault == "not finite":
-                self._cache.entries[:, bad[0].request.pages[-1]] = float("nan")
+                self._cache.entries[:, bad[0].request.pages] = float("nan")
         return forward(self, works)
 
     class Rude(Listener):
@@ -205,10 +205,9 @@ def test_a_neighbour_that_fails_changes_nothing(model, engine, monkeypatch, faul
             return super().take(token)
 
     monkeypatch.setattr(Engine, "_forward", faulty)
-    listeners = [send(engine, ids, patches, room=25)[0] for ids, patches in requests[:2]]
-    bad = Rude(30) if fault == "guide" else Listener(30)
+    bad = Rude(30) if fault == "guide" else Listener(30)  # the first, so that it has page 0
     ticket = engine.submit(bad_ids, bad_patches, 30, bad, seconds=0.0 if fault == "late" else 60)
-    listeners += [send(engine, ids, patches, room=25)[0] for ids, patches in requests[2:]]
+    listeners = [send(engine, ids, patches, room=25)[0] for ids, patches in requests]
     if fault == "cancelled":
         while len(bad.tokens) < 3:
             time.sleep(0.001)
@@ -311,6 +310,16 @@ def test_a_step_reads_the_context_in_use_and_not_the_capacity(model):
         step = PagedCache(text, pages, 8, dtype=torch.float32).step([Chunk([3, 1], 9, 10), Chunk([2], 4, 5)])
         read.append((tuple(step._table.shape), step._longest))
     assert read == [((2, 2), 10)] * 2
+
+
+@torch.inference_mode()
+def test_rows_of_different_lengths_read_no_page_but_their_own(model):
+    cache = PagedCache(model.config.text_config, 6, 8, dtype=torch.float32)
+    cache.entries.fill_(float("nan"))
+    cache.clear([3, 1, 5, 2])
+    step = cache.step([Chunk([3, 1, 5], 17, 18), Chunk([2], 4, 5), Chunk([1, 2], 8, 12)])
+    states = model.language_model(model.embed(torch.tensor([ids_of(6)])), step.positions, step)
+    assert torch.isfinite(states).all()
 
 
 def test_random_traffic_from_many_threads(model, engine):
