@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .errors import UserError
+from .stops import overlap
 from .tokenizer import Tokenizer
 
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant"
@@ -51,22 +52,29 @@ def encode(
     messages: Sequence[Message],
     image_tokens: Sequence[int],
     add_generation_prompt: bool = True,
+    limit: int | None = None,
 ) -> list[int]:
     """Ids of the conversation, with ``image_tokens[k]`` placeholders for the k-th image.
 
-    Raises :class:`UserError` (E_MESSAGES_INVALID) for malformed messages or when the number of images differs.
+    Raises :class:`UserError`: E_MESSAGES_INVALID for malformed messages or when the number of images differs;
+    E_PROMPT_TOO_LONG beyond ``limit`` ids, found out without reading all of a long text.
     """
     counts = iter(image_tokens)
     ids: list[int] = []
     slots = 0
     for part in _layout(messages, add_generation_prompt):
         if isinstance(part, _Text):
-            ids += tokenizer.encode(part.text)
+            ids += tokenizer.encode(part.text, limit=None if limit is None else limit - len(ids))
         elif part.name == MEDIA_PAD:
             slots += 1
             ids += [tokenizer.media_pad_id] * next(counts, 0)
         else:
             ids.append(tokenizer.special[part.name])
+        if limit is not None and len(ids) > limit:
+            raise UserError(
+                "E_PROMPT_TOO_LONG",
+                f"the conversation takes more than the {limit} tokens that fit; shorten it or send fewer images.",
+            )
     if slots != len(image_tokens):
         raise UserError(
             "E_MESSAGES_INVALID",
@@ -164,27 +172,31 @@ class ThinkingSplitter:
 
     def __init__(self) -> None:
         self.section: Section | None = None  # None until the beginning is known
+        self._space: list[str] = []  # what the text begins with, while that is white space
         self._held = ""
 
     def push(self, text: str) -> list[tuple[Section, str]]:
         """The pieces that ``text`` makes certain, in order; none of them empty."""
+        if self.section is None and not self._held:
+            rest = text.lstrip()
+            self._space.append(text[: len(text) - len(rest)])
+            text = rest
         self._held += text
+        if self.section is None and self._held:
+            if self._held.startswith(THINK_OPEN):
+                self.section, self._held = "reasoning", self._held[len(THINK_OPEN) :]
+            elif not THINK_OPEN.startswith(self._held):
+                self.section, self._held = "answer", "".join(self._space) + self._held
         pieces: list[tuple[Section, str]] = []
-        if self.section is None:
-            begun = self._held.lstrip()
-            if begun.startswith(THINK_OPEN):
-                self.section, self._held = "reasoning", begun[len(THINK_OPEN) :]
-            elif not THINK_OPEN.startswith(begun):
-                self.section = "answer"
         if self.section == "reasoning":
             thinking, closed, rest = self._held.partition(THINK_CLOSE)
             if closed:
                 pieces.append(("reasoning", thinking))
                 self.section, self._held = "answer", rest
             else:
-                keep = overlap(self._held, THINK_CLOSE)
-                pieces.append(("reasoning", self._held[: len(self._held) - keep]))
-                self._held = self._held[len(self._held) - keep :]
+                cut = len(self._held) - overlap(self._held, THINK_CLOSE)
+                pieces.append(("reasoning", self._held[:cut]))
+                self._held = self._held[cut:]
         if self.section == "answer":
             pieces.append(("answer", self._held))
             self._held = ""
@@ -192,10 +204,6 @@ class ThinkingSplitter:
 
     def finish(self) -> list[tuple[Section, str]]:
         """What is still held back, once no more text comes."""
-        held, self._held = self._held, ""
+        held = self._held if self.section else "".join(self._space) + self._held
+        self._held, self._space = "", []
         return [(self.section or "answer", held)] if held else []
-
-
-def overlap(text: str, marker: str) -> int:
-    """Length of the longest end of ``text`` that begins ``marker``."""
-    return next((n for n in range(min(len(marker) - 1, len(text)), 0, -1) if marker.startswith(text[-n:])), 0)

@@ -6,23 +6,28 @@ preprocessor_config.json of the published checkpoints.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageFile
 
+from . import image_files
 from .errors import CheckpointError, UserError
 
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 40_000_000
+MAX_SIDE = 1_000_000
 MAX_IMAGES = 64
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _MAX_GRID = 512  # rows or columns from which the position encoding ends
+_MAX_SCANNED_PIXELS = 32 * MAX_PIXELS  # of a JPEG, all scans together: a scan may cost a few bytes and a tenth second
+_PART_PIXELS = 2**20
 
 
 @dataclass(frozen=True)
@@ -126,53 +131,94 @@ def load(source: bytes | bytearray | str | Path | Image.Image, options: ImageOpt
     """
     if isinstance(source, Image.Image):
         _check_pixels(source)
-        return _fitted(_rgb(source), options)
+        with _refusals():
+            return _fitted(_upright(_rgb(source), source.getexif().get(ExifTags.Base.Orientation, 1)), options)
+    data = _read(source)
+    with _refusals():
+        file = image_files.read(data)
+        if file is None:
+            raise UserError(
+                "E_IMAGE_FORMAT", "an image is not a PNG, JPEG, WebP, GIF, BMP or TIFF file; convert it first."
+            )
+        del data
+        opened = Image.open(_Steps(file.data), formats=(file.format,))
+        _check_pixels(opened)
+        if file.scans > 1 and file.scans * opened.width * opened.height > _MAX_SCANNED_PIXELS:
+            raise ValueError("too many scans")
+        image = _rgb(_decoded(opened))
+        if image is not opened:
+            opened.close()  # its memory is needed
+        return _fitted(_upright(image, file.orientation), options)
+
+
+class _Steps(io.BytesIO):
+    """A file that may be read in so many steps: some decoders are loops in Python over bytes that a sender chose."""
+
+    left = 500_000
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise OSError("read in too many steps")
+        return super().read(size)
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Whatever goes wrong while an image is read becomes a :class:`UserError`; warnings are nobody's business."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except UserError:
+        raise
+    except (Image.DecompressionBombError, MemoryError):
+        raise _too_many_pixels() from None
+    except Exception:
+        raise UserError(
+            "E_IMAGE_UNREADABLE",
+            "an image is damaged or cut off; send the file again, or save it anew as PNG or JPEG.",
+        ) from None
+
+
+def _read(source: bytes | bytearray | str | Path) -> bytes:
     if isinstance(source, bytes | bytearray):
         data = bytes(source)
     else:
         try:
-            size = Path(source).stat().st_size
-            data = Path(source).read_bytes() if size <= MAX_BYTES else b""
-        except OSError:
+            with open(source, "rb") as file:
+                data = file.read(MAX_BYTES + 1)
+        except (OSError, ValueError):  # a path with a zero byte is a ValueError
             raise UserError("E_IMAGE_UNREADABLE", "an image file cannot be read; send it again.") from None
-        _check_bytes(size)
-    _check_bytes(len(data))
-    if not data:
-        raise UserError("E_IMAGE_UNREADABLE", "an image is empty; send the file again.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # our own limit on pixels follows
-            opened = Image.open(io.BytesIO(data), formats=_FORMATS)
-    except Image.DecompressionBombError:
-        raise _too_many_pixels() from None
-    except Exception:
-        raise UserError(
-            "E_IMAGE_FORMAT",
-            "an image is not a readable PNG, JPEG, WebP, GIF, BMP or TIFF file; convert it first.",
-        ) from None
-    with opened:
-        _check_pixels(opened)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                opened.load()
-                return _fitted(_rgb(ImageOps.exif_transpose(opened)), options)
-        except MemoryError:
-            raise
-        except Exception:
-            raise UserError("E_IMAGE_UNREADABLE", "an image is damaged or cut off; send the file again.") from None
-
-
-def _check_bytes(size: int) -> None:
-    if size > MAX_BYTES:
+    if len(data) > MAX_BYTES:
         raise UserError(
             "E_IMAGE_TOO_LARGE", f"an image file is larger than {MAX_BYTES // 2**20} MiB; send a smaller one."
         )
+    if not data:
+        raise UserError("E_IMAGE_UNREADABLE", "an image is empty; send the file again.")
+    return data
+
+
+def _decoded(opened: ImageFile.ImageFile) -> Image.Image:
+    """The first frame. For WebP without Pillow's own way, which holds the picture four times at once."""
+    decoder = getattr(opened, "_decoder", None)
+    if opened.format != "WEBP" or decoder is None:
+        opened.load()
+        return opened
+    mode = getattr(opened, "rawmode", opened.mode)
+    opened._decoder = None  # pyright: ignore[reportAttributeAccessIssue]
+    pixels, _ = decoder.get_next()
+    del decoder
+    return Image.frombuffer(mode, opened.size, pixels, "raw", mode, 0, 1)
 
 
 def _check_pixels(image: Image.Image) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise _too_many_pixels()
+    if max(image.size) > MAX_SIDE:
+        raise UserError("E_IMAGE_TOO_LARGE", f"an image has a side of more than {MAX_SIDE:,} pixels; crop it.")
+    if not image.width or not image.height:
+        raise UserError("E_IMAGE_UNREADABLE", "an image has no pixels; send another one.")
 
 
 def _too_many_pixels() -> UserError:
@@ -183,9 +229,26 @@ def _too_many_pixels() -> UserError:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    """``image`` over white in RGB, made part by part: a second whole picture of another kind may not fit."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    result = Image.new("RGB", image.size)
+    width = min(image.width, _PART_PIXELS)
+    height = max(1, _PART_PIXELS // width)
+    for top in range(0, image.height, height):
+        for left in range(0, image.width, width):
+            box = (left, top, min(image.width, left + width), min(image.height, top + height))
+            result.paste(_part_rgb(image.crop(box)), box)
+    return result
+
+
+def _part_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":
         samples = np.asarray(image).astype(np.float64)
-        return Image.fromarray(np.clip(samples / 257, 0, 255).round().astype(np.uint8)).convert("RGB")
+        scaled = np.clip(samples / 257, 0, 255).round().astype(np.uint8)
+        if "transparency" in image.info:
+            scaled[samples == image.info["transparency"]] = 255
+        return Image.fromarray(scaled).convert("RGB")
     if image.mode == "F":
         samples = np.nan_to_num(np.asarray(image), nan=0.0, posinf=255.0, neginf=0.0)
         return Image.fromarray(np.clip(samples, 0, 255).round().astype(np.uint8)).convert("RGB")
@@ -194,6 +257,21 @@ def _rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
 def _fitted(image: Image.Image, options: ImageOptions) -> Image.Image:

@@ -174,13 +174,17 @@ class Experts(nn.Module):
 
     def forward(self, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum over each token's experts: tokens (T, H), choices and weights (T, K), result (T, H)."""
-        mixed = torch.zeros(states.shape, dtype=torch.float32, device=states.device)
-        for expert in chosen.unique().tolist():
-            tokens, slots = (chosen == expert).nonzero(as_tuple=True)
-            gate, up = F.linear(states[tokens], self.gate_up_proj[expert]).chunk(2, dim=-1)  # (t, I)
-            output = F.linear(F.silu(gate) * up, self.down_proj[expert])  # (t, H)
-            mixed.index_add_(0, tokens, output.float() * weights[tokens, slots].unsqueeze(-1))
-        return mixed.to(states.dtype)
+        count, choices = chosen.shape
+        order = chosen.flatten().argsort(stable=True)  # (T K), expert by expert
+        shares = torch.bincount(chosen.flatten(), minlength=self.down_proj.shape[0]).tolist()
+        outputs = []
+        for expert, tokens in enumerate(states[order // choices].split(shares)):
+            if tokens.shape[0]:
+                gate, up = F.linear(tokens, self.gate_up_proj[expert]).chunk(2, dim=-1)  # (t, I)
+                outputs.append(F.linear(F.silu(gate) * up, self.down_proj[expert]))  # (t, H)
+        # back in the order of the choices, and summed in it: the sum of a token does not depend on its company
+        mixed = torch.cat(outputs)[order.argsort()].view(count, choices, -1)  # (T, K, H)
+        return (mixed.float() * weights.unsqueeze(-1)).sum(1).to(states.dtype)
 
 
 class MoE(nn.Module):

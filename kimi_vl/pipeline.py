@@ -25,7 +25,9 @@ from .errors import UserError
 from .events import Answer, ClosedBy, Done, Event, FinishReason, Reasoning, Usage
 from .images import ImageOptions
 from .model import KimiVL
+from .repetition import Repetition
 from .sampling import Sampling
+from .stops import StopSequences
 from .tokenizer import TextStream, Tokenizer
 
 ImageSource = bytes | str | Path | Image.Image
@@ -169,7 +171,7 @@ class Pipeline:
             self.tokenizer,
             sampling,
             _Steering(self.tokenizer, self.thinks, room, thinking_budget),
-            _OutputText(self.tokenizer, tuple(filter(None, stop_sequences))),
+            _OutputText(self.tokenizer, StopSequences(stop_sequences)),
             room,
             Usage(len(ids), sum(image.tokens for image in patches), 0, 0),
             began,
@@ -189,7 +191,8 @@ class Pipeline:
             for source in sources
         ]
         history = chat.without_earlier_thinking(messages)
-        return chat.encode(self.tokenizer, history, [image.tokens for image in patches]), patches
+        context = self.model.config.text_config.max_position_embeddings
+        return chat.encode(self.tokenizer, history, [image.tokens for image in patches], limit=context), patches
 
 
 class EventStream(Iterator[Event]):
@@ -258,7 +261,7 @@ class _Guide:
             return self._finish("stop")
         for event in self._text.push(token):
             self._deliver(event)
-        self._steer.saw(self._text.splitter.section)
+        self._steer.saw(token, self._text.splitter.section)
         if self._text.stopped:
             return self._finish("stop_sequence")
         return token if self._count < self._room else self._finish("length")
@@ -290,13 +293,17 @@ class _Guide:
 
 
 class _Steering:
-    """Keeps thinking inside its budget: says when tokens are put there instead of drawn, and counts."""
+    """Keeps thinking inside its budget and out of circles: says when tokens are put there instead of drawn, and counts.
+
+    What closes the thinking for the model, its budget or a loop, is called ``budget`` in either case.
+    """
 
     def __init__(self, tokenizer: Tokenizer, thinks: bool, room: int, budget: int | None):
         self._closer = tokenizer.encode(chat.THINK_CLOSE)
         self._queue: list[int] = []
         self._closing = False
         self._inside = 0  # tokens after the opening marker
+        self._loop = Repetition()
         self.closed_by: ClosedBy = "none"
         self.reasoning_tokens = 0
         longest = max(0, room - min(1024, room // 4) - len(self._closer))
@@ -314,8 +321,8 @@ class _Steering:
         self._queue, self._closing = self._closer[1:], True
         return self._closer[0]
 
-    def saw(self, section: chat.Section | None) -> None:
-        """One token was added, after which the text is in ``section`` (None while that is not known)."""
+    def saw(self, token: int, section: chat.Section | None) -> None:
+        """This token was added, after which the text is in ``section`` (None while that is not known)."""
         if section == "answer":
             if self._inside or self._closing:
                 if self.closed_by == "none":
@@ -326,51 +333,40 @@ class _Steering:
             return
         self.reasoning_tokens += 1
         self._inside += section == "reasoning"
-        if self._inside >= max(1, self._budget) and not self._closing:
+        if (self._inside >= max(1, self._budget) or self._loop.push(token)) and not self._closing:
             self._queue, self._closing = list(self._closer), True
 
 
 class _OutputText:
     """Tokens to events: complete characters, split into thinking and answer, cut at stop sequences."""
 
-    def __init__(self, tokenizer: Tokenizer, stop_sequences: tuple[str, ...]):
+    def __init__(self, tokenizer: Tokenizer, stops: StopSequences):
         self._stream = TextStream(tokenizer)
         self.splitter = chat.ThinkingSplitter()
-        self._stops = stop_sequences
-        self._held = ""
+        self._stops = stops
         self.reasoning = ""
         self.answer = ""
-        self.stopped = False
+
+    @property
+    def stopped(self) -> bool:
+        return self._stops.stopped
 
     def push(self, token: int) -> list[Event]:
-        return self._events(self.splitter.push(self._stream.push(token)), last=False)
+        return self._events(self.splitter.push(self._stream.push(token)))
 
     def finish(self) -> list[Event]:
-        pieces = self.splitter.push(self._stream.finish()) + self.splitter.finish()
-        return self._events(pieces, last=True)
+        events = self._events(self.splitter.push(self._stream.finish()) + self.splitter.finish())
+        rest = self._stops.finish()
+        self.answer += rest
+        return [*events, Answer(rest)] if rest else events
 
-    def _events(self, pieces: list[tuple[chat.Section, str]], last: bool) -> list[Event]:
+    def _events(self, pieces: list[tuple[chat.Section, str]]) -> list[Event]:
         events: list[Event] = []
         for section, piece in pieces:
             if section == "reasoning":
                 self.reasoning += piece
                 events.append(Reasoning(piece))
-            else:
-                self._held += piece
-        ready = self._ready(last)
-        if ready:
-            self.answer += ready
-            events.append(Answer(ready))
+            elif ready := self._stops.push(piece):
+                self.answer += ready
+                events.append(Answer(ready))
         return events
-
-    def _ready(self, last: bool) -> str:
-        """What may leave of the held answer: not a stop sequence, nor what may yet become one."""
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
-        if found:
-            self.stopped = True
-            ready, self._held = self._held[: min(found)], ""
-            return ready
-        keep = 0 if last else max((chat.overlap(self._held, stop) for stop in self._stops), default=0)
-        cut = len(self._held) - keep
-        ready, self._held = self._held[:cut], self._held[cut:]
-        return ready

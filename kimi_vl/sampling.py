@@ -15,14 +15,15 @@ from torch import Tensor
 from .errors import UserError
 
 MAX_SEED = 2**64 - 1
+LEAST_TEMPERATURE = 1e-4  # below it the likeliest token is all that is left, and a division by it may not be finite
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn; values outside their bounds raise :class:`UserError` (E_PARAMETER).
 
-    ``temperature`` 0 (or ``top_p`` 0, or ``top_k`` 1) takes the most likely token. ``top_k`` 0 is off. The same
-    ``seed`` gives the same draws.
+    ``temperature`` 0 (or next to it, or ``top_p`` 0, or ``top_k`` 1) takes the most likely token. ``top_k`` 0 is off.
+    The same ``seed`` gives the same draws.
     """
 
     temperature: float
@@ -38,7 +39,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0 or self.top_p == 0 or self.top_k == 1
+        return self.temperature < LEAST_TEMPERATURE or self.top_p == 0 or self.top_k == 1
 
 
 def _check(name: str, value: float, low: float, high: float | None) -> None:

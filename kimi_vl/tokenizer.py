@@ -97,11 +97,18 @@ class Tokenizer:
         """The ids that end a turn: ``[EOS]`` and ``<|im_end|>``."""
         return frozenset((self.eos_id, self.im_end_id))
 
-    def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Ids of ``text``. ``allow_special`` reads control tokens as such, as the published processor does."""
-        if not allow_special:
-            return [i for piece in _pieces(text) for i in self._encoding.encode_ordinary(piece)]
+    def encode(self, text: str, allow_special: bool = False, limit: int | None = None) -> list[int]:
+        """Ids of ``text``. ``allow_special`` reads control tokens as such, as the published processor does.
+
+        With a ``limit``, a plain text that has more ids is not read to its end: the caller wants to know only that.
+        """
         ids: list[int] = []
+        if not allow_special:
+            for piece in _pieces(text):
+                ids += self._encoding.encode_ordinary(piece)
+                if limit is not None and len(ids) > limit:
+                    break
+            return ids
         start = 0
         # named tokens are cut out before the rule for long text, or a run of placeholders would be cut inside one
         for match in self._named_pattern.finditer(text):

@@ -1,33 +1,30 @@
-"""Model names to verified folders on disk: fetch, check, and only then put in place.
+"""Model names to verified folders on disk: where a model comes from, what is kept, and what another try may repair.
 
-Knows nothing of parameters beyond what a checkpoint's own headers say. No remote code is fetched or run.
+Leaves fetching to `download` and `hub` and hashes to `verify`; knows nothing of parameters. Fetches no remote code.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import logging
 import os
 import re
-import shutil
-import subprocess
-import sys
-import tarfile
-import time
-import urllib.request
+import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
-from . import loader
+from . import download, hub, verify
 from .errors import CheckpointError
+from .verify import DamagedError, Manifest
 
 log = logging.getLogger(__name__)
 
 DEMO = Path(__file__).parent / "demo"
+MANIFESTS = Path(__file__).parent / "manifests"
 DEFAULT_WEIGHTS_URL = "https://weights.replicate.delivery/default/kimi-vl-a3b-thinking/model_cache/"
 # The published archive is a Hugging Face cache tree. The modules.tar beside it holds remote code, which we never run.
 ARCHIVES = {"thinking": "models--moonshotai--Kimi-VL-A3B-Thinking.tar"}
@@ -35,14 +32,13 @@ REPOSITORIES = {
     "thinking-2506": "moonshotai/Kimi-VL-A3B-Thinking-2506",
     "instruct": "moonshotai/Kimi-VL-A3B-Instruct",
 }
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-_MARKER = ".kimi_vl_verified"
-_TRIES = 3
-_STALL_S = 120  # pget has no read timeout: a download that does not grow for this long is begun again
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")
+# Of the files beside an entry: none may be taken for another entry.
+_RESERVED = re.compile(r"\.part-|\.(lock|verified)$")
 
 
 def resolve(model: str, *, has_gpu: bool, cache: str | Path | None = None) -> Path:
-    """The checkpoint folder of ``model``, fetched and verified where it is not there yet.
+    """The checkpoint folder of ``model``, fetched and verified where that has not been done.
 
     ``model`` is ``thinking``, ``thinking-2506``, ``instruct``, ``demo``, ``auto`` (the first with a GPU, else the
     demo), a directory, a Hugging Face repository id (``@revision`` may follow), or an https URL of a tar. ``cache``
@@ -53,210 +49,237 @@ def resolve(model: str, *, has_gpu: bool, cache: str | Path | None = None) -> Pa
     if model == "demo":
         return DEMO
     cache = Path(cache or "model_cache")
-    if model and Path(model).is_dir():
-        return checkpoint_folder(Path(model))
-    if model in ARCHIVES:
-        base = os.environ.get("KIMI_VL_WEIGHTS_URL") or DEFAULT_WEIGHTS_URL
-        return _from_archive(base.rstrip("/") + "/" + ARCHIVES[model], cache)
-    if model.startswith(("https://", "http://127.0.0.1", "http://localhost")):
-        return _from_archive(model, cache)
-    repository = REPOSITORIES.get(model, model)
-    if _REPOSITORY.fullmatch(repository) and not repository.startswith((".", "/")):
-        return _from_hub(repository, cache)
+    manifest = _manifest(model)
+    _always()  # a wrong setting is said at once
+    try:
+        if model and Path(model).is_dir():
+            return _from_directory(Path(model), cache, manifest)
+        if model in ARCHIVES:
+            url = _below(os.environ.get("KIMI_VL_WEIGHTS_URL") or DEFAULT_WEIGHTS_URL, ARCHIVES[model])
+            return _from_archive(url, ARCHIVES[model].removesuffix(".tar"), cache, manifest)
+        if _is_url(model):
+            return _from_archive(model, _name_of(model), cache, manifest)
+        repository = REPOSITORIES.get(model, model)
+        if _REPOSITORY.fullmatch(repository) and ".." not in repository:
+            return _from_hub(repository, cache, manifest)
+    except OSError as error:
+        raise download.disk_error(cache, error) from None
     names = ", ".join([*ARCHIVES, *REPOSITORIES, "demo", "auto"])
     raise CheckpointError(
-        f"model {model!r} is neither one of {names}, nor a directory, a Hugging Face repository id or an https URL"
+        f"model {download.redact(model)!r} is neither one of {names}, nor a directory, a Hugging Face repository id "
+        "or an https URL; set KIMI_VL_MODEL to one of these"
     )
 
 
-def checkpoint_folder(root: Path) -> Path:
-    """The folder with ``config.json``: ``root`` itself, or the snapshot inside a Hugging Face cache tree."""
-    if (root / "config.json").exists():
-        return root
-    trees = [root, *sorted(root.glob("models--*")), *sorted(root.glob("*/models--*"))]
-    snapshots = [path.parent for tree in trees for path in sorted(tree.glob("snapshots/*/config.json"))]
-    for tree in trees:
-        main = tree / "refs" / "main"
-        if main.is_file():
-            snapshots = [path for path in snapshots if path.name == main.read_text().strip()] or snapshots
-    if len(snapshots) != 1:
-        raise CheckpointError(f"{root}: holds {'no' if not snapshots else 'more than one'} checkpoint (config.json)")
-    return snapshots[0]
+# Names
 
 
-def verify(root: Path) -> None:
-    """Check a fetched tree to the byte: links stay inside, blobs have their hashes, headers fit the config.
-
-    In a Hugging Face cache a blob of 64 hex digits is named by its SHA-256, one of 40 by its git blob hash. Raises
-    :class:`CheckpointError` naming the first file at fault.
-    """
-    inside = root.resolve()
-    for path in root.rglob("*"):
-        if path.is_symlink() and not path.resolve().is_relative_to(inside):
-            raise CheckpointError(f"{path}: links to a place outside the checkpoint")
-        if not (path.is_file() or path.is_dir()):
-            raise CheckpointError(f"{path}: is neither a file nor a folder, or links to nothing")
-    blobs = [path for path in root.rglob("blobs/*") if path.is_file()]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for blob, good in zip(blobs, pool.map(_has_named_hash, blobs), strict=True):
-            if not good:
-                raise CheckpointError(f"{blob}: its content does not match the hash that is its name")
-    loader.check(checkpoint_folder(root))
-
-
-def _has_named_hash(blob: Path) -> bool:
-    if re.fullmatch(r"[0-9a-f]{64}", blob.name):
-        digest = hashlib.sha256()
-    elif re.fullmatch(r"[0-9a-f]{40}", blob.name):
-        digest = hashlib.sha1(f"blob {blob.stat().st_size}\0".encode(), usedforsecurity=False)
-    else:
-        return False
-    with blob.open("rb") as file:
-        while chunk := file.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest() == blob.name
-
-
-def _from_hub(repository: str, cache: Path) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    name, _, revision = repository.partition("@")
-    log.info("fetching %s from the Hugging Face Hub", repository)
+def _is_url(model: str) -> bool:
     try:
-        snapshot_download(
-            name,
-            revision=revision or None,
-            cache_dir=cache,
-            allow_patterns=["*.json", "*.safetensors", "tiktoken.model"],
-        )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise CheckpointError(f"{repository}: cannot be fetched from the Hub ({type(error).__name__})") from None
-    tree = cache / f"models--{name.replace('/', '--')}"
-    verify(tree)
-    return checkpoint_folder(tree)
+        parts = urlsplit(model)
+    except ValueError:
+        return False
+    return parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in ("127.0.0.1", "localhost", "::1"))
 
 
-def _from_archive(url: str, cache: Path) -> Path:
-    name = Path(urlsplit(url).path).name.removesuffix(".tar")
-    if not name:
-        raise CheckpointError("the URL of the weights names no file; it must end in NAME.tar")
-    final = cache / name
-    with _locked(cache, name):
-        for leftover in cache.glob(f"{name}.part-*"):  # of a boot that was killed: the lock says that none is at work
-            shutil.rmtree(leftover, ignore_errors=True)
+def _below(base: str, name: str) -> str:
+    """The address of ``name`` in the folder ``base``, whose query stays: it may be what gives access."""
+    try:
+        parts = urlsplit(base)
+    except ValueError:
+        parts = urlsplit("")
+    if parts.scheme not in ("https", "http"):
+        raise CheckpointError(f"KIMI_VL_WEIGHTS_URL={download.shown(base)}: must begin with https:// or http://")
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
+
+
+def _name_of(url: str) -> str:
+    """The cache's name for an archive: its file name, and its address, for two servers may have the same name."""
+    parts = urlsplit(url)
+    name = parts.path.rpartition("/")[2].removesuffix(".tar")
+    if not re.fullmatch(r"\w[\w.+%=-]*", name) or _RESERVED.search(name):
+        raise CheckpointError(f"{download.shown(url)}: the address of a model must end in NAME.tar")
+    return f"{name}-{hashlib.sha256(download.shown(url).encode()).hexdigest()[:8]}"
+
+
+def _manifest(model: str) -> Manifest | None:
+    named = os.environ.get("KIMI_VL_MANIFEST")
+    if named:
+        return Manifest.read(Path(named))
+    ours = MANIFESTS / f"{model}.json"
+    return Manifest.read(ours) if model in (*ARCHIVES, *REPOSITORIES) and ours.exists() else None
+
+
+def _always() -> bool:
+    """Whether a marker counts for nothing."""
+    value = os.environ.get("KIMI_VL_VERIFY", "")
+    if value not in ("", "always"):
+        raise CheckpointError(f"KIMI_VL_VERIFY={value}: must be 'always', which hashes at every start, or not be set")
+    return value == "always"
+
+
+# The three roads
+
+
+def _from_directory(root: Path, cache: Path, manifest: Manifest | None) -> Path:
+    try:
+        folder = verify.checkpoint_folder(root)
+        if manifest is None and not verify.is_snapshot(folder):
+            verify.check(folder)
+            return folder
+        place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+        marker = cache / f"local-{place}.verified"
+        if not _is_warm(marker, folder, manifest):
+            _mark(marker, folder, manifest, verify.check(folder, manifest))
+        return folder
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; replace what is named, or set KIMI_VL_MODEL to another model") from None
+
+
+def _from_archive(url: str, name: str, cache: Path, manifest: Manifest | None) -> Path:
+    final, marker = cache / name, cache / f"{name}.verified"
+    if folder := _warm_entry(final, marker, manifest):
+        return folder
+    with _locked(cache, name, final) as writable:
+        if folder := _warm_entry(final, marker, manifest):  # another boot has done the work meanwhile
+            return folder
+        if writable:
+            for leftover in cache.iterdir():
+                if leftover.name.startswith((f"{name}.part-", f"{marker.name}.part-")):  # of a boot that was killed
+                    download.remove(leftover) if leftover.is_dir() else leftover.unlink()
         if final.is_dir():
-            if (final / _MARKER).exists():
-                return checkpoint_folder(final)
-            log.info("checking %s, which carries no mark of an earlier check", final)
-            verify(final)
-        else:
-            part = cache / f"{name}.part-{os.getpid()}"
             try:
-                _fetch(url, part)
-                log.info("verifying %s", name)
-                verify(part)
-                _sync(part)
-                part.rename(final)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
-        (final / _MARKER).touch()
-        _sync_folder(final)
-    return checkpoint_folder(final)
+                folder = verify.checkpoint_folder(final)
+                stamps = verify.check(folder, manifest, inside=final)
+            except CheckpointError as error:
+                if not writable:
+                    raise CheckpointError(f"{error}; the cache is read-only, so mount a complete one") from None
+                log.warning("%s; removing this copy and fetching it again", error)
+                marker.unlink(missing_ok=True)
+                download.remove(final)
+            else:
+                _mark(marker, folder, manifest, stamps)
+                return folder
+        stamps = _fetch(url, name, final, manifest)
+        folder = verify.checkpoint_folder(final)
+        _mark(marker, folder, manifest, stamps)
+        return folder
+
+
+def _fetch(url: str, name: str, final: Path, manifest: Manifest | None) -> verify.Stamps:
+    """Put the archive at ``url`` in place as ``final``, which either is complete and verified or is not there."""
+    address = download.shown(url)
+    for last in (False, True):
+        private = Path(tempfile.mkdtemp(prefix=f"{name}.part-", dir=final.parent))
+        try:
+            tree = download.fetch(url, private)
+            try:
+                stamps = verify.check(verify.checkpoint_folder(tree), manifest, inside=tree)
+            except CheckpointError as error:
+                # The place of this copy is gone when the sentence is read.
+                reason = str(error).replace(f"{tree}/", f"{address}: ").replace(str(tree), address)
+                if last or not isinstance(error, DamagedError):
+                    raise CheckpointError(f"{reason}; the archive cannot be used, make or upload it anew") from None
+                log.warning("%s; fetching it once more", reason)
+                continue
+            _sync(tree)
+            tree.rename(final)
+            _sync_folder(final.parent)
+            return stamps
+        finally:
+            download.remove(private)
+    raise AssertionError("both tries return or raise")
+
+
+def _from_hub(repository: str, cache: Path, manifest: Manifest | None) -> Path:
+    name, _, revision = repository.partition("@")
+    tree = hub.tree_of(cache, name)
+    marker = cache / f"{tree.name}{'@' if revision else ''}{revision.replace('/', '--')}.verified"
+    folder = hub.snapshot(tree, revision)
+    if folder and _is_warm(marker, folder, manifest):
+        return folder
+    with _locked(cache, tree.name, folder) as writable:
+        folder = hub.snapshot(tree, revision)
+        if folder and _is_warm(marker, folder, manifest):
+            return folder
+        for tries_left in (2, 1, 0):
+            if folder:
+                try:
+                    stamps = verify.check(folder, manifest)
+                    _mark(marker, folder, manifest, stamps)
+                    return folder
+                except CheckpointError as error:
+                    if not writable:
+                        raise CheckpointError(f"{error}; the cache is read-only, so mount a complete one") from None
+                    if not tries_left:
+                        raise CheckpointError(f"{error}; the copy on the Hub cannot be used, name another") from None
+                    log.warning("%s; fetching it again", error)
+                    marker.unlink(missing_ok=True)
+                    hub.discard(folder, error.files if isinstance(error, DamagedError) else [])
+            folder = hub.fetch(name, revision, cache)
+    raise AssertionError("the last try returns or raises")
+
+
+# The cache
+
+
+def _warm_entry(final: Path, marker: Path, manifest: Manifest | None) -> Path | None:
+    try:
+        folder = verify.checkpoint_folder(final)
+    except CheckpointError:
+        return None
+    return folder if _is_warm(marker, folder, manifest) else None
+
+
+def _is_warm(marker: Path, folder: Path, manifest: Manifest | None) -> bool:
+    if _always() or not verify.is_marked(marker, folder, manifest):
+        return False
+    log.info("%s: unchanged since it was verified", folder)
+    return True
+
+
+def _mark(marker: Path, folder: Path, manifest: Manifest | None, stamps: verify.Stamps) -> None:
+    try:
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        verify.mark(marker, folder, manifest, stamps)
+    except OSError as error:
+        log.info("%s: cannot be marked as verified (%s), so every start verifies it", folder, error.strerror)
 
 
 @contextmanager
-def _locked(cache: Path, name: str) -> Iterator[None]:
-    """One boot at a time works on ``name``; a second one waits and finds the work done."""
+def _locked(cache: Path, name: str, entry: Path | None) -> Iterator[bool]:
+    """One boot at a time works on ``name``. Yields whether it may write; raises where it cannot but would have to."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        handle = (cache / f"{name}.lock").open("w")
+        if not os.access(cache, os.W_OK):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        handle = (cache / f"{name}.lock").open("a")
     except OSError as error:
-        if (cache / name / _MARKER).exists():  # a read-only cache that is complete needs no lock
-            yield
-            return
-        raise CheckpointError(f"{cache}: cannot be written ({error.strerror}); make the folder writable") from None
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def _fetch(url: str, part: Path) -> None:
-    shown = urlsplit(url)._replace(query="", fragment="", netloc=urlsplit(url).netloc.rpartition("@")[2]).geturl()
-    program = os.environ.get("PGET") or shutil.which("pget")
-    if program is None:
-        log.info("pget is not on PATH: fetching with Python")
-    reason = ""
-    for attempt in range(1, _TRIES + 1):
-        shutil.rmtree(part, ignore_errors=True)
-        log.info("fetching %s (try %d of %d)", shown, attempt, _TRIES)
-        began = time.monotonic()
-        try:
-            _fetch_with_pget(program, url, part) if program else _fetch_with_python(url, part)
-        except (OSError, tarfile.TarError, CheckpointError) as error:
-            reason = str(error) if isinstance(error, CheckpointError) else type(error).__name__
-            log.warning("try %d failed: %s", attempt, reason)
-            continue
-        size, seconds = _size(part), time.monotonic() - began
-        log.info("fetched %.2f GB in %.1f s (%.2f GB/s)", size / 1e9, seconds, size / 1e9 / max(seconds, 1e-9))
+        if entry is None or not entry.is_dir():
+            raise CheckpointError(
+                f"{cache}: does not hold {name} and cannot be written ({error.strerror}); make it writable, "
+                "or mount one that is complete"
+            ) from None
+        yield False
         return
-    raise CheckpointError(f"{shown}: cannot be fetched ({reason}); check the address, the network and the free disk")
-
-
-def _fetch_with_pget(program: str, url: str, part: Path) -> None:
-    process = subprocess.Popen(
-        [program, "-x", "--pid-file", f"{part}.pid", "--log-level", "warn", url, str(part)],
-        stdout=sys.stderr,
-        stderr=sys.stderr,
-        env={name: value for name, value in os.environ.items() if name not in ("PGET_EXTRACT", "PGET_FORCE")},
-    )
-    try:
-        _watch(process, part)
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        Path(f"{part}.pid").unlink(missing_ok=True)
-    if process.returncode:
-        raise CheckpointError(f"pget ended with status {process.returncode}")
-
-
-def _watch(process: subprocess.Popen[bytes], part: Path) -> None:
-    """Wait for a download that grows; report on it every few seconds."""
-    size, grown_at, reported_at = 0, time.monotonic(), time.monotonic()
-    while process.poll() is None:
-        time.sleep(0.2)
-        now = time.monotonic()
-        if now - reported_at >= 5:
-            current = _size(part)
-            log.info("%.2f GB on disk, %.0f MB/s", current / 1e9, (current - size) / 1e6 / (now - reported_at))
-            grown_at = now if current > size else grown_at
-            size, reported_at = current, now
-        if now - grown_at > _STALL_S:
-            raise CheckpointError(f"no byte arrived for {_STALL_S} s")
-
-
-def _fetch_with_python(url: str, part: Path) -> None:
-    with (
-        urllib.request.urlopen(url, timeout=_STALL_S) as response,
-        tarfile.open(fileobj=response, mode="r|") as archive,
-    ):
-        archive.extractall(part, filter="data")
-
-
-def _size(root: Path) -> int:
-    return sum(path.lstat().st_size for path in root.rglob("*") if path.is_file() and not path.is_symlink())
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another start is at work on %s: waiting for it", name)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield True
 
 
 def _sync(root: Path) -> None:
-    for path in root.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    for folder, _, names in os.walk(root):
+        for path in [os.path.join(folder, name) for name in names] + [folder]:
+            if not os.path.islink(path):
+                _sync_folder(Path(path))
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

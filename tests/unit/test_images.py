@@ -74,6 +74,42 @@ def test_orientation_is_applied():
     assert upright.getpixel((15, 5)) == (255, 0, 0)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_open_image_is_turned_like_its_file(orientation):
+    image = Image.new("RGB", (40, 20), "white")
+    image.paste((255, 0, 0), (0, 0, 10, 10))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image, "PNG", exif=exif)
+    opened = Image.open(io.BytesIO(data))
+    assert images.load(opened, OPTIONS).tobytes() == images.load(data, OPTIONS).tobytes()
+    assert opened.size == (40, 20)
+    assert opened.getexif()[0x0112] == orientation
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "I;16", "F"])
+def test_the_caller_s_image_is_left_as_it_was(mode):
+    image = Image.new(mode, (30, 30))
+    before = image.tobytes()
+    loaded = images.load(image, OPTIONS)
+    assert loaded.mode == "RGB"
+    assert (image.mode, image.size, image.tobytes()) == (mode, (30, 30), before)
+
+
+@pytest.mark.parametrize(
+    ("image", "code"),
+    [
+        (Image.open(io.BytesIO(encoded(Image.effect_noise((200, 200), 50), "PNG")[:3000])), "E_IMAGE_UNREADABLE"),
+        (Image.new("1", (8_000, 8_000)), "E_IMAGE_TOO_LARGE"),
+        (Image.new("RGB", (0, 10)), "E_IMAGE_UNREADABLE"),
+    ],
+    ids=["cut", "large", "empty"],
+)
+def test_open_images_that_cannot_be_used(image, code):
+    with pytest.raises(UserError, match=code):
+        images.load(image, OPTIONS)
+
+
 def test_transparency_becomes_white_and_deep_samples_are_scaled():
     clear = images.load(encoded(Image.new("RGBA", (30, 30), (255, 0, 0, 0)), "PNG"), OPTIONS)
     assert clear.getpixel((3, 3)) == (255, 255, 255)

@@ -26,6 +26,7 @@ from kimi_vl.tokenizer import Tokenizer
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
 ASK = [{"role": "user", "content": "Why?"}]
+ENDLESS = " ".join(f"and {number}" for number in range(400))
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = 20) -> bool:
@@ -87,7 +88,7 @@ def test_events_join_to_the_summary(whole, say):
 
 @pytest.mark.parametrize("budget", [0, 1, 2, 5, 17])
 def test_a_budget_closes_the_thinking_and_the_answer_follows(whole, say, budget):
-    say("◁think▷" + "and so on " * 200, after_close="Enough.")
+    say("◁think▷" + ENDLESS, after_close="Enough.")
     done = whole.complete(ASK, temperature=0, thinking_budget=budget)
     assert (done.answer, done.finish_reason, done.thinking_closed_by) == ("Enough.", "stop", "budget")
     assert len(whole.tokenizer.encode(done.reasoning)) <= budget + 1
@@ -96,11 +97,18 @@ def test_a_budget_closes_the_thinking_and_the_answer_follows(whole, say, budget)
 
 @pytest.mark.parametrize("length", [16, 40, 200])
 def test_without_a_budget_a_quarter_is_kept_for_the_answer(whole, say, length):
-    say("◁think▷" + "and so on " * 200, after_close="Enough. " * 200)
+    say("◁think▷" + ENDLESS, after_close="Enough. " * 200)
     done = whole.complete(ASK, temperature=0, max_length_tokens=length)
     assert (done.finish_reason, done.thinking_closed_by) == ("length", "budget")
     assert done.usage.output_tokens == length
     assert length // 4 - 3 <= length - done.usage.reasoning_tokens <= length // 4 + 3
+
+
+def test_thinking_in_circles_is_closed(whole, say):
+    say("◁think▷" + "and so on, and so on, " * 400, after_close="Enough.")
+    done = whole.complete(ASK, temperature=0)
+    assert (done.answer, done.thinking_closed_by) == ("Enough.", "budget")
+    assert 128 <= done.usage.reasoning_tokens < 200
 
 
 def test_a_turn_that_ends_inside_the_thinking_still_gets_an_answer(whole, say):

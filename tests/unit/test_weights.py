@@ -1,169 +1,238 @@
-"""From a name to a verified folder, against a real HTTP server on loopback that serves good and bad archives."""
+"""From a name to a verified folder: where models come from, what a second start costs, and what is kept apart."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
+import logging
+import os
 import shutil
-import tarfile
-import threading
-from collections.abc import Callable, Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from kimi_vl import loader, weights
+from kimi_vl import download, loader, verify, weights
 from kimi_vl.errors import CheckpointError
-
-CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
-NAME = "models--moonshotai--Kimi-VL-A3B-Thinking"
-REVISION = "0123456789abcdef"
-
-
-def cache_tree(root: Path) -> Path:
-    """The golden checkpoint as a Hugging Face cache tree: blobs named by their hashes, a snapshot of links."""
-    tree = root / NAME
-    snapshot = tree / "snapshots" / REVISION
-    snapshot.mkdir(parents=True)
-    (tree / "blobs").mkdir()
-    (tree / "refs").mkdir()
-    (tree / "refs" / "main").write_text(REVISION)
-    for path in CHECKPOINT.iterdir():
-        content = path.read_bytes()
-        large = path.suffix == ".safetensors"
-        digest = hashlib.sha256(content) if large else hashlib.sha1(b"blob %d\0" % len(content) + content)
-        (tree / "blobs" / digest.hexdigest()).write_bytes(content)
-        (snapshot / path.name).symlink_to(Path("../../blobs") / digest.hexdigest())
-    return tree
-
-
-def archive(tree: Path, path: Path) -> None:
-    """The published layout: the tree's own content, without a folder above it."""
-    with tarfile.open(path, "w") as tar:
-        for entry in sorted(tree.iterdir()):
-            tar.add(entry, arcname=entry.name)
+from tests.weights_world import (
+    CHECKPOINT,
+    NAME,
+    REVISION,
+    ROOT,
+    FaultServer,
+    cache_tree,
+    flip,
+    largest_blob,
+    tar_of,
+)
 
 
 @pytest.fixture
-def site(tmp_path, monkeypatch) -> Iterator[Path]:
-    """A served folder; archives come from it, without pget."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, directory=str(folder), **options)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    monkeypatch.setenv("KIMI_VL_WEIGHTS_URL", f"http://127.0.0.1:{server.server_port}/")
-    monkeypatch.delenv("PGET", raising=False)
-    monkeypatch.setattr(weights.shutil, "which", lambda _: None)
-    yield folder
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
 
 
-def fetched(tmp_path: Path) -> Path:
-    return weights.resolve("thinking", has_gpu=False, cache=tmp_path / "cache")
+def fetched(cache: Path, model: str = "thinking") -> Path:
+    return weights.resolve(model, has_gpu=False, cache=cache)
 
 
-def test_an_archive_is_fetched_checked_and_loads(site, tmp_path, monkeypatch):
-    archive(cache_tree(tmp_path), site / f"{NAME}.tar")
-    folder = fetched(tmp_path)
-    assert folder == tmp_path / "cache" / NAME / "snapshots" / REVISION
-    assert loader.load(folder, dtype=torch.float32).device.type == "cpu"
-    monkeypatch.setattr(weights, "_fetch", None)  # a second time needs neither the network nor a check
-    monkeypatch.setattr(weights, "verify", None)
-    assert fetched(tmp_path) == folder
+def leftovers(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.iterdir() if not path.name.endswith(".lock"))
 
 
-def test_a_cache_without_its_mark_is_checked_again(site, tmp_path):
-    tree = cache_tree(tmp_path)
-    shutil.copytree(tree, tmp_path / "cache" / NAME, symlinks=True)
-    assert fetched(tmp_path).is_dir()
-    (tmp_path / "cache" / NAME / weights._MARKER).unlink()
-    blob = max((tmp_path / "cache" / NAME / "blobs").iterdir(), key=lambda path: path.stat().st_size)
-    blob.write_bytes(blob.read_bytes()[:-1] + b"!")
-    with pytest.raises(CheckpointError, match=blob.name):
-        fetched(tmp_path)
+def serve(site: FaultServer, tmp_path: Path) -> Path:
+    """Put a good archive on the server; the tree that it is of."""
+    tree = cache_tree(tmp_path / "made")
+    tar_of(tree, site.folder / f"{NAME}.tar")
+    return tree
 
 
-def _flip(tree: Path) -> None:
-    blob = max((tree / "blobs").iterdir(), key=lambda path: path.stat().st_size)
-    content = bytearray(blob.read_bytes())
-    content[-5] ^= 1
-    blob.write_bytes(content)
+def test_an_archive_is_fetched_verified_and_loads(site, road, tmp_path, cache):
+    serve(site, tmp_path)
+    folder = fetched(cache)
+    assert folder == cache / NAME / "snapshots" / REVISION
+    assert loader.load(folder, dtype=torch.float32).config
+    assert leftovers(cache) == [NAME, f"{NAME}.verified"]
 
 
-def _drop(tree: Path) -> None:
-    (tree / "snapshots" / REVISION / "model.safetensors").unlink()
+def test_a_second_start_needs_no_server_and_reads_no_content(site, road, tmp_path, cache, monkeypatch):
+    serve(site, tmp_path)
+    folder = fetched(cache)
+    asked = len(site.requests)
+    monkeypatch.setattr(verify, "check", None)
+    assert fetched(cache) == folder
+    assert len(site.requests) == asked
 
 
-def _link_out(tree: Path) -> None:
-    (tree / "snapshots" / REVISION / "extra.json").symlink_to("/etc/hostname")
+def test_only_headers_travel_before_the_download_is_decided(site, no_pget, tmp_path, cache, monkeypatch):
+    serve(site, tmp_path)
+    monkeypatch.setattr(download, "_WINDOW", 2048)
+    monkeypatch.setattr(download, "_extract_with_python", None)
+    with pytest.raises(TypeError):
+        fetched(cache)
+    assert site.sent < (site.folder / f"{NAME}.tar").stat().st_size / 20
 
 
-@pytest.mark.parametrize("harm", [_flip, _drop, _link_out])
-def test_a_harmed_archive_leaves_nothing(site, tmp_path, harm: Callable[[Path], None]):
-    tree = cache_tree(tmp_path)
-    harm(tree)
-    archive(tree, site / f"{NAME}.tar")
-    with pytest.raises(CheckpointError):
-        fetched(tmp_path)
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [f"{NAME}.lock"]
+def test_an_address_is_a_name_of_its_own(site, no_pget, tmp_path, cache):
+    tree = serve(site, tmp_path)
+    for place in ("a", "b"):
+        (site.folder / place).mkdir()
+        tar_of(tree, site.folder / place / "model.tar")
+    first, second = fetched(cache, f"{site.url}a/model.tar?token=one"), fetched(cache, f"{site.url}b/model.tar")
+    assert first != second
+    asked = len(site.requests)
+    assert fetched(cache, f"{site.url}a/model.tar?token=two") == first
+    assert len(site.requests) == asked
 
 
-@pytest.mark.parametrize("length", [0, 1000, 700_000])
-def test_a_cut_off_archive_leaves_nothing(site, tmp_path, length):
-    path = site / f"{NAME}.tar"
-    archive(cache_tree(tmp_path), path)
-    path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(CheckpointError):
-        fetched(tmp_path)
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [f"{NAME}.lock"]
+@pytest.mark.parametrize("name", ["..", ".", "", ".hidden", "a.part-1.tar", "a.lock", "a.verified.tar", "a b.tar"])
+def test_an_address_whose_name_would_touch_other_entries_is_refused(site, cache, name):
+    with pytest.raises(CheckpointError, match=r"must end in NAME\.tar"):
+        fetched(cache, f"{site.url}x/{name}")
+    assert not cache.exists() and not site.requests
 
 
-def test_an_archive_that_climbs_out_is_refused(site, tmp_path):
-    with tarfile.open(site / f"{NAME}.tar", "w") as tar:
-        entry = tarfile.TarInfo("../../escaped")
-        entry.size = 1
-        tar.addfile(entry, io.BytesIO(b"x"))
-    with pytest.raises(CheckpointError):
-        fetched(tmp_path)
-    assert not (tmp_path / "escaped").exists()
+def test_the_query_of_the_weights_address_goes_with_the_name(site, road, tmp_path, cache, monkeypatch):
+    serve(site, tmp_path)
+    monkeypatch.setenv("KIMI_VL_WEIGHTS_URL", f"{site.url}?key=secret")
+    fetched(cache)
+    assert {path for path, _ in site.requests} == {f"/{NAME}.tar?key=secret"}
 
 
-def test_what_a_killed_boot_left_is_cleared(site, tmp_path):
-    archive(cache_tree(tmp_path), site / f"{NAME}.tar")
-    (tmp_path / "cache" / f"{NAME}.part-99999").mkdir(parents=True)
-    fetched(tmp_path)
-    assert not list((tmp_path / "cache").glob("*.part-*"))
+def test_the_weights_address_must_be_one(site, cache, monkeypatch):
+    monkeypatch.setenv("KIMI_VL_WEIGHTS_URL", "file:///etc")
+    with pytest.raises(CheckpointError, match="KIMI_VL_WEIGHTS_URL"):
+        fetched(cache)
 
 
-def test_a_missing_archive_is_named_without_credentials(site, tmp_path):
-    with pytest.raises(CheckpointError, match="cannot be fetched") as caught:
-        fetched(tmp_path)
-    assert f"{NAME}.tar" in str(caught.value)
-    url = "http://127.0.0.1:9/secret-user/a.tar?token=hidden"
-    with pytest.raises(CheckpointError) as caught:
-        weights.resolve(url, has_gpu=False, cache=tmp_path / "cache")
-    assert "hidden" not in str(caught.value)
+def test_a_login_in_the_address_is_used_and_never_shown(site, no_pget, tmp_path, cache, caplog):
+    caplog.set_level(logging.DEBUG)
+    serve(site, tmp_path)
+    url = f"{site.url}{NAME}.tar".replace("http://", "http://someone:hush@")
+    site.login = "Basic c29tZW9uZTpodXNo"
+    fetched(cache, url)
+    site.login = "Basic other"
+    with pytest.raises(CheckpointError, match="401") as caught:
+        fetched(cache / "second", url + "?token=hush")
+    assert "hush" not in caplog.text + str(caught.value)
+
+
+def test_a_person_can_follow(site, road, tmp_path, cache, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("kimi_vl.progress.INTERVAL_SECONDS", 0.1)
+    serve(site, tmp_path)
+    site.rate = 5e6
+    fetched(cache, f"{site.url}{NAME}.tar?token=hush")
+    text = caplog.text
+    assert f"from {site.url}{NAME}.tar with {'pget' if road == 'pget' else 'Python'}" in text
+    assert " of 2.5 MB, " in text and " MB/s, " in text and " s left" in text
+    assert "fetched 2.5 MB in " in text and "verified 2.5 MB in " in text and " GB/s)" in text
+    assert "hush" not in text
+
+
+# The marker
+
+
+def test_a_cache_without_its_marker_is_verified_again(site, no_pget, tmp_path, cache, monkeypatch):
+    shutil.copytree(cache_tree(tmp_path / "made"), cache / NAME, symlinks=True)
+    fetched(cache)
+    assert not site.requests and (cache / f"{NAME}.verified").exists()
+
+
+@pytest.mark.parametrize("harm", ["flip", "grow", "swap", "add", "remove", "marker"])
+def test_a_cache_that_changed_is_fetched_again(site, road, tmp_path, cache, harm):
+    serve(site, tmp_path)
+    folder = fetched(cache)
+    blob = largest_blob(cache / NAME)
+    if harm == "flip":  # the only one that a marker cannot see
+        flip(blob)
+        (cache / f"{NAME}.verified").unlink()
+    elif harm == "grow":
+        with blob.open("ab") as file:
+            file.write(b"x")
+    elif harm == "swap":  # same size, same time
+        status = blob.stat()
+        shutil.copy(blob, blob.with_name("copy"))
+        flip(blob.with_name("copy"))
+        os.utime(blob.with_name("copy"), ns=(status.st_atime_ns, status.st_mtime_ns))
+        blob.with_name("copy").replace(blob)
+    elif harm == "add":
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    elif harm == "remove":
+        (folder / "tiktoken.model").unlink()
+    else:
+        (cache / f"{NAME}.verified").write_text("{")
+    before = len(site.requests)
+    fetched(cache)
+    assert (len(site.requests) > before) == (harm != "marker")
+    verify.check(folder)
+
+
+def test_a_setting_hashes_at_every_start(site, no_pget, tmp_path, cache, monkeypatch):
+    serve(site, tmp_path)
+    fetched(cache)
+    flip(largest_blob(cache / NAME))
+    before = len(site.requests)
+    fetched(cache)
+    assert len(site.requests) == before, "the marker sees sizes and times, and these are the same"
+    monkeypatch.setenv("KIMI_VL_VERIFY", "always")
+    verify.check(fetched(cache))
+    assert len(site.requests) > before
+    monkeypatch.setenv("KIMI_VL_VERIFY", "yes")
+    with pytest.raises(CheckpointError, match="KIMI_VL_VERIFY=yes"):
+        fetched(cache)
+
+
+def test_a_warm_start_costs_the_same_for_any_size(tmp_path):
+    folder = tmp_path / "snapshots" / REVISION
+    folder.mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    for number in range(60):
+        with (tmp_path / "blobs" / f"{number:064x}").open("wb") as file:
+            file.truncate(5 * 10**9)
+        (folder / f"model-{number}.safetensors").symlink_to(Path("../../blobs") / f"{number:064x}")
+    marker = tmp_path / "marker"
+    verify.mark(marker, folder, None, verify._stamps(folder))
+    best = min(_seconds_to_look(marker, folder) for _ in range(5))
+    assert best < 0.2
+
+
+def _seconds_to_look(marker: Path, folder: Path) -> float:
+    began = time.monotonic()
+    assert verify.is_marked(marker, folder, None)
+    return time.monotonic() - began
+
+
+def test_what_a_killed_start_left_is_cleared(site, no_pget, tmp_path, cache):
+    serve(site, tmp_path)
+    left = cache / f"{NAME}.part-abc" / "tree" / "blobs"
+    left.mkdir(parents=True)
+    (left / "half").write_text("half")
+    (cache / f"{NAME}.verified.part-abc").write_text("half")
+    (cache / "another.part-abc").mkdir()
+    fetched(cache)
+    assert leftovers(cache) == sorted(["another.part-abc", NAME, f"{NAME}.verified"])
+
+
+# Other names
 
 
 def test_names(tmp_path):
     assert weights.resolve("auto", has_gpu=False) == weights.resolve("demo", has_gpu=False) == weights.DEMO
     assert weights.resolve(str(CHECKPOINT), has_gpu=False) == CHECKPOINT
-    for bad in ("nonsense", "ftp://host/a.tar", "../x/y", ""):
-        with pytest.raises(CheckpointError, match="neither"):
+    for bad in (
+        "nonsense",
+        "ftp://host/a.tar",
+        "http://example.org/a.tar",
+        "../x/y",
+        "",
+        "a/..",
+        "a/b@../c",
+        "http://[",
+    ):
+        with pytest.raises(CheckpointError, match=r"neither .* set KIMI_VL_MODEL"):
             weights.resolve(bad, has_gpu=False, cache=tmp_path)
 
 
@@ -172,4 +241,80 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path):
         weights.resolve(str(tmp_path), has_gpu=False)
     (tmp_path / "config.json").write_text(json.dumps({}))
     with pytest.raises(CheckpointError, match="model_type"):
-        loader.load(weights.resolve(str(tmp_path), has_gpu=False))
+        weights.resolve(str(tmp_path), has_gpu=False)
+
+
+def test_a_plain_folder_has_no_hashes_and_leaves_nothing_in_the_cache(cache, caplog):
+    caplog.set_level(logging.INFO)
+    assert weights.resolve(str(CHECKPOINT), has_gpu=False, cache=cache) == CHECKPOINT
+    assert "no hashes are known" in caplog.text and not cache.exists()
+
+
+@pytest.mark.parametrize("place", ["tree", "snapshot", "above"])
+def test_a_local_tree_is_verified_once(tmp_path, cache, monkeypatch, place):
+    tree = cache_tree(tmp_path / "made")
+    snapshot = tree / "snapshots" / REVISION
+    root = {"tree": tree, "snapshot": snapshot, "above": tree.parent}[place]
+    assert weights.resolve(str(root), has_gpu=False, cache=cache) == snapshot
+    with monkeypatch.context() as patched:
+        patched.setattr(verify, "check", None)
+        assert weights.resolve(str(root), has_gpu=False, cache=cache) == snapshot
+    flip(largest_blob(tree))
+    largest_blob(tree).touch()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is damaged .* KIMI_VL_MODEL"):
+        weights.resolve(str(root), has_gpu=False, cache=cache)
+
+
+def test_a_local_tree_needs_no_cache(tmp_path):
+    tree = cache_tree(tmp_path / "made")
+    (tmp_path / "file").write_text("")
+    assert weights.resolve(str(tree), has_gpu=False, cache=tmp_path / "file" / "cache").name == REVISION
+
+
+def test_a_manifest_covers_a_plain_folder(tmp_path, cache, monkeypatch):
+    folder = tmp_path / "plain"
+    shutil.copytree(CHECKPOINT, folder)
+    manifest = tmp_path / "manifest.json"
+    verify.write_manifest(folder, "mine", manifest)
+    monkeypatch.setenv("KIMI_VL_MANIFEST", str(manifest))
+    assert weights.resolve(str(folder), has_gpu=False, cache=cache) == folder
+    flip(folder / "model.safetensors")
+    (folder / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is damaged"):
+        weights.resolve(str(folder), has_gpu=False, cache=cache)
+
+
+def test_a_manifest_is_applied_to_what_is_fetched_and_outdates_a_marker(site, no_pget, tmp_path, cache, monkeypatch):
+    serve(site, tmp_path)
+    folder = fetched(cache)
+    manifest = tmp_path / "manifest.json"
+    verify.write_manifest(folder, "thinking", manifest)
+    assert json.loads(manifest.read_text())["revision"] == REVISION
+    monkeypatch.setattr(weights, "MANIFESTS", tmp_path)
+    manifest.rename(tmp_path / "thinking.json")
+    assert fetched(cache) == folder
+    data = json.loads((tmp_path / "thinking.json").read_text())
+    data["files"]["config.json"]["sha256"] = "0" * 64
+    (tmp_path / "thinking.json").write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match=r"config\.json: is damaged"):
+        fetched(cache)
+    assert leftovers(cache) == []
+
+
+# The command
+
+
+def test_the_command_fetches_and_writes_a_manifest(site, tmp_path, monkeypatch):
+    tree = cache_tree(tmp_path / "made")
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-P", "-m", "fetch", "made", "--write-manifest", "out.json"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'scripts'}:{ROOT}"}
+    program = f"import sys, fetch, pathlib; fetch.CACHE = pathlib.Path('cache'); sys.argv[1:] = {command[4:]!r}; "
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program + "sys.exit(fetch.main())"],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert Path(done.stdout.strip()) == Path("made") / NAME / "snapshots" / REVISION
+    manifest = verify.Manifest.read(tmp_path / "out.json")
+    assert manifest.revision == REVISION and set(manifest.files) == {path.name for path in CHECKPOINT.iterdir()}
+    assert manifest.files["model.safetensors"][1] == largest_blob(tree).name

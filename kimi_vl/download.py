@@ -1,0 +1,509 @@
+"""A tar at a URL to a folder on disk: refuses what must not be there before it arrives, and compares afterwards.
+
+By pget under a watchdog, or by Python. Does not know what a checkpoint is. Never prints a query or a password.
+"""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import errno
+import http.client
+import logging
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from .archive import LARGEST_END, Contents, end_fault
+from .errors import CheckpointError
+from .progress import Progress, amount
+
+log = logging.getLogger(__name__)
+
+TRIES = 3
+PAUSE_SECONDS = 5.0
+STALL_SECONDS = 120.0  # pget itself has no read timeout, and goes on for ever when every answer is cut off
+CHUNK = "16M"  # pget keeps as many of these in memory as it has connections
+CONNECTIONS = 16
+
+_WATCH_SECONDS = 0.2
+_WINDOW = 2**16  # bytes asked for at once while only headers are read
+_LARGEST_HEADER = 2**20
+# What changes pget's behaviour from outside. PGET itself names the program.
+_PGET_SETTINGS = (
+    "PGET_EXTRACT",
+    "PGET_FORCE",
+    "PGET_OUTPUT",
+    "PGET_PID_FILE",
+    "PGET_CHUNK_SIZE",
+    "PGET_LOG_LEVEL",
+)
+_REFUSALS = {
+    401: "the server asks for a login (401); check the user, password or token in the address",
+    403: "the server refuses access (403); check the address, and that a signed link has not expired",
+    404: "the server has no such file (404); check the address",
+    410: "the server no longer has this file (410); check the address",
+    416: "the server's file is empty (416); upload it again",
+}
+_TRANSIENT = (408, 425, 429)
+
+
+class _Retry(Exception):
+    """A failure that another try may not meet; the text goes into parentheses of a sentence."""
+
+
+def shown(url: str) -> str:
+    """``url`` as it may be printed: without user, password, query and fragment."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "(an address that cannot be read)"
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def redact(text: str) -> str:
+    """``text`` with every URL in it as it may be printed."""
+    return re.sub(r"https?://[^\s\"'<>\\]+", lambda found: shown(found[0]), text, flags=re.IGNORECASE)
+
+
+class Redaction(logging.Filter):
+    """Applies :func:`redact` to what a library logs."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = redact(record.getMessage()), ()
+        return True
+
+
+def disk_error(folder: Path, error: OSError) -> CheckpointError:
+    """What a person is told when the disk does not take what it is given."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _disk_full(folder, 0)
+    return CheckpointError(f"{folder}: cannot be written ({error.strerror or type(error).__name__}); check the disk")
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Raise where ``needed`` bytes and one in a hundred more do not fit on the disk of ``folder``."""
+    needed += needed // 100
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"{folder}: {what} needs {amount(needed)} and {amount(free)} are free; "
+            f"free {amount(needed - free)} or use a larger disk"
+        )
+
+
+def fetch(url: str, private: Path) -> Path:
+    """Extract the tar at ``url`` below ``private``, an empty folder of the caller's own; the extracted folder.
+
+    Raises :class:`CheckpointError`, which may leave files in ``private``: the caller deletes it.
+    """
+    program = _pget()
+    reason = ""
+    for attempt in range(1, TRIES + 1):
+        if attempt > 1:
+            log.warning("try %d of %d failed: %s", attempt - 1, TRIES, reason)
+            time.sleep(PAUSE_SECONDS * (attempt - 1))
+            remove(private)
+            private.mkdir(mode=0o700)
+        try:
+            # The last try does without pget: its faults must not be the reason why a service stays down.
+            return _try(url, private, program if attempt < TRIES else None, patience=STALL_SECONDS * attempt)
+        except _Retry as error:
+            reason = str(error)
+        except OSError as error:
+            raise disk_error(private.parent, error) from None
+    raise CheckpointError(
+        f"{shown(url)}: could not be fetched in {TRIES} tries ({reason}); check the server and the network, "
+        "and start again"
+    )
+
+
+def _try(url: str, private: Path, program: str | None, patience: float) -> Path:
+    remote = _probe(url)
+    contents = _read_contents(url, remote.size) if remote.ranges and remote.size is not None else None
+    if remote.size is not None:
+        check_space(private.parent, remote.size, shown(url))
+    tree = private / "tree"
+    size = "an archive of unknown size" if remote.size is None else amount(remote.size)
+    if program and contents:
+        log.info("fetching %s from %s with pget", size, shown(url))
+        progress = Progress("fetching", contents.size)
+        _extract_with_pget(program, url, private, tree, contents.size, progress, patience)
+    else:
+        why = "" if program is None else ": the server does not support ranges, which pget needs"
+        log.info("fetching %s from %s with Python%s", size, shown(url), why)
+        progress = Progress("fetching", remote.size)
+        contents = _extract_with_python(url, remote, tree, progress)
+    progress.finish("fetched")
+    if difference := contents.difference(tree):  # pget takes some incomplete extractions for complete
+        raise _Retry(difference)
+    return tree
+
+
+def remove(folder: Path) -> None:
+    """Delete ``folder``, also where an archive made folders in it that cannot be written."""
+    for path, names, _ in os.walk(folder):
+        for name in names:
+            inner = os.path.join(path, name)
+            if not os.path.islink(inner):
+                with suppress(OSError):
+                    os.chmod(inner, 0o700)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _disk_full(folder: Path, needed: int) -> CheckpointError:
+    free = f"free {amount(needed)}" if needed else "free some space"
+    return CheckpointError(f"{folder}: no space is left on this disk; {free} or use a larger one")
+
+
+# What is at the other end
+
+
+@dataclass(frozen=True)
+class _Remote:
+    size: int | None
+    ranges: bool
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if req.type == "https" and urlsplit(newurl).scheme != "https":
+            raise CheckpointError(
+                f"{shown(req.full_url)}: redirects to an address without encryption, {shown(newurl)}; "
+                "use an https address that does not"
+            )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+_opener = urllib.request.build_opener(_Redirects)
+
+
+def _open(url: str, span: str = "") -> http.client.HTTPResponse:
+    """The answer to a GET, of ``span`` ("0-99") only where the server can."""
+    try:
+        parts = urlsplit(url)
+        login, _, host = parts.netloc.rpartition("@")
+        # Some networks in front of servers turn urllib's own name away.
+        headers = {"User-Agent": "kimi-vl"} | ({"Range": f"bytes={span}"} if span else {})
+        request = urllib.request.Request(urlunsplit(parts._replace(netloc=host, fragment="")), headers=headers)
+        if login:  # pget takes it from the address, urllib does not; no other server is to see it
+            token = base64.b64encode(unquote(login).encode()).decode()
+            request.add_unredirected_header("Authorization", f"Basic {token}")
+        return _opener.open(request, timeout=STALL_SECONDS)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code in _REFUSALS:
+            raise CheckpointError(f"{shown(url)}: {_REFUSALS[error.code]}") from None
+        if 400 <= error.code < 500 and error.code not in _TRANSIENT:
+            raise CheckpointError(
+                f"{shown(url)}: the server refuses the request ({error.code}); check the address"
+            ) from None
+        raise _Retry(f"the server answers {error.code}") from None
+    except CheckpointError:
+        raise
+    except (http.client.InvalidURL, ValueError):
+        raise CheckpointError(f"{shown(url)}: is not a valid address; check its spelling") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise _Retry(_reason(error)) from None
+
+
+def _reason(error: Exception) -> str:
+    """Why the network failed, in a few words."""
+    inner = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(inner, TimeoutError):
+        return f"no byte arrived for {STALL_SECONDS:g} s"
+    if isinstance(inner, OSError) and inner.strerror:
+        return redact(inner.strerror)
+    return redact(str(inner)) or type(inner).__name__
+
+
+def _probe(url: str) -> _Remote:
+    with _open(url, "0-0") as answer:
+        if answer.status == 206:
+            return _Remote(_total(answer), True)
+        length = answer.headers.get("Content-Length", "")
+        return _Remote(int(length) if length.isdecimal() else None, False)
+
+
+def _total(answer: http.client.HTTPResponse) -> int | None:
+    """The whole file's size, from the answer to a request for a part of it."""
+    found = re.fullmatch(r"bytes \d+-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+    return int(found[1]) if found else None
+
+
+class _RangedFile:
+    """A file at a URL that tarfile can seek in: only what is read travels."""
+
+    def __init__(self, url: str, size: int):
+        self.url = url
+        self.size = size
+        self.position = 0
+        self._window = b""
+        self._start = 0
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, position: int) -> int:
+        self.position = position
+        return position
+
+    def read(self, size: int) -> bytes:
+        if size > _LARGEST_HEADER:  # an archive that wants memory, not one that holds files
+            raise tarfile.ReadError("a header is too large")
+        pieces = []
+        end = min(self.position + size, self.size)
+        while self.position < end:
+            if not self._start <= self.position < self._start + len(self._window):
+                self._load()
+            piece = self._window[self.position - self._start : end - self._start]
+            pieces.append(piece)
+            self.position += len(piece)
+        return b"".join(pieces)
+
+    def _load(self) -> None:
+        last = min(self.position + _WINDOW, self.size) - 1
+        with _open(self.url, f"{self.position}-{last}") as answer:
+            if answer.status != 206 or _total(answer) != self.size:
+                raise _Retry("the file on the server changed or is served in different ways")
+            try:
+                window = answer.read(_WINDOW)
+            except (OSError, http.client.HTTPException) as error:
+                raise _Retry(_reason(error)) from None
+        if not window:
+            raise _Retry("the connection was cut off")
+        self._start, self._window = self.position, window
+
+
+def _read_contents(url: str, size: int) -> Contents:
+    """The table of contents, for the price of the headers; raises for what must not be downloaded at all."""
+    contents = Contents(shown(url))
+    file: Any = _RangedFile(url, size)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                contents.add(member)
+            end = archive.offset
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise _not_a_tar(url, error) from None
+    file.seek(end)
+    if fault := end_fault(file.read(min(size - end, LARGEST_END))):
+        raise CheckpointError(f"{shown(url)}: {fault}; make or upload it anew")
+    contents.finish()
+    return contents
+
+
+def _not_a_tar(url: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{shown(url)}: is not a complete, uncompressed tar archive ({redact(str(error)) or type(error).__name__}); "
+        "make or upload it anew"
+    )
+
+
+# By pget
+
+
+def _pget() -> str | None:
+    """The pget to use: what PGET names, else the one on PATH."""
+    named = os.environ.get("PGET")
+    program = shutil.which(named or "pget")
+    if program is None:
+        log.info("%s: fetching with Python, on one connection", f"PGET={named} is no program" if named else "no pget")
+    return program
+
+
+def _extract_with_pget(
+    program: str, url: str, private: Path, tree: Path, size: int, progress: Progress, patience: float
+) -> None:
+    try:
+        process = subprocess.Popen(
+            [
+                *(program, "-x", "--pid-file", str(private / "pget.pid"), "--log-level", "warn"),
+                *("-m", CHUNK, "-c", str(CONNECTIONS), url, str(tree)),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env={name: value for name, value in os.environ.items() if name not in _PGET_SETTINGS},
+            preexec_fn=_die_with(os.getpid()) if sys.platform == "linux" else None,
+        )
+    except OSError as error:
+        raise _Retry(f"pget cannot be started: {error.strerror}") from None
+    lines: deque[str] = deque(maxlen=50)
+    reader = threading.Thread(target=_read_lines, args=(process, lines), daemon=True)
+    reader.start()
+    try:
+        _watch(process, tree, progress, patience)
+    finally:
+        with suppress(OSError):
+            process.kill()
+        process.wait()
+        reader.join(timeout=5)
+        if process.stderr is not None and not reader.is_alive():  # where pget is a script, its child may still hold it
+            process.stderr.close()
+    if process.returncode:
+        said = _last_words(lines)
+        if "no space left on device" in said:
+            raise _disk_full(private.parent, size)
+        raise _Retry(f"pget ended with status {process.returncode}{': ' if said else ''}{said}")
+
+
+def _watch(process: subprocess.Popen[bytes], tree: Path, progress: Progress, patience: float) -> None:
+    """Wait for the end of a download that grows. A slow line fills CONNECTIONS chunks before the next growth."""
+    size, grown = 0, time.monotonic()
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=_WATCH_SECONDS)
+            break
+        current = _size(tree)
+        progress.reach(current)
+        if current > size:
+            size, grown = current, time.monotonic()
+        elif time.monotonic() - grown > patience:
+            raise _Retry(f"no byte arrived for {patience:g} s")
+    progress.reach(_size(tree))
+
+
+def _size(tree: Path) -> int:
+    total = 0
+    for folder, _, names in os.walk(tree):
+        for name in names:
+            with suppress(OSError):
+                status = os.lstat(os.path.join(folder, name))
+                total += status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return total
+
+
+def _read_lines(process: subprocess.Popen[bytes], lines: deque[str]) -> None:
+    assert process.stderr is not None
+    with suppress(OSError, ValueError):  # closed under us
+        while line := process.stderr.readline(4096):
+            lines.append(line.decode(errors="replace").strip())
+
+
+def _last_words(lines: deque[str]) -> str:
+    """Why pget gave up: its last error, a crash of its runtime, or whatever it said last."""
+    for start in ("Error: ", "panic: ", "fatal error: ", ""):
+        for line in reversed(lines):
+            if line and line.startswith(start):
+                return redact(line.removeprefix("Error: "))[:300]
+    return ""
+
+
+def _die_with(parent: int) -> Any:
+    """What a child runs before it becomes pget, so that it never outlives us: we may be killed outright.
+
+    The kernel ties it to the thread that starts it, which is the one that waits for it.
+    """
+    prctl = ctypes.CDLL(None).prctl
+    death_signal = 1
+
+    def prepare() -> None:
+        prctl(death_signal, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return prepare
+
+
+# By Python
+
+
+class _Body:
+    """The bytes of a URL in order; a connection that is cut off is taken up again where the server can."""
+
+    def __init__(self, url: str, remote: _Remote, progress: Progress):
+        self.url = url
+        self.remote = remote
+        self.progress = progress
+        self.received = 0
+        self._answer: http.client.HTTPResponse | None = None
+        self._taken_up_at = -1
+        self._last: deque[bytes] = deque(maxlen=16)
+
+    def read(self, size: int) -> bytes:
+        while True:
+            left = None if self.remote.size is None else self.remote.size - self.received
+            if left == 0:
+                return b""
+            reason = "the connection was cut off"
+            try:
+                self._answer = self._answer or self._connect()
+                piece = self._answer.read1(size if left is None else min(size, left))
+            except (OSError, http.client.HTTPException) as error:
+                piece, reason = b"", _reason(error)
+            else:
+                if piece:
+                    self.received += len(piece)
+                    self._last.append(piece)
+                    self.progress.reach(self.received)
+                if piece or left is None:
+                    return piece
+            self.close()
+            if not self.remote.ranges or self._taken_up_at == self.received:
+                raise _Retry(reason)
+            self._taken_up_at = self.received
+            log.info("%s after %s: going on from there", reason, amount(self.received))
+
+    def _connect(self) -> http.client.HTTPResponse:
+        answer = _open(self.url, f"{self.received}-" if self.received else "")
+        if self.received and (answer.status != 206 or _total(answer) != self.remote.size):
+            answer.close()
+            raise _Retry("the file on the server changed")
+        return answer
+
+    def rest(self, start: int) -> bytes:
+        """What came and still comes from position ``start`` on, which is near; of very much only the beginning."""
+        came = b"".join(self._last)
+        if self.received - start > len(came):
+            raise _Retry("the answer came in crumbs")
+        rest = came[len(came) - (self.received - start) :]
+        while len(rest) < LARGEST_END and (piece := self.read(2**16)):
+            rest += piece
+        return rest
+
+    def close(self) -> None:
+        if self._answer is not None:
+            self._answer.close()
+            self._answer = None
+
+
+def _extract_with_python(url: str, remote: _Remote, tree: Path, progress: Progress) -> Contents:
+    contents = Contents(shown(url))
+    body: Any = _Body(url, remote, progress)
+    tree.mkdir()
+    try:
+        with closing(body), tarfile.open(fileobj=body, mode="r|", bufsize=LARGEST_END) as archive:
+            for member in archive:
+                contents.add(member)
+                archive.extract(member, tree, set_attrs=False, filter="data")
+            fault = end_fault(body.rest(archive.offset))
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        if remote.size is None:
+            raise _Retry(f"it is not a complete, uncompressed tar archive: {redact(str(error))}") from None
+        raise _not_a_tar(url, error) from None
+    if fault and remote.size is None:  # then nobody can tell an archive that is cut off from a connection that was
+        raise _Retry(fault)
+    if fault:
+        raise CheckpointError(f"{shown(url)}: {fault}; make or upload it anew")
+    contents.finish()
+    return contents

@@ -1,0 +1,228 @@
+"""Image files as bytes: the format by content, the orientation, and only those parts that decoding needs.
+
+Text, profiles, previews and further pages are left out before a decoder sees a file: reading them can cost far more
+than the picture does, and a tenth of a second of decoding must not become minutes for whoever sends an odd file.
+Knows no pixels. What breaks a rule here raises ``ValueError``; what is merely damaged is left to the decoder.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from dataclasses import dataclass
+
+MAX_PARTS = 100_000
+"""Chunks or segments of one file."""
+MAX_VALUES = 50_000
+"""Values of one TIFF tag: strips and tiles above all, each of which costs a decoder tens of microseconds."""
+MAX_TILE_PIXELS = 40_000_000
+"""Of one TIFF tile, which may be larger than its picture."""
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """``orientation`` is that of EXIF, 1 to 8. Each of the ``scans`` of a JPEG passes over the whole picture."""
+
+    format: str
+    data: bytes
+    orientation: int = 1
+    scans: int = 1
+
+
+def read(data: bytes) -> ImageFile | None:
+    """The parts of ``data`` that decoding needs; None where it is of none of the formats known here."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return _png(data)
+    if data.startswith(b"\xff\xd8\xff"):
+        return _jpeg(data)
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return ImageFile("WEBP", data, _orientation(_webp_exif(data)))
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return ImageFile("GIF", data)
+    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return _tiff(data)
+    if data.startswith(b"BM"):
+        return ImageFile("BMP", data)
+    return None
+
+
+def _png(data: bytes) -> ImageFile:
+    kept, exif, at = [data[:8]], b"", 8
+    for _ in range(MAX_PARTS):
+        header = data[at : at + 8]
+        if len(header) < 8:
+            break
+        kind, end = header[4:], at + 12 + int.from_bytes(header[:4], "big")
+        if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
+            kept.append(data[at:end])
+        elif kind == b"tRNS":
+            kept.append(_png_transparency(data[at:end], kept[1][16:18] if len(kept) > 1 else b""))
+        elif kind == b"eXIf":
+            exif = data[at + 8 : end - 4]
+        if kind == b"IEND":
+            break
+        at = end
+    else:
+        raise ValueError("too many chunks")
+    return ImageFile("PNG", b"".join(kept), _orientation(exif))
+
+
+def _png_transparency(chunk: bytes, depth_and_kind: bytes) -> bytes:
+    """A tRNS chunk whose colour is in the 8-bit samples that Pillow compares it with."""
+    scales = {b"\x02\x00": (85, 0), b"\x04\x00": (17, 0), b"\x10\x02": (1, 8)}  # grey of 2 and 4 bits, RGB of 16
+    factor, shift = scales.get(depth_and_kind, (1, 0))
+    if (factor, shift) == (1, 0) or len(chunk) % 2:
+        return chunk
+    samples = struct.unpack(f">{len(chunk[8:-4]) // 2}H", chunk[8:-4])
+    body = b"tRNS" + struct.pack(f">{len(samples)}H", *(sample * factor >> shift & 0xFFFF for sample in samples))
+    return chunk[:4] + body + struct.pack(">I", zlib.crc32(body))
+
+
+# Fill bytes before a marker and stray bytes between segments are skipped, as decoders do.
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff])", re.DOTALL)
+_JPEG_SCAN_END = re.compile(rb"\xff(?=[^\x00\xd0-\xd7\xff])", re.DOTALL)
+# frame headers, tables, restart intervals, and the two segments that tell the colours
+_JPEG_KEPT = frozenset((*range(0xC0, 0xD0), 0xDA, 0xDB, 0xDC, 0xDD, 0xE0, 0xEE))
+
+
+def _jpeg(data: bytes) -> ImageFile:
+    kept, exif, scans, at = [data[:2]], b"", 0, 2
+    for _ in range(MAX_PARTS):
+        found = _JPEG_MARKER.search(data, at)
+        if found is None:
+            break
+        marker, at = found[1][0], found.end()
+        if marker == 0xD9:
+            kept.append(b"\xff\xd9")
+            break
+        if marker == 0x01 or 0xD0 <= marker <= 0xD8:
+            continue  # these have no body
+        begin, at = at, at + max(2, int.from_bytes(data[at : at + 2], "big"))
+        if marker == 0xDA:
+            scans += 1
+            ended = _JPEG_SCAN_END.search(data, at)
+            at = ended.start() if ended else len(data)
+        if marker in _JPEG_KEPT:
+            kept.append(b"\xff%c" % marker + data[begin:at])
+        elif marker == 0xE1 and not exif and data.startswith(b"Exif\0\0", begin + 2):
+            exif = data[begin + 8 : at]
+    else:
+        raise ValueError("too many segments")
+    return ImageFile("JPEG", b"".join(kept), _orientation(exif), max(1, scans))
+
+
+def _webp_exif(data: bytes) -> bytes:
+    at = 12
+    for _ in range(1000):
+        size = int.from_bytes(data[at + 4 : at + 8], "little")
+        if data.startswith(b"EXIF", at):
+            return data[at + 8 : at + 8 + size].removeprefix(b"Exif\0\0")
+        at += 8 + size + size % 2
+    return b""
+
+
+# What a TIFF's pixels depend on; everything else, other pages included, is left out.
+_TIFF_KEPT_TAGS = (
+    "256 257 258 259 262 266 273 277 278 279 284 292 293 317 320 322 323 324 325 332 338 339 347 "
+    "512 513 514 515 517 518 519 520 521 529 530 531 532 34925 50674"
+)
+_TIFF_KEPT = frozenset(map(int, _TIFF_KEPT_TAGS.split()))
+_TIFF_COMPRESSION, _TIFF_ORIENTATION = 259, 274
+_TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH = 322, 323
+_TIFF_BYTE_COUNTS = (279, 325)
+_TIFF_BYTE_KINDS = (1, 2, 7)  # BYTE, ASCII, UNDEFINED
+_TIFF_INTEGER_CODES = {1: "B", 3: "H", 4: "I", 16: "Q"}  # BYTE, SHORT, LONG, LONG8
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tag of a TIFF directory as it stands in the file."""
+
+    tag: int
+    kind: int
+    count: int
+    raw: bytes
+
+    def integers(self, data: bytes, order: str, inline: int) -> tuple[int, ...]:
+        """The values of a tag of whole numbers; they are in the entry where they fit ``inline`` bytes."""
+        code = _TIFF_INTEGER_CODES.get(self.kind, "B")
+        value = self.raw[-inline:]
+        if self.count * struct.calcsize(code) > inline:
+            at = int.from_bytes(value, "little" if order == "<" else "big")
+            return struct.unpack_from(f"{order}{self.count}{code}", data, at)
+        return struct.unpack_from(f"{order}{self.count}{code}", value)
+
+
+def _directory(data: bytes) -> tuple[str, int, list[_Entry]]:
+    """Byte order, the size of an offset, and the entries of a TIFF's first directory."""
+    order = "<" if data[:2] == b"II" else ">"
+    inline = 8 if data[2:4] in (b"+\0", b"\0+") else 4
+    offset_code, count_code, entry_code = ("Q", "Q", "HHQ8s") if inline == 8 else ("I", "H", "HHI4s")
+    (at,) = struct.unpack_from(order + offset_code, data, inline)
+    (entries,) = struct.unpack_from(order + count_code, data, at)
+    if entries > 4096:
+        raise ValueError("too many tags")
+    at += struct.calcsize(order + count_code)
+    size = struct.calcsize(order + entry_code)
+    rows = [data[begin : begin + size] for begin in range(at, at + entries * size, size)]
+    found = []
+    for row in rows:
+        tag, kind, count, _ = struct.unpack(order + entry_code, row)
+        found.append(_Entry(tag, kind, count, row))
+    return order, inline, found
+
+
+def _tiff(data: bytes) -> ImageFile:
+    """The first page with the tags that its pixels depend on, in a directory that is put at the end of the file."""
+    try:
+        order, inline, entries = _directory(data)
+        kept = [entry for entry in entries if entry.tag in _TIFF_KEPT]
+        _check_tiff(data, order, inline, kept)
+    except struct.error:
+        raise ValueError("the directory is cut off") from None
+    directory = len(data) + len(data) % 2
+    number = struct.Struct(order + ("Q" if inline == 8 else "I"))
+    parts = [data[:inline], number.pack(directory), data[2 * inline :], b"\0" * (len(data) % 2)]
+    parts += [struct.pack(order + ("Q" if inline == 8 else "H"), len(kept)), *(entry.raw for entry in kept)]
+    return ImageFile("TIFF", b"".join((*parts, number.pack(0))), _turn(entries, order, inline))
+
+
+def _check_tiff(data: bytes, order: str, inline: int, entries: list[_Entry]) -> None:
+    tile = 1
+    for entry in entries:
+        if entry.kind not in _TIFF_BYTE_KINDS and entry.count > MAX_VALUES:
+            raise ValueError("a tag has too many values")
+        if entry.tag in (_TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH):
+            tile *= sum(entry.integers(data, order, inline))
+        if entry.tag in _TIFF_BYTE_COUNTS:
+            # parts that share bytes would let a small file ask for any amount of work
+            counts = entry.integers(data, order, inline)
+            if sum(min(count, len(data)) for count in counts) > 2 * len(data):
+                raise ValueError("the parts of the picture overlap")
+            # in a TIFF with JPEG inside, each part may have scans of its own
+            if data.count(b"\xff\xda") > 32 * len(counts) and _is_jpeg(data, order, inline, entries):
+                raise ValueError("too many scans")
+    if tile > MAX_TILE_PIXELS:
+        raise ValueError("a tile is too large")
+
+
+def _is_jpeg(data: bytes, order: str, inline: int, entries: list[_Entry]) -> bool:
+    return any(set(e.integers(data, order, inline)) & {6, 7} for e in entries if e.tag == _TIFF_COMPRESSION)
+
+
+def _orientation(exif: bytes) -> int:
+    """The orientation in a block of EXIF, which is laid out as a TIFF; 1 where there is none that makes sense."""
+    try:
+        order, inline, entries = _directory(exif)
+    except (struct.error, ValueError):
+        return 1
+    return _turn(entries, order, inline)
+
+
+def _turn(entries: list[_Entry], order: str, inline: int) -> int:
+    for entry in entries:
+        if entry.tag == _TIFF_ORIENTATION and entry.kind in (1, 3, 4) and entry.count == 1:
+            (value,) = entry.integers(b"", order, inline)
+            return value if 1 <= value <= 8 else 1
+    return 1

@@ -1,0 +1,31 @@
+"""`scripts/bench NAME …`: hands the rest of the command line to the subcommand's module."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+# Each is a module of this package and a function in it, `(arguments: list[str]) -> int`; imported only when called.
+COMMANDS = {
+    "load": ("load", "main", "seconds from a checkpoint in the page cache to a model, against transformers"),
+    "latency": ("decode", "latency", "first token and tokens a second of one request, by context length"),
+    "throughput": ("decode", "throughput", "tokens a second of many requests at once"),
+}
+
+
+def main() -> int:
+    listed = "\n".join(f"  {name:<12}{text}" for name, (_, _, text) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench",
+        description=f"Measure speed beside its ceiling.\n\n{listed}\n\nscripts/bench NAME --help says more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", choices=COMMANDS)
+    name = parser.parse_args(sys.argv[1:2]).name
+    module, function, _ = COMMANDS[name]
+    return getattr(importlib.import_module(f".{module}", __package__), function)(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

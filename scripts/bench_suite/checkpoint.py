@@ -1,0 +1,199 @@
+"""Synthetic checkpoints of a wanted size, with the published widths where there is room for them.
+
+Made once and kept: a folder's name says what is in it, and it gets that name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kimi_vl import loader
+from kimi_vl.config import Config
+
+# The published config.json, but for the numbers of layers.
+PUBLISHED: dict[str, Any] = {
+    "architectures": ["KimiVLForConditionalGeneration"],
+    "model_type": "kimi_vl",
+    "media_placeholder_token_id": 163605,
+    "torch_dtype": "bfloat16",
+    "vision_config": {
+        "model_type": "moonvit",
+        "patch_size": 14,
+        "init_pos_emb_height": 64,
+        "init_pos_emb_width": 64,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 1,
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "merge_kernel_size": [2, 2],
+    },
+    "text_config": {
+        "vocab_size": 163840,
+        "hidden_size": 2048,
+        "intermediate_size": 11264,
+        "moe_intermediate_size": 1408,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "q_lora_rank": None,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.446,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 800000.0,
+        "rope_scaling": None,
+        "max_position_embeddings": 131072,
+    },
+}
+_VISION_BLOCKS = _TEXT_LAYERS = 27
+_SHARD_BYTES = 500e6
+_POOL = 2**24 + 43  # random values at hand; odd, so that tensors beginning at different places of it differ
+_STEP = 1_000_003  # apart in the pool
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder, and in words what is in it."""
+
+    folder: Path
+    shape: str
+    nbytes: int
+
+    @property
+    def shards(self) -> list[Path]:
+        return sorted(self.folder.glob("*.safetensors"))
+
+
+def ready(cache: Path, nbytes: float) -> Checkpoint:
+    """A bfloat16 checkpoint of at most ``nbytes``, from ``cache`` where it was made before.
+
+    It has all the layers that fit, at the published widths or, where not even two layers of those do, at the
+    largest power of two under them. Raises ValueError where nothing fits.
+    """
+    return _made(cache, *_configuration(nbytes))
+
+
+def with_layers(cache: Path, text_layers: int, vision_blocks: int = 1, divisor: int = 1) -> Checkpoint:
+    """A bfloat16 checkpoint with so many layers, from ``cache`` where it was made before; widths as published, or
+    divided by ``divisor``."""
+    return _made(cache, divisor, _divided(divisor, text_layers, vision_blocks))
+
+
+def _made(cache: Path, divisor: int, values: dict[str, Any]) -> Checkpoint:
+    text, vision = values["text_config"]["num_hidden_layers"], values["vision_config"]["num_hidden_layers"]
+    folder = cache / f"checkpoint-{'published' if divisor == 1 else f'div{divisor}'}-{text}-{vision}"
+    config = json.dumps(values, indent=1)
+    if not (folder.exists() and (folder / "config.json").read_text(encoding="utf-8") == config):
+        shutil.rmtree(folder, ignore_errors=True)  # of another version of this file
+        part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
+        try:
+            part.mkdir(parents=True)
+            _write(part, values)
+            (part / "config.json").write_text(config, encoding="utf-8")
+            part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    widths = "published widths" if divisor == 1 else f"published widths / {divisor}"
+    shape = f"{widths}, {text} of {_TEXT_LAYERS} text layers, {vision} of {_VISION_BLOCKS} vision blocks"
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return Checkpoint(folder, shape, size)
+
+
+def _configuration(nbytes: float) -> tuple[int, dict[str, Any]]:
+    for divisor in (1, 2, 4, 8, 16):
+        smallest = _size(_divided(divisor, 2, 1))
+        if smallest > nbytes:
+            continue
+        layer, block = (_size(_divided(divisor, 3, 1)) - smallest), (_size(_divided(divisor, 2, 2)) - smallest)
+        text = min(_TEXT_LAYERS, 2 + int((nbytes - smallest) // layer))
+        left = nbytes - smallest - (text - 2) * layer
+        return divisor, _divided(divisor, text, min(_VISION_BLOCKS, 1 + int(left // block)))
+    raise ValueError(f"{nbytes / 1e6:.1f} MB is too little for a checkpoint; {smallest / 1e6:.1f} MB is the least")
+
+
+def _divided(divisor: int, text_layers: int, vision_blocks: int) -> dict[str, Any]:
+    """The published values with every width divided and so many layers; heads stay as wide as they are."""
+    values = copy.deepcopy(PUBLISHED)
+    text, vision = values["text_config"], values["vision_config"]
+    for name in (
+        "vocab_size hidden_size intermediate_size moe_intermediate_size num_attention_heads num_key_value_heads "
+        "kv_lora_rank"
+    ).split():
+        text[name] //= divisor
+    for name in "hidden_size intermediate_size num_attention_heads".split():
+        vision[name] //= divisor
+    for name in ("init_pos_emb_height", "init_pos_emb_width"):
+        vision[name] = max(4, vision[name] // divisor)
+    text["num_hidden_layers"], vision["num_hidden_layers"] = text_layers, vision_blocks
+    # special tokens are the vocabulary's last 256, in the published order
+    values["media_placeholder_token_id"] = text["vocab_size"] - 235
+    for name, from_the_end in (("bos_token_id", 256), ("eos_token_id", 255), ("pad_token_id", 1)):
+        text[name] = text["vocab_size"] - from_the_end
+    return values
+
+
+def _size(values: dict[str, Any]) -> int:
+    return sum(parameter.nbytes for parameter in loader.empty_model(Config.from_dict(values)).parameters())
+
+
+def _write(folder: Path, values: dict[str, Any]) -> None:
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(_shards(_tensors(values)), start=1):
+        file = f"model-{number:05d}.safetensors"
+        print(f"set-up: writing {file} of a synthetic checkpoint (once)", file=sys.stderr, flush=True)
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+
+
+def _tensors(values: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Random tensors that all differ; the router's biases are float32 as published, of bfloat16 values."""
+    pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(0)).bfloat16()
+    begin = 0
+    for name, slot in loader.checkpoint_layout(Config.from_dict(values)).items():
+        count = int(torch.Size(slot.shape).numel())
+        pieces, needed, at = [], count, begin
+        while needed:
+            pieces.append(pool[at : at + needed])
+            needed, at = needed - len(pieces[-1]), 0
+        value = torch.cat(pieces).reshape(slot.shape)
+        yield name, value.float() if name.endswith("e_score_correction_bias") else value
+        begin = (begin + _STEP) % _POOL
+
+
+def _shards(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    held = 0
+    for name, value in tensors:
+        shard[name], held = value, held + value.nbytes
+        if held >= _SHARD_BYTES:
+            yield shard
+            shard, held = {}, 0
+    if shard:
+        yield shard
