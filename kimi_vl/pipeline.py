@@ -12,7 +12,7 @@ import dataclasses
 import queue
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ class Pipeline:
 
     async def astream(
         self, messages: Sequence[chat.Message], images: Sequence[ImageSource] = (), **params: Any
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         """:meth:`stream` for an event loop, which is never held up; images are decoded in another thread."""
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event | Exception] = asyncio.Queue()

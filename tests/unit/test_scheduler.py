@@ -204,6 +204,7 @@ def test_giving_back_twice_is_noticed():
     pool.give_back(page)
     with pytest.raises(ValueError, match="holder"):
         pool.give_back(page)
-    pool.take(), pool.take()
+    pool.take()
+    pool.take()
     with pytest.raises(MemoryError):
         pool.take()
