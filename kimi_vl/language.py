@@ -20,6 +20,28 @@ from .config import TextConfig
 LATENT_NORM_EPS = 1e-6  # the published kv_a_layernorm does not take the config's rms_norm_eps
 
 
+def project(states: Tensor, weight: Tensor) -> Tensor:
+    """``states @ weight.T``: (…, I) and (O, I) to (…, O).
+
+    In bfloat16 on a CPU the weight comes first in the product: oneDNN then reads it about 1.4 times as fast.
+    """
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+        return F.linear(states, weight)
+    rows = states.reshape(-1, states.shape[-1])  # (T, I)
+    product = torch.mv(weight, rows[0]).unsqueeze(0) if rows.shape[0] == 1 else (weight @ rows.t()).t()
+    return product.view(*states.shape[:-1], weight.shape[0])
+
+
+class Linear(nn.Linear):
+    """A matrix (out_features, in_features) without bias, applied by :func:`project`."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return project(input, self.weight)
+
+
 class RMSNorm(nn.Module):
     """Root mean square norm in float32; the weight multiplies after the cast back."""
 
@@ -76,13 +98,11 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         heads, hidden = config.num_attention_heads, config.hidden_size
-        self.q_proj = nn.Linear(hidden, heads * config.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)
+        self.q_proj = Linear(hidden, heads * config.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
-        self.kv_b_proj = nn.Linear(
-            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False
-        )
-        self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=False)
+        self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.o_proj = Linear(heads * config.v_head_dim, hidden)
         self.scale = config.qk_head_dim**-0.5
 
     def forward(self, states: Tensor, cos: Tensor, sin: Tensor, past: Past | None, layer: int) -> Tensor:
@@ -116,17 +136,20 @@ class Attention(nn.Module):
 
     def absorbed(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, mask: Tensor | None) -> Tensor:
         """The same with queries taken into the latent space; ``mask`` None lets every query see every entry."""
-        config = self.config
-        up = self.kv_b_proj.weight.view(config.num_attention_heads, -1, config.kv_lora_rank)  # (N, Q+V, R)
-        to_key, to_value = up.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
-        query = torch.cat((torch.einsum("bnsq,nqr->bnsr", q_nope, to_key), q_rope), dim=-1)  # (B, N, S, R+P)
-        key = entries.unsqueeze(1)  # (B, 1, L, R+P), shared by the heads
-        scores = (query @ key.transpose(-1, -2)).float() * self.scale  # (B, N, S, L)
+        rank, heads, batch = self.config.kv_lora_rank, *q_nope.shape[1::-1]
+        up = self.kv_b_proj.weight.view(heads, -1, rank)  # (N, Q+V, R)
+        to_key, to_value = up.split((self.config.qk_nope_head_dim, self.config.v_head_dim), dim=1)
+        # plain batched products, by head or by row: a broadcast one copies the entries for every head
+        lifted = q_nope.transpose(0, 1).flatten(1, 2) @ to_key  # (N, B S, R)
+        query = torch.cat((lifted.unflatten(1, (batch, -1)).transpose(0, 1), q_rope), dim=-1)  # (B, N, S, R+P)
+        scores = (query.flatten(1, 2) @ entries.transpose(1, 2)).float() * self.scale  # (B, N S, L)
+        scores = scores.unflatten(1, (heads, -1))  # (B, N, S, L)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
-        latent = key[..., : config.kv_lora_rank]
-        mixed = scores.softmax(-1).to(latent.dtype) @ latent  # (B, N, S, R)
-        return torch.einsum("bnsr,nvr->bnsv", mixed, to_value)
+        mixed = scores.softmax(-1).to(entries.dtype).flatten(1, 2) @ entries  # (B, N S, R+P)
+        latent = mixed[..., :rank].unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2)  # (N, B S, R)
+        answers = to_value @ latent.transpose(1, 2)  # (N, V, B S)
+        return answers.transpose(1, 2).unflatten(1, (batch, -1)).transpose(0, 1)  # (B, N, S, V)
 
 
 class Mlp(nn.Module):
@@ -134,9 +157,9 @@ class Mlp(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size)
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, states: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(states)) * self.up_proj(states))
@@ -180,8 +203,8 @@ class Experts(nn.Module):
         outputs = []
         for expert, tokens in enumerate(states[order // choices].split(shares)):
             if tokens.shape[0]:
-                gate, up = F.linear(tokens, self.gate_up_proj[expert]).chunk(2, dim=-1)  # (t, I)
-                outputs.append(F.linear(F.silu(gate) * up, self.down_proj[expert]))  # (t, H)
+                gate, up = project(tokens, self.gate_up_proj[expert]).chunk(2, dim=-1)  # (t, I)
+                outputs.append(project(F.silu(gate) * up, self.down_proj[expert]))  # (t, H)
         # back in the order of the choices, and summed in it: the sum of a token does not depend on its company
         mixed = torch.cat(outputs)[order.argsort()].view(count, choices, -1)  # (T, K, H)
         return (mixed.float() * weights.unsqueeze(-1)).sum(1).to(states.dtype)
@@ -241,7 +264,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
     def forward(self, embeddings: Tensor, positions: Tensor, cache: Cache | None = None) -> Tensor:
         """Final states (B, S, H); :meth:`logits` turns those that are wanted into scores.
@@ -252,5 +275,5 @@ class LanguageModel(nn.Module):
         return self.model(embeddings, positions, cache)
 
     def logits(self, states: Tensor) -> Tensor:
-        """float32 scores (…, vocab_size)."""
-        return self.lm_head(states).float()
+        """float32 scores (…, vocab_size), row after row in memory."""
+        return self.lm_head(states).to(torch.float32, memory_format=torch.contiguous_format)

@@ -52,13 +52,13 @@ def sample(logits: Tensor, sampling: Sampling, position: int) -> int:
     """One token id from float32 ``logits`` (V,); ``position`` counts the tokens drawn before in this request."""
     if sampling.greedy:
         return int(logits.argmax())
-    scores, ids = logits / sampling.temperature, None
+    # float64, or the tail of a large vocabulary is lost in rounding
+    scores, ids = (logits / sampling.temperature).double(), None
     if sampling.top_k and sampling.top_k < scores.numel():
         scores, ids = scores.topk(sampling.top_k)
-    elif sampling.top_p < 1:
-        scores, ids = scores.sort(descending=True)
-    # float64, or the tail of a large vocabulary is lost in rounding
-    probabilities = scores.double().softmax(-1)
+    probabilities = scores.softmax(-1)
+    if sampling.top_p < 1 and ids is None:
+        probabilities, ids = _likeliest(probabilities, sampling.top_p)
     cumulative = probabilities.cumsum(-1)
     if sampling.top_p < 1:
         # the smallest set that reaches top_p: a token belongs if those before it do not reach it
@@ -67,6 +67,19 @@ def sample(logits: Tensor, sampling: Sampling, position: int) -> int:
     target = uniform(sampling.seed, position) * cumulative[-1]
     index = min(int(torch.searchsorted(cumulative, target, right=True)), cumulative.numel() - 1)
     return index if ids is None else int(ids[index])
+
+
+def _likeliest(probabilities: Tensor, total: float) -> tuple[Tensor, Tensor]:
+    """The largest of ``probabilities`` (V,), falling, and their indices: as many as surely reach ``total``.
+
+    Sorting all of a large vocabulary takes far longer than finding the few that matter.
+    """
+    for count in (64, 2048):
+        if count < probabilities.numel():
+            best, ids = probabilities.topk(count)
+            if best.sum() > total:
+                return best, ids
+    return probabilities.sort(descending=True)
 
 
 def draw(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], limits: Sequence[int]) -> list[int]:

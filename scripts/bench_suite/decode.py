@@ -60,7 +60,7 @@ class Clock:
 
 def read_bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float:
     """Bytes a second of reading memory: the best of several sums over ``nbytes``."""
-    values = torch.ones(nbytes // 4, dtype=torch.int32, device=device)
+    values = torch.ones(nbytes // 4, device=device)
     best = float("inf")
     for _ in range(5):
         began = time.perf_counter()

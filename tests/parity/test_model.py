@@ -11,6 +11,7 @@ from kimi_vl import loader
 from kimi_vl.cache import LatentCache
 from kimi_vl.config import Config
 from kimi_vl.generation import Prompt, Session, greedy
+from kimi_vl.language import project
 from kimi_vl.model import KimiVL
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
@@ -117,3 +118,14 @@ def test_bfloat16_runs_and_stays_near(model):
     exact, rounded = (m.vision_tower(prompt.pixel_values.to(m.dtype), prompt.grids).float() for m in (model, halved))
     assert ((exact - rounded).norm() / exact.norm()) < 0.03
     assert greedy(halved, [prompt], NO_STOP, 4)[0]
+
+
+@pytest.mark.parametrize("shape", [(96,), (1, 96), (1, 1, 96), (5, 96), (2, 3, 96), (0, 96)])
+def test_bfloat16_products_are_rounded_once(shape):
+    generator = torch.Generator().manual_seed(len(shape))
+    states, weight = (torch.randn(size, generator=generator).bfloat16() for size in (shape, (40, 96)))
+    exact = states.double() @ weight.double().t()
+    product = project(states, weight)
+    assert product.dtype == torch.bfloat16 and product.shape == exact.shape
+    # half a unit in the last of 8 bits, and what float32 sums may add to it
+    assert torch.all((product.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4)

@@ -63,6 +63,17 @@ def test_every_token_has_the_share_of_the_reference(
         assert abs(found.get(index, 0.0) - probability) <= 2 / STEPS
 
 
+@pytest.mark.parametrize("spread", [0.2, 1.5, 3.0, 8.0])  # nearly flat to peaked: few or all have to be looked at
+@pytest.mark.parametrize("top_p", [0.02, 0.4, 0.9, 0.999])
+def test_a_large_vocabulary_is_cut_where_a_full_sort_cuts_it(spread: float, top_p: float) -> None:
+    logits = torch.randn(6000, generator=torch.Generator().manual_seed(3)) * spread
+    kept = list(reference(logits.tolist(), 0.7, top_p, 0))
+    options = Sampling(0.7, top_p, 0, 0)
+    for number, token in ((0.0, kept[0]), (1 - 1e-12, kept[-1])):
+        with mock.patch.object(sampling, "uniform", return_value=number):
+            assert sample(logits, options, 0) == token
+
+
 def chi_square(counts: np.ndarray, expected: dict[int, float]) -> tuple[float, float]:
     """The statistic and its 99.9 % point, by Wilson and Hilferty; infinite where the impossible was drawn."""
     draws = int(counts.sum())
