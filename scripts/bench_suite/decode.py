@@ -1,7 +1,7 @@
 """`scripts/bench latency` and `throughput`: tokens a second at real widths, beside the bytes that have to be read.
 
 Random weights at the published widths, as many layers as are asked for; speed does not depend on the values, only
-routing does, and random routing is the hardest case. The engine and, with ``--peer``, transformers' generate take
+routing does, and the experts that are read are counted. The engine and, with ``--peer``, transformers' generate take
 turns in one process, so that a slow minute of the machine meets both.
 """
 
@@ -14,15 +14,18 @@ import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from kimi_vl import loader
 from kimi_vl.config import TextConfig
 from kimi_vl.engine import Engine, EngineOptions
+from kimi_vl.language import Gate
 from kimi_vl.sampling import Sampling
 
 from . import checkpoint
@@ -69,10 +72,11 @@ def read_bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float:
     return nbytes / best
 
 
-def bytes_a_step(config: TextConfig, rows: int, context: int) -> float:
+def bytes_a_step(config: TextConfig, rows: int, context: int, distinct: float | None = None) -> float:
     """Weights and latents that decoding one token in each of ``rows`` has to read, in bytes, bfloat16.
 
-    Of E experts, of which a token takes K at random, E (1 - (1 - K/E)^rows) are expected to be read in a layer.
+    ``distinct`` experts of a layer are read. Where nobody counted them: of E experts, of which a token takes K at
+    random, E (1 - (1 - K/E)^rows) are expected.
     """
     hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
     latent = config.kv_lora_rank + config.qk_rope_head_dim
@@ -80,13 +84,30 @@ def bytes_a_step(config: TextConfig, rows: int, context: int) -> float:
     attention += config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
     attention += heads * config.v_head_dim * hidden
     experts, chosen = config.n_routed_experts, config.num_experts_per_tok
-    distinct = experts * (1 - (1 - chosen / experts) ** rows)
+    distinct = distinct or experts * (1 - (1 - chosen / experts) ** rows)
     expert = 3 * hidden * config.moe_intermediate_size
     sparse = layers - config.first_k_dense_replace
     values = layers * attention + config.first_k_dense_replace * 3 * hidden * config.intermediate_size
     values += sparse * ((distinct + config.n_shared_experts) * expert + experts * hidden)
     values += config.vocab_size * hidden + rows * context * layers * latent
     return 2 * values
+
+
+@contextmanager
+def counted_experts(model: nn.Module, rows: int) -> Iterator[list[int]]:
+    """How many experts each layer reads in each step that decodes ``rows`` tokens, as long as the block runs."""
+    counts: list[int] = []
+
+    def count(_: nn.Module, __: Any, routed: tuple[torch.Tensor, torch.Tensor]) -> None:
+        if routed[0].shape[0] == rows:
+            counts.append(routed[0].unique().numel())
+
+    hooks = [part.register_forward_hook(count) for part in model.modules() if isinstance(part, Gate)]
+    try:
+        yield counts
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def prompts(rows: int, length: int, vocabulary: int) -> list[list[int]]:
@@ -180,6 +201,9 @@ def _measure(name: str, arguments: list[str], all_rows: list[int], contexts: lis
             ids = prompts(rows, context, text.vocab_size)
             taken: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
             bandwidth = []
+            with counted_experts(model, rows) as counts:
+                run_engine(engine, ids, args.tokens)
+            distinct = statistics.mean(counts) if counts else None
             for round_ in range(args.rounds + 1):
                 bandwidth.append(read_bandwidth(device))
                 for name, run in contestants.items():
@@ -187,13 +211,14 @@ def _measure(name: str, arguments: list[str], all_rows: list[int], contexts: lis
                         figures = run(ids)
                     if round_:  # the first round warms up
                         taken[name].append(figures)
-            nbytes, best = bytes_a_step(text, rows, context + args.tokens // 2), max(bandwidth)
+            nbytes, best = bytes_a_step(text, rows, context + args.tokens // 2, distinct), max(bandwidth)
             for name, figures in taken.items():
                 first, step = (statistics.median(column) for column in zip(*figures, strict=True))
                 rate = nbytes / step
                 result = {
                     "rows": rows,
                     "context": context,
+                    "experts_read": distinct and round(distinct, 1),
                     "who": name,
                     "first_token_s": round(first, 4),
                     "step_ms": round(step * 1e3, 2),
