@@ -72,8 +72,10 @@ def read_bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float:
     return nbytes / best
 
 
-def bytes_a_step(config: TextConfig, rows: int, context: int, distinct: float | None = None) -> float:
-    """Weights and latents that decoding one token in each of ``rows`` has to read, in bytes, bfloat16.
+def bytes_a_step(
+    config: TextConfig, rows: int, context: int, distinct: float | None = None, itemsize: int = 2
+) -> float:
+    """Weights and latents that decoding one token in each of ``rows`` has to read, in bytes.
 
     ``distinct`` experts of a layer are read. Where nobody counted them: of E experts, of which a token takes K at
     random, E (1 - (1 - K/E)^rows) are expected.
@@ -90,7 +92,7 @@ def bytes_a_step(config: TextConfig, rows: int, context: int, distinct: float | 
     values = layers * attention + config.first_k_dense_replace * 3 * hidden * config.intermediate_size
     values += sparse * ((distinct + config.n_shared_experts) * expert + experts * hidden)
     values += config.vocab_size * hidden + rows * context * layers * latent
-    return 2 * values
+    return itemsize * values
 
 
 @contextmanager
@@ -173,15 +175,21 @@ def _measure(name: str, arguments: list[str], all_rows: list[int], contexts: lis
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--peer", action="store_true", help="transformers' generate on the same weights")
     parser.add_argument("--divide", type=int, default=1, help="divide the published widths, for a quick look")
+    parser.add_argument("--model", type=Path, help="a checkpoint folder instead of random weights")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--cache", type=Path, default=CACHE)
     args = parser.parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     layers = args.layers or (27 if device.type == "cuda" else 6)
-    made = checkpoint.with_layers(args.cache, layers, divisor=args.divide)
-    folder, shape = made.folder, made.shape
-    model = loader.load(folder, dtype=torch.bfloat16, device=device)
+    if args.model:
+        folder, shape = args.model, str(args.model)
+    else:
+        made = checkpoint.with_layers(args.cache, layers, divisor=args.divide)
+        folder, shape = made.folder, made.shape
+    dtype = getattr(torch, args.dtype)
+    model = loader.load(folder, dtype=dtype, device=device)
     text = model.config.text_config
     contestants: dict[str, Callable[[Sequence[list[int]]], tuple[float, float]]] = {}
     engine = Engine(model, text.vocab_size, EngineOptions(reuse=False, max_rows=max(64, *args.rows)))
@@ -189,10 +197,10 @@ def _measure(name: str, arguments: list[str], all_rows: list[int], contexts: lis
     if args.peer:
         from kimi_vl.hf import KimiVLForConditionalGeneration
 
-        peer = KimiVLForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16, device_map=args.device)
+        peer = KimiVLForConditionalGeneration.from_pretrained(folder, dtype=dtype, device_map=args.device)
         peer.eval()
         contestants["transformers"] = lambda ids: run_peer(peer, ids, args.tokens)
-    print(f"{shape}, bfloat16, {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{shape}, {args.dtype}, {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print("| rows | context | who | first token s | step ms | tok/s | GB a step | GB/s | of read bandwidth |")
     print("|---|---|---|---|---|---|---|---|---|")
     results = []
@@ -211,7 +219,10 @@ def _measure(name: str, arguments: list[str], all_rows: list[int], contexts: lis
                         figures = run(ids)
                     if round_:  # the first round warms up
                         taken[name].append(figures)
-            nbytes, best = bytes_a_step(text, rows, context + args.tokens // 2, distinct), max(bandwidth)
+            nbytes, best = (
+                bytes_a_step(text, rows, context + args.tokens // 2, distinct, dtype.itemsize),
+                max(bandwidth),
+            )
             for name, figures in taken.items():
                 first, step = (statistics.median(column) for column in zip(*figures, strict=True))
                 rate = nbytes / step
@@ -238,6 +249,7 @@ def _measure(name: str, arguments: list[str], all_rows: list[int], contexts: lis
         json.dumps(
             {
                 "shape": shape,
+                "dtype": args.dtype,
                 "device": args.device,
                 "cpu": platform.processor() or platform.machine(),
                 "cores": os.cpu_count(),
