@@ -22,7 +22,7 @@ class StopSequences:
     def __init__(self, sequences: Iterable[str]) -> None:
         self._sequences = tuple(dict.fromkeys(filter(None, sequences)))
         if len(self._sequences) > MAX_SEQUENCES:
-            raise UserError("E_PARAMETER", f"stop_sequences may be {MAX_SEQUENCES}; give fewer.")
+            raise UserError("E_PARAMETER", f"there may be {MAX_SEQUENCES} stop sequences; give fewer.")
         if any(len(sequence) > MAX_CHARACTERS for sequence in self._sequences):
             raise UserError("E_PARAMETER", f"a stop sequence may have {MAX_CHARACTERS} characters; shorten it.")
         self._held = ""

@@ -427,6 +427,12 @@ def modes() -> Iterator[Case]:
             colours=over_white,
             tolerance=1,
         )
+    odd_level = np.full((SIZE[1], SIZE[0], 3), 0x8012)
+    yield Case(
+        "PNG RGB 16 bits tRNS of unlike bytes",
+        lambda: png(SIZE, png_rows(odd_level, 16), 16, 2, before=chunk(b"tRNS", b"\x80\x12" * 3)),
+        colours=(WHITE,) * 4,
+    )
     for bits in (1, 2, 4, 8):
         few = quarters().quantize(2 if bits == 1 else 4)
         yield Case(f"PNG P {bits} bits", lambda f=few, b=bits: saved(f, "PNG", bits=b), digest=digest(few))
@@ -526,7 +532,15 @@ def orientations() -> Iterator[Case]:
                 colours=COLOURS,
                 tolerance=12,
             )
-    late = saved(quarters().transpose(Image.Transpose.ROTATE_90), "PNG")
+    turned = quarters().transpose(Image.Transpose.ROTATE_90)
+    for profile in (b"odd", b"even"):
+        yield Case(
+            f"WEBP orientation behind an {profile.decode()} chunk",
+            lambda p=profile: saved(turned, "WEBP", lossless=True, icc_profile=p, exif=b"Exif\0\0" + exif([6])),
+            size=SIZE,
+            digest=digest(picture),
+        )
+    late = saved(turned, "PNG")
     yield Case(
         "PNG orientation after the picture",
         lambda: late[:-12] + chunk(b"eXIf", exif([6])) + late[-12:],
