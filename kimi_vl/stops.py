@@ -36,9 +36,9 @@ class StopSequences:
         found = [(at + len(stop), at) for stop in self._sequences if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            keep = len(self._held) - min(found)[1]
-        else:
-            keep = max((overlap(self._held, stop) for stop in self._sequences), default=0)
+            ready, self._held = self._held[: min(found)[1]], ""
+            return ready
+        keep = max((overlap(self._held, stop) for stop in self._sequences), default=0)
         cut = len(self._held) - keep
         ready, self._held = self._held[:cut], self._held[cut:]
         return ready
@@ -46,7 +46,7 @@ class StopSequences:
     def finish(self) -> str:
         """What is still held back, once no more text comes."""
         held, self._held = self._held, ""
-        return "" if self.stopped else held
+        return held
 
 
 def overlap(text: str, marker: str) -> int:

@@ -111,18 +111,20 @@ class Soak:
     wrong: list[str] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
+    done: int = 0
 
     def run(self, requests: int, lines: int) -> None:
         self.expected = [self.answer(inputs) for inputs in GOOD]
         self.began = time.monotonic()
         say(f"{'requests':>9}{'seconds':>9}{'MB':>9}{'threads':>9}   good, bad, cancelled, wrong")
-        self.look(0)
+        self.look()
         marks = {round(requests * line / lines) for line in range(1, lines + 1)}
         for number in range(1, requests + 1):
             kind = self.rng.choices(("good", "bad", "cancelled"), weights=(5, 4, 1))[0]
             getattr(self, kind)()
+            self.done = number
             if number in marks:
-                self.look(number)
+                self.look()
 
     def answer(self, inputs: dict[str, Any]) -> str:
         """The whole output, by either way; of JSON the last line, since where the others are cut depends on time."""
@@ -170,12 +172,12 @@ class Soak:
         if status not in (["canceled"], ["succeeded"]):
             self.wrong.append(f"a cancelled request ended as {status}")
 
-    def look(self, requests: int) -> None:
-        sample = Sample(requests, time.monotonic() - self.began, *held(self.server))
+    def look(self) -> None:
+        sample = Sample(self.done, time.monotonic() - self.began, *held(self.server))
         self.samples.append(sample)
         gone = self.counts["cancelled"] + self.counts["left"]
         say(
-            f"{requests:9}{sample.seconds:9.0f}{sample.megabytes:9.1f}{sample.threads:9}   "
+            f"{self.done:9}{sample.seconds:9.0f}{sample.megabytes:9.1f}{sample.threads:9}   "
             f"{self.counts['good']}, {self.counts['bad']}, {gone}, {len(self.wrong)}"
         )
 
@@ -241,6 +243,8 @@ def main() -> int:
         settle(soak.client)
         if not soak.samples:
             return 130
+        if soak.done > soak.samples[-1].requests:
+            soak.look()
         figures = soak.report()
     for line in soak.wrong[:20]:
         say(f"wrong: {line}")

@@ -803,6 +803,18 @@ def bombs() -> Iterator[Case]:
             (UNREADABLE,),
         )
     yield Case(
+        "TIFF of a tile that holds 49 million pixels for a small picture",
+        lambda: tiff(tile_tags((16, 16), (7_000, 7_000), [16], [len(zeros(49_000_000))], 8), zeros(49_000_000)),
+        (UNREADABLE,),
+    )
+    endless = b"II+\0\x08\0\0\0" + struct.pack("<QQ", 16, 2**60) + bytes(4000)
+    yield Case("TIFF of endless tags", lambda: endless, (UNREADABLE,))
+    yield Case(
+        "PNG with EXIF of endless tags",
+        lambda: deep_png(8, 2, before=chunk(b"eXIf", endless)),
+        digest=digest(quarters()),
+    )
+    yield Case(
         "TIFF of a million tiles",
         lambda: tiff(tile_tags((1_000_000, 4), (1, 4), bytes(4_000_000), [4], 1)),
         (UNREADABLE,),
