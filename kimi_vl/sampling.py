@@ -84,3 +84,53 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) made by a counter-based generator from ``seed`` and ``position`` alone."""
     return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
+
+
+def uniforms(seed: int, position: int, count: int) -> list[float]:
+    """:func:`uniform` of ``count`` positions from ``position`` on, in one go."""
+    # each position is a block of four numbers, of which the first is taken
+    return np.random.Generator(np.random.Philox(key=seed, counter=position)).random(4 * count)[::4].tolist()
+
+
+def choose(
+    logits: Tensor,
+    temperature: Tensor,
+    top_p: Tensor,
+    top_k: Tensor,
+    limits: Tensor,
+    numbers: Tensor,
+    *,
+    greedy_only: bool,
+    cut: bool,
+) -> Tensor:
+    """:func:`draw` for tensors on any device, without asking the host anything: ids (B,) of ``logits`` (B, V).
+
+    Per row: ``temperature`` (0 takes the likeliest), ``top_p``, both float64; ``top_k`` and the limit of ids, int64;
+    the uniform number that decides, float64. What the whole batch has no use for is left out: ``greedy_only`` says
+    that every temperature is 0, and without ``cut`` no row has a top_p or top_k. Rows of NaN give some valid id.
+    """
+    scores = logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) >= limits[:, None], float("-inf"))
+    likeliest = scores.argmax(-1)
+    if greedy_only:
+        return likeliest
+    greedy = temperature == 0
+    scores = scores / temperature.where(~greedy, 1).float()[:, None]
+    chosen = _inverse(scores.double().softmax(-1).cumsum(-1), limits, numbers)
+    if cut:
+        top_k = limits.where(top_k == 0, torch.minimum(top_k, limits))
+        ranked, ids = scores.sort(dim=-1, descending=True)
+        ranks = torch.arange(logits.shape[-1], device=logits.device)
+        probabilities = ranked.double().masked_fill(ranks >= top_k[:, None], float("-inf")).softmax(-1)
+        cumulative = probabilities.cumsum(-1)
+        before = cumulative - probabilities
+        kept = torch.minimum((before < top_p[:, None]).sum(-1), top_k).where(top_p < 1, top_k)
+        among = ids.gather(-1, _inverse(cumulative, kept, numbers)[:, None])[:, 0]
+        chosen = among.where((top_p < 1) | (top_k < limits), chosen)
+    return likeliest.where(greedy, chosen)
+
+
+def _inverse(cumulative: Tensor, counts: Tensor, numbers: Tensor) -> Tensor:
+    """The index (B,) at which each row of sums (B, V), of which the first ``counts`` matter, passes its number."""
+    last = (counts - 1).clamp(min=0)
+    target = numbers * cumulative.gather(-1, last[:, None])[:, 0]
+    return torch.minimum(torch.searchsorted(cumulative, target[:, None], right=True)[:, 0], last)

@@ -42,17 +42,18 @@ TORCH = Ops(
 def choose(device: torch.device | str, name: str | None = None) -> Ops:
     """The operations for a device: those called ``name``, else what the variable KIMI_VL_KERNELS names, else "torch".
 
-    The variable speaks of GPUs: on any other device it is not looked at. Raises ValueError for an unknown name, and
-    RuntimeError where Triton is asked for and cannot be had.
+    Raises ValueError for an unknown name, and RuntimeError where Triton is asked for and cannot be had.
     """
     device = torch.device(device)
-    asked = name or (os.environ.get(VARIABLE) if device.type == "cuda" else None) or "torch"
+    asked = name or os.environ.get(VARIABLE) or "torch"
     if asked == "torch":
         return TORCH
     if asked != "triton":
         raise ValueError(f"kernels are 'torch' or 'triton', not {asked!r}; change {VARIABLE}")
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError(f"Triton's kernels run on an NVIDIA GPU, not on {device.type}; ask for 'torch' there")
+        raise RuntimeError(
+            f"Triton's kernels run on an NVIDIA GPU, not on {device.type}; ask for 'torch' there, or unset {VARIABLE}"
+        )
     try:
         from . import triton_mla, triton_moe, triton_norm, triton_router
     except ImportError as error:

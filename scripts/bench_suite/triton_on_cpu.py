@@ -75,7 +75,8 @@ def _take_arguments(self: Any, arguments: Any, named: Any) -> Any:
 
 
 def _check(what: str, pointers: Any, mask: Any) -> None:
-    addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+    # a mask may come as integers, which would be taken for places
+    addresses = pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)]
     if addresses.size:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         low, high = int(addresses.min()), int(addresses.max()) + size
@@ -108,9 +109,9 @@ interpreter._patch_lang_tensor = _scalars
 interpreter._convert_float = _convert
 interpreter.InterpreterBuilder.create_dot = _dot  # pyright: ignore[reportAttributeAccessIssue]
 interpreter.InterpretedFunction.__call__ = _call
-interpreter.GridExecutor._init_args_hst = _take_arguments
-interpreter.InterpreterBuilder.create_masked_load = _load
-interpreter.InterpreterBuilder.create_masked_store = _store
+interpreter.GridExecutor._init_args_hst = _take_arguments  # pyright: ignore[reportAttributeAccessIssue]
+interpreter.InterpreterBuilder.create_masked_load = _load  # pyright: ignore[reportAttributeAccessIssue]
+interpreter.InterpreterBuilder.create_masked_store = _store  # pyright: ignore[reportAttributeAccessIssue]
 interpreter.interpreter_builder.options = dataclasses.replace(
     interpreter.interpreter_builder.options, sanitize_overflow=False
 )
