@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -11,17 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_suite import kernels
+
+from bench_suite import triton_on_cpu  # isort: skip
+
+assert triton_on_cpu.interpreter  # it comes before any kernel
+
+from bench_suite import gpu, kernels  # noqa: E402
 from bench_suite.kernel_inputs import PUBLISHED, Inputs, Widths, distances
+
+from kimi_vl import graphs  # noqa: E402
+from kimi_vl import kernels as choices  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TOY = Widths(hidden=64, experts=8, top_k=3, inner=32, shared=64)
-
-
-def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"KIMI_VL_PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
-    command = [str(ROOT / "scripts" / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment)
 
 
 def test_bytes_of_a_token():
@@ -68,10 +71,9 @@ def test_a_failing_contender_is_a_line_and_no_end(monkeypatch: pytest.MonkeyPatc
     assert "error" not in rows[rows.index(failed[0]) + 1]
 
 
-def test_the_table_is_complete():
-    process = script("bench_kernels", "--quick", "--experts", "2", "--device", "cpu")
-    assert process.returncode == 0, process.stderr
-    first, *lines, last = process.stdout.splitlines()
+def test_the_table_is_complete(capsys: pytest.CaptureFixture[str]):
+    assert kernels.main(["--quick", "--experts", "2", "--device", "cpu"]) == 0
+    first, *lines, last = capsys.readouterr().out.splitlines()
     assert "no GPU" in first
     report = json.loads(last)
     assert {row["op"] for row in report["results"]} == {
@@ -86,35 +88,58 @@ def test_the_table_is_complete():
             assert math.isclose(row["percent_of_copy"], share, rel_tol=0.1, abs_tol=0.2)
 
 
-def test_a_rehearsal_passes(tmp_path: Path):
-    process = script(
-        "bench_gpu", "--rehearse", "--only", "kernels_in_graphs", "layer_against_float64", "--out", str(tmp_path)
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    report = json.loads((tmp_path / "results.json").read_text())
-    assert report["rehearsal"] is True
-    assert list(report["sections"]) == ["kernels_in_graphs", "layer_against_float64"]
-    section = report["sections"]["layer_against_float64"]
-    assert (section["ended"], section["checks"], section["passed"]) == ("done", 2, 2)
+# scripts/bench_gpu
 
 
-def test_a_failing_section_does_not_stop_the_rest(tmp_path: Path):
-    """Here every section fails, for there is no GPU."""
-    process = script("bench_gpu", "--only", "kernels_in_graphs", "layer_against_float64", "--out", str(tmp_path))
-    assert process.returncode == 1
-    report = json.loads((tmp_path / "results.json").read_text())
-    assert {name: section["ended"] for name, section in report["sections"].items()} == {
-        "kernels_in_graphs": "failed",
-        "layer_against_float64": "failed",
+@pytest.mark.parametrize("name", ["decoder_against_float64", "ladder_graphs"])
+def test_a_rehearsal_passes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for variable in (choices.VARIABLE, graphs.VARIABLE):
+        monkeypatch.setenv(variable, "")  # set by the section, and put back
+    (section,) = (section for section in gpu.SECTIONS if section.name == name)
+    section.run(gpu.Job(tmp_path / "lines", rehearsal=True))
+    reports = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
+    checks = [value["passed"] for _, value in reports if isinstance(value, dict) and "passed" in value]
+    assert checks and all(checks)
+    if name == "ladder_graphs":
+        whole = {name: {"ended": "done", "passed": 1, "checks": 1, "reports": reports}}
+        assert gpu.summary(whole)["tokens_per_second"].keys() == {"3 rows of 9"}
+
+
+STAND_IN = """
+import json, pathlib, sys, time
+name, lines = sys.argv[sys.argv.index("--section") + 1], sys.argv[sys.argv.index("--lines") + 1]
+said = [["a figure", 3], ["a check", {"passed": name != "ladder_kernels", "value": 1}]]
+pathlib.Path(lines).write_text("".join(json.dumps(each) + "\\n" for each in said))
+if name == "ladder_torch":
+    time.sleep(60)
+sys.exit(name == "machine")
+"""
+
+
+def test_a_section_that_fails_or_hangs_takes_only_itself_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(gpu, "COMMAND", [sys.executable, "-S", "-c", STAND_IN])
+    monkeypatch.setattr(gpu, "SECTIONS", [dataclasses.replace(section, seconds=3) for section in gpu.SECTIONS])
+    wanted = ["machine", "ladder_torch", "ladder_kernels", "tiles"]
+    assert gpu.main(["--only", *wanted, "--out", str(tmp_path)]) == 1
+    report = json.loads((tmp_path / "results.json").read_text())["sections"]
+    assert {name: (section["ended"], section["passed"], section["checks"]) for name, section in report.items()} == {
+        "machine": ("failed", 1, 1),
+        "ladder_torch": ("out of time", 1, 1),  # what it had reported by then is kept
+        "ladder_kernels": ("done", 0, 1),
+        "tiles": ("done", 1, 1),
     }
-    assert "NOT everything passed" in process.stdout
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["passed"] is False
+    assert last["sections"]["tiles"] == ["done", 1, 1]
+    assert gpu.main(["--only", "tiles", "--out", str(tmp_path)]) == 0
 
 
-def test_a_section_out_of_time_is_ended(tmp_path: Path):
-    process = script(
-        "bench_gpu", "--rehearse", "--only", "kernels_against_twins", "--seconds", "5.2", "--out", str(tmp_path)
-    )
-    assert process.returncode == 1
-    (section,) = json.loads((tmp_path / "results.json").read_text())["sections"].values()
-    assert section["ended"] == "out of time"
-    assert section["seconds"] < 30
+def test_scripts_say_what_they_take():
+    for name in ("bench_gpu", "bench_kernels"):
+        environment = os.environ | {"KIMI_VL_PYTHON": sys.executable}
+        command = [str(ROOT / "scripts" / name), "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment)
+        assert done.returncode == 0, done.stderr
+        assert f"scripts/{name}" in done.stdout
