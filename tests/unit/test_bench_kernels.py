@@ -17,11 +17,12 @@ from bench_suite import triton_on_cpu  # isort: skip
 
 assert triton_on_cpu.interpreter  # it comes before any kernel
 
-from bench_suite import gpu, kernels  # noqa: E402
-from bench_suite.kernel_inputs import PUBLISHED, Inputs, Widths, distances
+from bench_suite import checkpoint, gpu, kernels, vision  # noqa: E402
+from bench_suite.kernel_inputs import PUBLISHED, Inputs, Widths, distances  # noqa: E402
 
 from kimi_vl import graphs  # noqa: E402
 from kimi_vl import kernels as choices  # noqa: E402
+from kimi_vl.config import Config  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TOY = Widths(hidden=64, experts=8, top_k=3, inner=32, shared=64)
@@ -136,10 +137,32 @@ def test_a_section_that_fails_or_hangs_takes_only_itself_down(
     assert gpu.main(["--only", "tiles", "--out", str(tmp_path)]) == 0
 
 
-def test_scripts_say_what_they_take():
-    for name in ("bench_gpu", "bench_kernels"):
-        environment = os.environ | {"KIMI_VL_PYTHON": sys.executable}
-        command = [str(ROOT / "scripts" / name), "--help"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment)
-        assert done.returncode == 0, done.stderr
-        assert f"scripts/{name}" in done.stdout
+def test_the_script_starts():
+    command = [str(ROOT / "scripts" / "bench_gpu"), "--help"]
+    environment = os.environ | {"KIMI_VL_PYTHON": sys.executable}
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "--rehearse" in done.stdout
+
+
+# scripts/bench vision
+
+
+def test_operations_of_a_picture():
+    """As the published widths give them: 3.37 TFLOP of products, 2.09 of attention, and the projector's."""
+    config = Config.from_dict(checkpoint.divided(1, 1, 27))
+    assert math.isclose(vision.operations(config, 64), 5.52e12, rel_tol=2e-3)
+    assert math.isclose(vision.operations(config, 128), 47.1e12, rel_tol=2e-3)
+
+
+def test_pictures_are_measured(capsys: pytest.CaptureFixture[str]):
+    assert vision.main(["--divide", "16", "--blocks", "2", "--sides", "4", "8", "--device", "cpu"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    report = json.loads(last)
+    assert (report["bench"], report["blocks"], report["attention"]) == ("vision", 2, "torch")
+    assert [(row["patches"], row["tokens"]) for row in report["results"]] == [(16, 4), (64, 16)]
+    assert len([line for line in lines if line.startswith("|")]) == 4
+    for row in report["results"]:
+        assert row["milliseconds"] > 0
+    with pytest.raises(SystemExit):
+        vision.main(["--sides", "3"])
