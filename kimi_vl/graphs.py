@@ -91,6 +91,7 @@ class StaticDecoder:
         self._capture = capture
         self._buckets = buckets(max_rows)
         self._replays: dict[tuple[int, str], Action] = {}
+        self._failed: set[str] = set()
         device, page_size = cache.entries.device, cache.page_size
         pages = min(-(-model.config.text_config.max_position_embeddings // page_size), cache.entries.shape[1])
         self._inputs = torch.zeros(_INTEGERS + _FLOATS, max_rows, dtype=torch.int64, device=device)
@@ -119,7 +120,7 @@ class StaticDecoder:
             event.synchronize()  # the buffers of this turn are free then
         count = next(bucket for bucket in self._buckets if bucket >= len(rows))
         kind = "greedy" if all(row.sampling.greedy for row in rows) else "plain"
-        if any(_cuts(row.sampling) for row in rows):
+        if any(row.sampling.cuts for row in rows):
             kind = "cut"
         replay = self._replay(count, kind)
         # the places left do again what the first row does, so that they meet no experts of their own, and write nothing
@@ -179,7 +180,7 @@ class StaticDecoder:
         def plainly() -> None:
             self._step(count, kind)
 
-        if self._capture is None:
+        if self._capture is None or kind in self._failed:
             return plainly
         if (count, kind) not in self._replays:
             self._inputs.zero_()
@@ -188,16 +189,12 @@ class StaticDecoder:
             try:
                 self._replays[count, kind] = self._capture(plainly)
             except Exception as error:
-                log.warning("no graphs of decoding steps (%s): they are called one by one", type(error).__name__)
-                self._capture = None
+                log.warning("no graphs of steps with %s sampling (%s): they are called", kind, type(error).__name__)
+                self._failed.add(kind)
                 return plainly
             finally:
                 self._outputs.copy_(kept)  # the next step may take its tokens from there
         return self._replays[count, kind]
-
-
-def _cuts(sampling: Sampling) -> bool:
-    return not sampling.greedy and (sampling.top_p < 1 or sampling.top_k > 0)
 
 
 class CudaGraphs:

@@ -41,6 +41,11 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature < LEAST_TEMPERATURE or self.top_p == 0 or self.top_k == 1
 
+    @property
+    def cuts(self) -> bool:
+        """Whether only some of the likelier tokens are drawn among."""
+        return not self.greedy and (self.top_p < 1 or self.top_k > 0)
+
 
 def _check(name: str, value: float, low: float, high: float | None) -> None:
     if not (value >= low and (high is None or value <= high)):
@@ -74,6 +79,8 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]
 
     A row's draw depends on nothing but its own logits, seed and position.
     """
+    if logits.is_cuda:
+        return draw_together(logits, samplings, positions, limits)
     vocabulary = logits.shape[-1]
     if all(sampling.greedy for sampling in samplings) and all(limit == vocabulary for limit in limits):
         return logits.argmax(-1).tolist()
@@ -90,6 +97,23 @@ def uniforms(seed: int, position: int, count: int) -> list[float]:
     """:func:`uniform` of ``count`` positions from ``position`` on, in one go."""
     # each position is a block of four numbers, of which the first is taken
     return np.random.Generator(np.random.Philox(key=seed, counter=position)).random(4 * count)[::4].tolist()
+
+
+def draw_together(
+    logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], limits: Sequence[int]
+) -> list[int]:
+    """The same with as few calls as one row takes, for devices where calls are what costs."""
+    if not samplings:
+        return []
+    floats = [
+        [0.0 if sampling.greedy else sampling.temperature for sampling in samplings],
+        [sampling.top_p for sampling in samplings],
+        [uniform(sampling.seed, position) for sampling, position in zip(samplings, positions, strict=True)],
+    ]
+    temperature, top_p, numbers = torch.tensor(floats, dtype=torch.float64, device=logits.device)
+    top_k, below = torch.tensor([[sampling.top_k for sampling in samplings], limits], device=logits.device)
+    greedy_only, cut = all(s.greedy for s in samplings), any(s.cuts for s in samplings)
+    return choose(logits, temperature, top_p, top_k, below, numbers, greedy_only=greedy_only, cut=cut).tolist()
 
 
 def choose(
@@ -114,7 +138,7 @@ def choose(
     if greedy_only:
         return likeliest
     greedy = temperature == 0
-    scores = scores / temperature.where(~greedy, 1).float()[:, None]
+    scores = scores / temperature.masked_fill(greedy, 1).float()[:, None]
     chosen = _inverse(scores.double().softmax(-1).cumsum(-1), limits, numbers)
     if cut:
         top_k = limits.where(top_k == 0, torch.minimum(top_k, limits))

@@ -303,7 +303,7 @@ def test_without_a_capture_steps_are_called_and_one_line_says_so(model, plain, c
         engine._static.prepare()
         assert ask(engine, ids_of(9), room=12) == ask(plain, ids_of(9), room=12)
     assert [record.getMessage() for record in caplog.records] == [
-        "no graphs of decoding steps (RuntimeError): they are called one by one"
+        f"no graphs of steps with {kind} sampling (RuntimeError): they are called" for kind in ("plain", "greedy")
     ]
     engine.close()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kimi_vl.errors import UserError
-from kimi_vl.sampling import Sampling, choose, draw, sample, uniform, uniforms
+from kimi_vl.sampling import Sampling, choose, draw, draw_together, sample, uniform, uniforms
 
 
 def reference(logits: list[float], temperature: float, top_p: float, top_k: int) -> dict[int, float]:
@@ -95,32 +95,20 @@ OPTIONS = [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.7, 0.8, 0), (1.0, 0.05, 0), (1.3, 1.
 GREEDY = [(0.0, 1.0, 0), (1.0, 0.0, 0), (1.0, 0.5, 1), (1e-5, 0.9, 7)]
 
 
-@pytest.mark.parametrize(("options", "greedy_only", "cut"), [
-    (OPTIONS + GREEDY, False, True),
-    (OPTIONS[:2] + GREEDY, False, False),
-    (GREEDY, True, False),
-])  # fmt: skip
-def test_choosing_on_tensors_draws_the_same(options, greedy_only, cut):
+@pytest.mark.parametrize("options", [OPTIONS + GREEDY, OPTIONS[:2] + GREEDY, GREEDY], ids=["cut", "plain", "greedy"])
+def test_choosing_on_tensors_draws_the_same(options):
     """Rows of every kind side by side, of a long and a short vocabulary, against the draw of one row at a time."""
     rng = random.Random(3)
     chosen = set()
     for position in range(40):
         samplings = [Sampling(*rng.choice(options), seed=rng.randrange(2**40)) for _ in range(9)]
         logits = torch.randn(9, 500, generator=torch.Generator().manual_seed(position)) * 3
-        limits = [rng.choice((500, 500, 31)) for _ in samplings]
-        columns = [
-            [0.0 if each.greedy else each.temperature for each in samplings],
-            [each.top_p for each in samplings],
-            [uniform(each.seed, position) for each in samplings],
-        ]
-        temperature, top_p, numbers = torch.tensor(columns, dtype=torch.float64)
-        top_k = torch.tensor([each.top_k for each in samplings])
-        found = choose(
-            logits, temperature, top_p, top_k, torch.tensor(limits), numbers, greedy_only=greedy_only, cut=cut
-        ).tolist()
-        assert found == draw(logits, samplings, [position] * 9, limits)
+        given = samplings, [position] * 9, [rng.choice((500, 500, 31)) for _ in samplings]
+        found = draw_together(logits, *given)
+        assert found == draw(logits, *given)
         chosen |= set(found)
     assert len(chosen) > 50
+    assert draw_together(logits[:0], [], [], []) == []
 
 
 def test_rows_of_nan_give_an_id_and_leave_their_neighbours_alone():
