@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import flash
 from .config import TextConfig
 from .language import Attention
 
@@ -111,50 +112,64 @@ class Chunk:
     end: int
 
 
+@dataclass(frozen=True)
+class LongChunk:
+    """Several new tokens of one sequence within a step."""
+
+    tokens: slice  # their places in the step
+    pages: Tensor  # those of everything up to ``end``
+    end: int
+    mask: Tensor | None  # (S, end); None: plainly causal, or that flash_attn needs none
+
+
 class PagedStep:
-    """Pages as the new tokens of one step see them: each those of its own sequence up to itself."""
+    """Pages as the new tokens of one step see them: each those of its own sequence up to itself.
+
+    ``entries`` are those of all layers, ``positions`` (1, T), ``slots`` (T) page * page_size + place. The first tokens
+    are one of each of B rows, with a ``table`` (B, M) of their pages and ``lengths`` (B).
+    """
 
     def __init__(self, cache: PagedCache, chunks: Sequence[Chunk]):
-        self._cache = cache
+        self.entries = cache.entries
         size, device = cache.page_size, cache.entries.device
         slots = [chunk.pages[at // size] * size + at % size for chunk in chunks for at in range(chunk.begin, chunk.end)]
         self.positions = torch.tensor([[at for chunk in chunks for at in range(chunk.begin, chunk.end)]], device=device)
-        self._slots = torch.tensor(slots, device=device)  # (T,)
+        self.slots = torch.tensor(slots, device=device)  # (T,)
         single = [chunk for chunk in chunks if chunk.end - chunk.begin == 1]
         self._rows = len(single)
-        if single:
-            longest = max(chunk.end for chunk in single)
-            pages = -(-longest // size)
-            # rows are filled up with a page of their own, hidden by the mask: no row ever reads another's
-            table = [[*chunk.pages[:pages], *[chunk.pages[0]] * (pages - len(chunk.pages))] for chunk in single]
-            self._table = torch.tensor(table, device=device)  # (B, pages)
-            ends = torch.tensor([chunk.end for chunk in single], device=device)
-            self._longest = longest
-            self._mask = None
-            if any(chunk.end != longest for chunk in single):
-                self._mask = (torch.arange(longest, device=device) < ends.unsqueeze(1))[:, None, None]  # (B, 1, 1, L)
-        self._longer: list[tuple[slice, Tensor, int, Tensor | None]] = []
+        self._longest = max((chunk.end for chunk in single), default=0)
+        pages = -(-self._longest // size)
+        # rows are filled up with a page of their own, hidden by the mask: no row ever reads another's
+        table = [[*chunk.pages[:pages], *[chunk.pages[0]] * (pages - len(chunk.pages))] for chunk in single]
+        self.table = torch.tensor(table, dtype=torch.long, device=device)  # (B, M)
+        self.lengths = torch.tensor([chunk.end for chunk in single], dtype=torch.long, device=device)
+        self._mask = None
+        if any(chunk.end != self._longest for chunk in single):
+            slots = torch.arange(self._longest, device=device)
+            self._mask = (slots < self.lengths.unsqueeze(1))[:, None, None]  # (B, 1, 1, L)
+        self.longer: list[LongChunk] = []
         first = self._rows
         for chunk in chunks[self._rows :]:
             count, mask = chunk.end - chunk.begin, None
-            if chunk.begin:
+            if chunk.begin and not flash.usable(cache.entries):
                 mask = torch.ones(count, chunk.end, dtype=torch.bool, device=device).tril(chunk.begin)  # (S, L)
-            pages = torch.tensor(chunk.pages[: -(-chunk.end // size)], device=device)
-            self._longer.append((slice(first, first + count), pages, chunk.end, mask))
+            own = torch.tensor(chunk.pages[: -(-chunk.end // size)], device=device)
+            self.longer.append(LongChunk(slice(first, first + count), own, chunk.end, mask))
             first += count
 
     def at(self, positions: Tensor) -> PagedStep:
         return self
 
     def attend(self, layer: int, attention: Attention, q_nope: Tensor, q_rope: Tensor, entries: Tensor) -> Tensor:
-        pages = self._cache.entries[layer]  # (pages, page_size, R+P)
-        pages.flatten(0, 1)[self._slots] = entries[0]
+        pages = self.entries[layer]  # (pages, page_size, R+P)
+        pages.flatten(0, 1)[self.slots] = entries[0]
         heads = []
         if self._rows:
-            past = pages[self._table].flatten(1, 2)[:, : self._longest]  # (B, L, R+P)
+            past = pages[self.table].flatten(1, 2)[:, : self._longest]  # (B, L, R+P)
             q, r = (part[:, :, : self._rows].permute(2, 1, 0, 3) for part in (q_nope, q_rope))  # (B, N, 1, …)
             heads.append(attention.absorbed(q, r, past, self._mask).permute(2, 1, 0, 3))  # (1, N, B, V)
-        for tokens, own, end, mask in self._longer:
-            past = pages[own].flatten(0, 1)[:end].unsqueeze(0)  # (1, L, R+P)
-            heads.append(attention.expanded(q_nope[:, :, tokens], q_rope[:, :, tokens], past, mask))
+        for chunk in self.longer:
+            past = pages[chunk.pages].flatten(0, 1)[: chunk.end].unsqueeze(0)  # (1, L, R+P)
+            q, r = q_nope[:, :, chunk.tokens], q_rope[:, :, chunk.tokens]
+            heads.append(attention.expanded(q, r, past, chunk.mask))
         return heads[0] if len(heads) == 1 else torch.cat(heads, dim=2)  # (1, N, T, V)

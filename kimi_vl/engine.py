@@ -19,11 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import graphs, kernels
 from .cache import Chunk, PagedCache
 from .errors import UserError
+from .fused import FusedDecoder
+from .graphs import CudaGraphs, Launched, Row, StaticDecoder
 from .model import KimiVL
 from .pages import PagePool
-from .sampling import Sampling, draw
+from .sampling import Sampling, draw, uniforms
 from .scheduler import NeverFits, Request, Scheduler, Span, Work
 from .vision import Grid
 
@@ -88,6 +91,14 @@ class Ticket:
         self.request, self.patches, self.guide, self.deadline = request, patches, guide, deadline
         self.drawn = 0
         self.cancelled = False
+        self._numbers: tuple[int, list[float]] = (0, [])  # where they begin, and uniform numbers from there on
+
+    def number(self, position: int) -> float:
+        """What the draw at ``position`` is decided by."""
+        begin, numbers = self._numbers
+        if not begin <= position < begin + len(numbers):
+            begin, numbers = self._numbers = position, uniforms(self.guide.sampling.seed, position, 64)
+        return numbers[position - begin]
 
 
 class Overloaded(UserError):
@@ -121,6 +132,14 @@ class Engine:
             max_waiting=options.max_waiting,
             reuse=options.reuse,
         )
+        ops, capture = kernels.choose(model.device), graphs.wanted()
+        self._decoder, self._static = model.language_model, None
+        if ops is not kernels.TORCH:
+            self._decoder = FusedDecoder(model.language_model, ops)
+            if capture and model.device.type == "cuda":
+                recorder = CudaGraphs(model.device)
+                self._static = StaticDecoder(model, self._decoder, self._cache, options.max_rows, recorder)
+                self._static.prepare()
         self._embeddings = _Embeddings(options.embedding_bytes)
         self._tickets: dict[Request, Ticket] = {}
         self._new: deque[Ticket] = deque()
@@ -184,7 +203,9 @@ class Engine:
                 works = self.scheduler.plan()
                 # a value that is not finite, left by an earlier user of a page, would spoil even masked products
                 self._cache.clear(self.scheduler.fresh)
-                if works:
+                if self._static is not None and works and all(work.decodes for work in works):
+                    self._decode(self._static, works)
+                elif works:
                     self._step(works)
         except Exception as error:
             self._break(error)
@@ -228,6 +249,77 @@ class Engine:
         if ready:
             self._advance([self._tickets[work.request] for work in ready], logits)
 
+    def _decode(self, static: StaticDecoder, works: Sequence[Work]) -> None:
+        """Decode until something else is to be done, each step begun before the tokens of the last one are read.
+
+        It takes for granted that each of them follows as it was drawn, and that the next one is drawn by the same
+        rules. Where that turns out to be wrong for a request, its part of the step does not count, and what has to be
+        computed instead overwrites it.
+        """
+        try:
+            launched = self._launch(static, works, 0)
+        except Exception as error:
+            log.warning("a decoding step failed (%s); it is tried another way", type(error).__name__)
+            self._step(works)
+            return
+        counts = [True] * len(works)
+        while launched is not None:
+            following, after = [], None
+            if all(counts) and not self._interrupted():
+                following = self.scheduler.ahead(works)
+            if following:
+                self._cache.clear(self.scheduler.fresh)
+                try:
+                    after = self._launch(static, following, 1)
+                except Exception as error:
+                    log.warning("a decoding step could not begin early (%s)", type(error).__name__)
+            drawn = launched.launched.read()
+            counts = [
+                counts[row] and self._commit(work, token, finite, after and after.limits[row])
+                for row, (work, token, finite) in enumerate(zip(works, *drawn, strict=True))
+            ]
+            works, launched = following, after
+
+    def _launch(self, static: StaticDecoder, works: Sequence[Work], early: int) -> _Flight:
+        """Begin a step; ``early`` is how many tokens of each request are still to be read."""
+        self.steps += 1
+        tickets = [self._tickets[work.request] for work in works]
+        limits = [self._limit(ticket) for ticket in tickets]
+        rows = [
+            Row(
+                None if early else work.request.ids[-1],
+                work.begin,
+                work.request.pages,
+                ticket.guide.sampling,
+                ticket.number(ticket.drawn + early),
+                limit,
+            )
+            for work, ticket, limit in zip(works, tickets, limits, strict=True)
+        ]
+        return _Flight(static.launch(rows), limits)
+
+    def _commit(self, work: Work, drawn: int, finite: bool, limit: int | None) -> bool:
+        """Take in what a step computed and drew for a request. Whether the next step, which was begun with the drawn
+        token and is to draw below ``limit``, counts for it."""
+        request = work.request
+        ticket = self._tickets[request]
+        self.scheduler.computed(work)
+        if not finite:
+            self._fail(request, _not_finite())
+            return False
+        forced = ticket.guide.forced()
+        self._take(ticket, drawn if forced is None else forced)
+        return request in self._tickets and request.ids[-1] == drawn and self._limit(ticket) == limit
+
+    def _interrupted(self) -> bool:
+        """Whether requests came, or one of those that run is to end."""
+        now = time.monotonic()
+        return bool(self._new) or any(ticket.cancelled or now > ticket.deadline for ticket in self._tickets.values())
+
+    def _limit(self, ticket: Ticket) -> int:
+        """The ids of a request's next draw are below it."""
+        return self._text_tokens if ticket.guide.text_only else self.model.config.text_config.vocab_size
+
     def _forward(self, works: Sequence[Work]) -> Tensor:
         """Float32 logits (complete works, vocab_size)."""
         model = self.model
@@ -235,7 +327,7 @@ class Engine:
         ids = torch.tensor([[token for work in works for token in work.request.ids[work.begin : work.end]]])
         features = [feature for work in works for feature in self._features(work)]
         embeddings = model.embed(ids.to(model.device), torch.cat(features) if features else None)
-        states = model.language_model(embeddings, step.positions, step)[0]  # (T, H)
+        states = self._decoder(embeddings, step.positions, step)[0]  # (T, H)
         ends = torch.tensor([work.end - work.begin for work in works]).cumsum(0) - 1
         complete = torch.tensor([work.complete for work in works])
         return model.language_model.logits(states[ends[complete].to(model.device)])
@@ -266,12 +358,12 @@ class Engine:
             logits[rows] if len(rows) < len(tickets) else logits,
             [tickets[row].guide.sampling for row in rows],
             [tickets[row].drawn for row in rows],
-            [self._text_tokens if tickets[row].guide.text_only else logits.shape[-1] for row in rows],
+            [self._limit(tickets[row]) for row in rows],
         )
         tokens = dict(zip(rows, drawn, strict=True))
         for row, ticket in enumerate(tickets):
             if not finite[row]:
-                self._fail(ticket.request, RuntimeError("the model produced a value that is not finite"))
+                self._fail(ticket.request, _not_finite())
                 continue
             token = forced[row]
             self._take(ticket, tokens[row] if token is None else token)
@@ -336,6 +428,18 @@ class _Embeddings:
         while self._bytes > self._limit and len(self._kept) > 1:
             _, given_up = self._kept.popitem(last=False)
             self._bytes -= given_up.nbytes
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A decoding step under way, and below which ids it draws for each request."""
+
+    launched: Launched
+    limits: Sequence[int]
+
+
+def _not_finite() -> Exception:
+    return RuntimeError("the model produced a value that is not finite")
 
 
 def _blamed(error: Exception) -> Exception:

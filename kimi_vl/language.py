@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import flash
 from .config import TextConfig
 
 # Shapes: B rows, S new tokens a row, L tokens to attend to, H hidden_size, N heads, R kv_lora_rank,
@@ -122,7 +123,8 @@ class Attention(nn.Module):
     def expanded(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, mask: Tensor | None) -> Tensor:
         """Heads (B, N, S, V) of queries over ``entries`` (B, L, R+P), their keys and values written out.
 
-        ``mask`` (…, S, L) is true where a query may look; None means causal, for as many queries as entries.
+        ``mask`` (…, S, L) is true where a query may look; None means causal, for as many queries as entries, or, where
+        flash_attn is used, for the last S of them.
         """
         config = self.config
         latent, k_rope = entries.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
@@ -130,6 +132,8 @@ class Attention(nn.Module):
         k_nope, value = expanded.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)  # (B, N, L, Q), (…, V)
         query = torch.cat((q_nope, q_rope), dim=-1)
         key = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, config.num_attention_heads, -1, -1)), dim=-1)
+        if mask is None and flash.usable(query):
+            return flash.causal(query, key, value, self.scale)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale
         )  # (B, N, S, V)

@@ -41,6 +41,11 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature < LEAST_TEMPERATURE or self.top_p == 0 or self.top_k == 1
 
+    @property
+    def cuts(self) -> bool:
+        """Whether only some of the likelier tokens are drawn among."""
+        return not self.greedy and (self.top_p < 1 or self.top_k > 0)
+
 
 def _check(name: str, value: float, low: float, high: float | None) -> None:
     if not (value >= low and (high is None or value <= high)):
@@ -87,6 +92,8 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]
 
     A row's draw depends on nothing but its own logits, seed and position.
     """
+    if logits.is_cuda:
+        return draw_together(logits, samplings, positions, limits)
     vocabulary = logits.shape[-1]
     if all(sampling.greedy for sampling in samplings) and all(limit == vocabulary for limit in limits):
         return logits.argmax(-1).tolist()
@@ -97,3 +104,70 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) made by a counter-based generator from ``seed`` and ``position`` alone."""
     return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
+
+
+def uniforms(seed: int, position: int, count: int) -> list[float]:
+    """:func:`uniform` of ``count`` positions from ``position`` on, in one go."""
+    # each position is a block of four numbers, of which the first is taken
+    return np.random.Generator(np.random.Philox(key=seed, counter=position)).random(4 * count)[::4].tolist()
+
+
+def draw_together(
+    logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], limits: Sequence[int]
+) -> list[int]:
+    """The same with as few calls as one row takes, for devices where calls are what costs."""
+    if not samplings:
+        return []
+    floats = [
+        [0.0 if sampling.greedy else sampling.temperature for sampling in samplings],
+        [sampling.top_p for sampling in samplings],
+        [uniform(sampling.seed, position) for sampling, position in zip(samplings, positions, strict=True)],
+    ]
+    temperature, top_p, numbers = torch.tensor(floats, dtype=torch.float64, device=logits.device)
+    top_k, below = torch.tensor([[sampling.top_k for sampling in samplings], limits], device=logits.device)
+    greedy_only, cut = all(s.greedy for s in samplings), any(s.cuts for s in samplings)
+    return choose(logits, temperature, top_p, top_k, below, numbers, greedy_only=greedy_only, cut=cut).tolist()
+
+
+def choose(
+    logits: Tensor,
+    temperature: Tensor,
+    top_p: Tensor,
+    top_k: Tensor,
+    limits: Tensor,
+    numbers: Tensor,
+    *,
+    greedy_only: bool,
+    cut: bool,
+) -> Tensor:
+    """:func:`draw` for tensors on any device, without asking the host anything: ids (B,) of ``logits`` (B, V).
+
+    Per row: ``temperature`` (0 takes the likeliest), ``top_p``, both float64; ``top_k`` and the limit of ids, int64;
+    the uniform number that decides, float64. What the whole batch has no use for is left out: ``greedy_only`` says
+    that every temperature is 0, and without ``cut`` no row has a top_p or top_k. Rows of NaN give some valid id.
+    """
+    scores = logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) >= limits[:, None], float("-inf"))
+    likeliest = scores.argmax(-1)
+    if greedy_only:
+        return likeliest
+    greedy = temperature == 0
+    scores = scores / temperature.masked_fill(greedy, 1).float()[:, None]
+    chosen = _inverse(scores.double().softmax(-1).cumsum(-1), limits, numbers)
+    if cut:
+        top_k = limits.where(top_k == 0, torch.minimum(top_k, limits))
+        ranked, ids = scores.sort(dim=-1, descending=True)
+        ranks = torch.arange(logits.shape[-1], device=logits.device)
+        probabilities = ranked.double().masked_fill(ranks >= top_k[:, None], float("-inf")).softmax(-1)
+        cumulative = probabilities.cumsum(-1)
+        before = cumulative - probabilities
+        kept = torch.minimum((before < top_p[:, None]).sum(-1), top_k).where(top_p < 1, top_k)
+        among = ids.gather(-1, _inverse(cumulative, kept, numbers)[:, None])[:, 0]
+        chosen = among.where((top_p < 1) | (top_k < limits), chosen)
+    return likeliest.where(greedy, chosen)
+
+
+def _inverse(cumulative: Tensor, counts: Tensor, numbers: Tensor) -> Tensor:
+    """The index (B,) at which each row of sums (B, V), of which the first ``counts`` matter, passes its number."""
+    last = (counts - 1).clamp(min=0)
+    target = numbers * cumulative.gather(-1, last[:, None])[:, 0]
+    return torch.minimum(torch.searchsorted(cumulative, target[:, None], right=True)[:, 0], last)

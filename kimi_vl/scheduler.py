@@ -54,6 +54,11 @@ class Work:
         """Whether the request's next token can be drawn after this."""
         return self.end == len(self.request.ids)
 
+    @property
+    def decodes(self) -> bool:
+        """Whether it is a single token, after which the next one can be drawn."""
+        return self.complete and self.end - self.begin == 1
+
 
 class QueueFull(Exception):
     """As many requests wait as may wait."""
@@ -118,6 +123,19 @@ class Scheduler:
         for work in works:
             self._extend(work.request, work.end)
         return works
+
+    def ahead(self, works: Sequence[Work]) -> list[Work]:
+        """The step after one that decodes, before its tokens are known; empty where a request will have its last one.
+
+        What comes of it counts only for requests whose next token turns out to be what was computed.
+        """
+        self.fresh = []
+        if any(work.end + 1 >= work.request.prompt_length + work.request.room for work in works):
+            return []
+        following = [Work(work.request, work.end, work.end + 1) for work in works]
+        for work in following:
+            self._extend(work.request, work.end)
+        return following
 
     def computed(self, work: Work) -> None:
         """The entries of a work are in the cache now; its full pages may be shared from here on."""

@@ -22,7 +22,7 @@ class StopSequences:
     def __init__(self, sequences: Iterable[str]) -> None:
         self._sequences = tuple(dict.fromkeys(filter(None, sequences)))
         if len(self._sequences) > MAX_SEQUENCES:
-            raise UserError("E_PARAMETER", f"stop_sequences may be {MAX_SEQUENCES}; give fewer.")
+            raise UserError("E_PARAMETER", f"there may be {MAX_SEQUENCES} stop sequences; give fewer.")
         if any(len(sequence) > MAX_CHARACTERS for sequence in self._sequences):
             raise UserError("E_PARAMETER", f"a stop sequence may have {MAX_CHARACTERS} characters; shorten it.")
         self._held = ""
@@ -36,9 +36,9 @@ class StopSequences:
         found = [(at + len(stop), at) for stop in self._sequences if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            keep = len(self._held) - min(found)[1]
-        else:
-            keep = max((overlap(self._held, stop) for stop in self._sequences), default=0)
+            ready, self._held = self._held[: min(found)[1]], ""
+            return ready
+        keep = max((overlap(self._held, stop) for stop in self._sequences), default=0)
         cut = len(self._held) - keep
         ready, self._held = self._held[:cut], self._held[cut:]
         return ready
@@ -46,7 +46,7 @@ class StopSequences:
     def finish(self) -> str:
         """What is still held back, once no more text comes."""
         held, self._held = self._held, ""
-        return "" if self.stopped else held
+        return held
 
 
 def overlap(text: str, marker: str) -> int:

@@ -101,7 +101,7 @@ def ready(cache: Path, nbytes: float) -> Checkpoint:
 def with_layers(cache: Path, text_layers: int, vision_blocks: int = 1, divisor: int = 1) -> Checkpoint:
     """A bfloat16 checkpoint with so many layers, from ``cache`` where it was made before; widths as published, or
     divided by ``divisor``."""
-    return _made(cache, divisor, _divided(divisor, text_layers, vision_blocks))
+    return _made(cache, divisor, divided(divisor, text_layers, vision_blocks))
 
 
 def _made(cache: Path, divisor: int, values: dict[str, Any]) -> Checkpoint:
@@ -126,17 +126,17 @@ def _made(cache: Path, divisor: int, values: dict[str, Any]) -> Checkpoint:
 
 def _configuration(nbytes: float) -> tuple[int, dict[str, Any]]:
     for divisor in (1, 2, 4, 8, 16):
-        smallest = _size(_divided(divisor, 2, 1))
+        smallest = _size(divided(divisor, 2, 1))
         if smallest > nbytes:
             continue
-        layer, block = (_size(_divided(divisor, 3, 1)) - smallest), (_size(_divided(divisor, 2, 2)) - smallest)
+        layer, block = (_size(divided(divisor, 3, 1)) - smallest), (_size(divided(divisor, 2, 2)) - smallest)
         text = min(_TEXT_LAYERS, 2 + int((nbytes - smallest) // layer))
         left = nbytes - smallest - (text - 2) * layer
-        return divisor, _divided(divisor, text, min(_VISION_BLOCKS, 1 + int(left // block)))
+        return divisor, divided(divisor, text, min(_VISION_BLOCKS, 1 + int(left // block)))
     raise ValueError(f"{nbytes / 1e6:.1f} MB is too little for a checkpoint; {smallest / 1e6:.1f} MB is the least")
 
 
-def _divided(divisor: int, text_layers: int, vision_blocks: int) -> dict[str, Any]:
+def divided(divisor: int, text_layers: int, vision_blocks: int) -> dict[str, Any]:
     """The published values with every width divided and so many layers; heads stay as wide as they are."""
     values = copy.deepcopy(PUBLISHED)
     text, vision = values["text_config"], values["vision_config"]

@@ -319,7 +319,7 @@ def test_a_step_reads_the_context_in_use_and_not_the_capacity(model):
     read = []
     for pages in (20, 2000):
         step = PagedCache(text, pages, 8, dtype=torch.float32).step([Chunk([3, 1], 9, 10), Chunk([2], 4, 5)])
-        read.append((tuple(step._table.shape), step._longest))
+        read.append((tuple(step.table.shape), step._longest))
     assert read == [((2, 2), 10)] * 2
 
 

@@ -427,6 +427,12 @@ def modes() -> Iterator[Case]:
             colours=over_white,
             tolerance=1,
         )
+    odd_level = np.full((SIZE[1], SIZE[0], 3), 0x8012)
+    yield Case(
+        "PNG RGB 16 bits tRNS of unlike bytes",
+        lambda: png(SIZE, png_rows(odd_level, 16), 16, 2, before=chunk(b"tRNS", b"\x80\x12" * 3)),
+        colours=(WHITE,) * 4,
+    )
     for bits in (1, 2, 4, 8):
         few = quarters().quantize(2 if bits == 1 else 4)
         yield Case(f"PNG P {bits} bits", lambda f=few, b=bits: saved(f, "PNG", bits=b), digest=digest(few))
@@ -526,7 +532,15 @@ def orientations() -> Iterator[Case]:
                 colours=COLOURS,
                 tolerance=12,
             )
-    late = saved(quarters().transpose(Image.Transpose.ROTATE_90), "PNG")
+    turned = quarters().transpose(Image.Transpose.ROTATE_90)
+    for profile in (b"odd", b"even"):
+        yield Case(
+            f"WEBP orientation behind an {profile.decode()} chunk",
+            lambda p=profile: saved(turned, "WEBP", lossless=True, icc_profile=p, exif=b"Exif\0\0" + exif([6])),
+            size=SIZE,
+            digest=digest(picture),
+        )
+    late = saved(turned, "PNG")
     yield Case(
         "PNG orientation after the picture",
         lambda: late[:-12] + chunk(b"eXIf", exif([6])) + late[-12:],
@@ -788,6 +802,18 @@ def bombs() -> Iterator[Case]:
             lambda c=compression: tiff(tile_tags((16, 16), (60_000, 60_000), [16], [100], c), bytes(100)),
             (UNREADABLE,),
         )
+    yield Case(
+        "TIFF of a tile that holds 49 million pixels for a small picture",
+        lambda: tiff(tile_tags((16, 16), (7_000, 7_000), [16], [len(zeros(49_000_000))], 8), zeros(49_000_000)),
+        (UNREADABLE,),
+    )
+    endless = b"II+\0\x08\0\0\0" + struct.pack("<QQ", 16, 2**60) + bytes(4000)
+    yield Case("TIFF of endless tags", lambda: endless, (UNREADABLE,))
+    yield Case(
+        "PNG with EXIF of endless tags",
+        lambda: deep_png(8, 2, before=chunk(b"eXIf", endless)),
+        digest=digest(quarters()),
+    )
     yield Case(
         "TIFF of a million tiles",
         lambda: tiff(tile_tags((1_000_000, 4), (1, 4), bytes(4_000_000), [4], 1)),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kimi_vl.errors import UserError
-from kimi_vl.sampling import Sampling, sample, uniform
+from kimi_vl.sampling import Sampling, choose, draw, draw_together, sample, uniform, uniforms
 
 
 def reference(logits: list[float], temperature: float, top_p: float, top_k: int) -> dict[int, float]:
@@ -84,3 +84,39 @@ def test_bounds(name, value):
     options = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 0} | {name: value}
     with pytest.raises(UserError, match=f"E_PARAMETER: {name}"):
         Sampling(**options)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**64 - 1])
+def test_numbers_drawn_in_one_go_are_the_same(seed):
+    assert uniforms(seed, 3, 9) == [uniform(seed, position) for position in range(3, 12)]
+
+
+OPTIONS = [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.7, 0.8, 0), (1.0, 0.05, 0), (1.3, 1.0, 5), (0.8, 0.7, 600), (0.9, 0.99, 2)]
+GREEDY = [(0.0, 1.0, 0), (1.0, 0.0, 0), (1.0, 0.5, 1), (1e-5, 0.9, 7)]
+
+
+@pytest.mark.parametrize("options", [OPTIONS + GREEDY, OPTIONS[:2] + GREEDY, GREEDY], ids=["cut", "plain", "greedy"])
+def test_choosing_on_tensors_draws_the_same(options):
+    """Rows of every kind side by side, of a long and a short vocabulary, against the draw of one row at a time."""
+    rng = random.Random(3)
+    chosen = set()
+    for position in range(40):
+        samplings = [Sampling(*rng.choice(options), seed=rng.randrange(2**40)) for _ in range(9)]
+        logits = torch.randn(9, 500, generator=torch.Generator().manual_seed(position)) * 3
+        given = samplings, [position] * 9, [rng.choice((500, 500, 31)) for _ in samplings]
+        found = draw_together(logits, *given)
+        assert found == draw(logits, *given)
+        chosen |= set(found)
+    assert len(chosen) > 50
+    assert draw_together(logits[:0], [], [], []) == []
+
+
+def test_rows_of_nan_give_an_id_and_leave_their_neighbours_alone():
+    logits = torch.randn(3, 40)
+    logits[1] = float("nan")
+    ones, limits = torch.ones(3, dtype=torch.float64), torch.tensor([40, 40, 40])
+    given = ones, ones * 0.9, torch.zeros(3, dtype=torch.int64), limits, ones * 0.3
+    found = choose(logits, *given, greedy_only=False, cut=True)
+    assert ((found >= 0) & (found < 40)).all()
+    logits[1] = 0
+    assert torch.equal(found[[0, 2]], choose(logits, *given, greedy_only=False, cut=True)[[0, 2]])

@@ -147,6 +147,26 @@ def test_a_large_request_is_not_overtaken_for_ever():
         assert waited < 10
 
 
+def test_a_step_ahead_has_its_pages_and_ends_where_a_request_does():
+    """As many requests as the pages allow, each with all it may ever need, and the step ahead takes no more."""
+    scheduler = make(pages=9)
+    requests = [Request([n, n], 10 - n) for n in range(3)]
+    for request in requests:
+        scheduler.add(request)
+    step(scheduler)
+    for count in range(3, 9):
+        works = scheduler.plan()
+        following = scheduler.ahead(works)
+        assert [(work.begin, work.end) for work in following] == [(count, count + 1)] * 3
+        assert all(len(work.request.pages) * PAGE >= work.end for work in following)
+        assert bool(scheduler.fresh) == (count % PAGE == 0)
+        for work in works:
+            scheduler.computed(work)
+            work.request.ids.append(7)
+    # the third one has ten tokens then, of which the last is not computed
+    assert scheduler.ahead(scheduler.plan()) == []
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_random_traffic_loses_no_page_shares_none_wrongly_and_lets_nobody_starve(seed: int):
     rng = random.Random(seed)

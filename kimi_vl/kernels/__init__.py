@@ -1,0 +1,70 @@
+"""The decoder's operations behind one table: plain PyTorch everywhere, Triton on a GPU where it is asked for.
+
+Triton is imported only when it is chosen; nothing else of the package knows it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+VARIABLE = "KIMI_VL_KERNELS"
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One implementation of every operation; :mod:`kimi_vl.kernels.reference` says what each computes."""
+
+    name: str
+    add_rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
+    router: Callable[[Tensor, Tensor, Tensor, int, float], tuple[Tensor, Tensor]]
+    moe: Callable[..., Tensor]
+    latent_write: Callable[..., Tensor]
+    mla_decode: Callable[..., Tensor]
+
+
+TORCH = Ops(
+    "torch",
+    reference.add_rms_norm,
+    reference.router,
+    reference.moe,
+    reference.latent_write,
+    reference.mla_decode,
+)
+
+
+def choose(device: torch.device | str, name: str | None = None) -> Ops:
+    """The operations for a device: those called ``name``, else what the variable KIMI_VL_KERNELS names, else "torch".
+
+    Raises ValueError for an unknown name, and RuntimeError where Triton is asked for and cannot be had.
+    """
+    device = torch.device(device)
+    asked = name or os.environ.get(VARIABLE) or "torch"
+    if asked == "torch":
+        return TORCH
+    if asked != "triton":
+        raise ValueError(f"kernels are 'torch' or 'triton', not {asked!r}; change {VARIABLE}")
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            f"Triton's kernels run on an NVIDIA GPU, not on {device.type}; ask for 'torch' there, or unset {VARIABLE}"
+        )
+    try:
+        from . import triton_mla, triton_moe, triton_norm, triton_router
+    except ImportError as error:
+        raise RuntimeError(
+            f"Triton's kernels were asked for and cannot be imported ({error}); install triton, or unset {VARIABLE}"
+        ) from error
+    return Ops(
+        "triton",
+        triton_norm.add_rms_norm,
+        triton_router.router,
+        triton_moe.moe,
+        triton_mla.latent_write,
+        triton_mla.mla_decode,
+    )

@@ -1,0 +1,124 @@
+"""Each operation in plain PyTorch: what the kernels are held to, and what runs where there are none.
+
+Written to be read beside the papers, not to be fast. Rounding is the published model's: norms and scores in float32,
+results in the dtype of the input. With float64 inputs everything is computed in float64, which makes these functions
+their own yardstick.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Shapes: T tokens, H hidden_size, E routed experts, K experts a token, I expert width, W shared experts' width,
+# B rows that decode one token each, N heads, R rank of the latent, P rotary dims, M pages a row.
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def add_rms_norm(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(residual + delta, its root mean square norm), both of the shape (…, H) of ``residual`` and ``delta``.
+
+    The norm is taken of the sum as it is stored, in float32; the weight (H) multiplies after the cast back. Without
+    ``delta`` the first result is ``residual`` itself.
+    """
+    total = residual if delta is None else residual + delta
+    wide = _wide(total)
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return total, weight * normed.to(total.dtype)
+
+
+def router(states: Tensor, weight: Tensor, bias: Tensor, top_k: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """The experts of each token, int32 (T, K), best first, and their float32 weights (T, K).
+
+    ``states`` (T, H), ``weight`` (E, H), ``bias`` (E). Sigmoid scores are taken in float32; the bias has a say in the
+    choice and none in the weights (DeepSeek-V3 report, section 2.1.2).
+    """
+    scores = F.linear(_wide(states), _wide(weight)).sigmoid()  # (T, E)
+    chosen = (scores + _wide(bias)).topk(top_k, dim=-1).indices
+    weights = scores.gather(-1, chosen)
+    return chosen.int(), weights / (weights.sum(-1, keepdim=True) + 1e-20) * scaling
+
+
+def mlp(states: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """down(silu(gate x) * up x) of ``states`` (T, H), with ``gate`` and ``up`` (W, H) and ``down`` (H, W)."""
+    return F.linear(F.silu(F.linear(states, gate)) * F.linear(states, up), down)
+
+
+def moe(
+    states: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    shared: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The weighted sum (T, H) over each token's experts, taken in float32 and cast at the end.
+
+    ``states`` (T, H), ``chosen`` and ``weights`` (T, K), ``gate_up`` (E, 2I, H) with the rows of the gate first,
+    ``down`` (E, H, I). ``shared`` are the weights of an :func:`mlp` that every token passes through and whose result
+    is added (DeepSeekMoE, section 3).
+    """
+    mixed = torch.zeros_like(_wide(states))
+    for expert in chosen.unique().tolist():
+        tokens, slots = (chosen == expert).nonzero(as_tuple=True)
+        gate, up = gate_up[expert].chunk(2)
+        output = mlp(states[tokens], gate, up, down[expert])  # (t, H)
+        mixed.index_add_(0, tokens, _wide(output) * weights[tokens, slots].unsqueeze(-1))
+    routed = mixed.to(states.dtype)
+    return routed if shared is None else routed + mlp(states, *shared)
+
+
+def rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (2i, 2i+1) of the last dimension; the result has even components first, then odd ones."""
+    even, odd = states[..., 0::2], states[..., 1::2]
+    straight, crossed = torch.cat((even, odd), dim=-1), torch.cat((-odd, even), dim=-1)
+    return straight * cos + crossed * sin
+
+
+def latent_write(
+    query_rope: Tensor,
+    kv_a: Tensor,
+    norm_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    entries: Tensor,
+    slots: Tensor,
+    eps: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Remember tokens: their normed latent and turned rotary key go to ``slots`` of ``entries``, in place.
+
+    ``kv_a`` (T, R+P) is the joint projection, ``norm_weight`` (R), ``entries`` (pages, page_size, R+P) of one layer,
+    ``slots`` (T) each page * page_size + place; a negative one is not written. ``cos`` and ``sin`` (T, P) are those
+    of the tokens' positions. Returns the turned queries (T, N, P) of ``query_rope`` (T, N, P), in ``out`` where it
+    is given (DeepSeek-V2 report, sections 2.1.2 and 2.1.3).
+    """
+    latent, key = kv_a.split((norm_weight.numel(), kv_a.shape[-1] - norm_weight.numel()), dim=-1)
+    new = torch.cat((add_rms_norm(latent, None, norm_weight, eps)[1], rope(key, cos, sin)), dim=-1)  # (T, R+P)
+    written = slots >= 0
+    entries.view(-1, entries.shape[-1])[slots[written].long()] = new[written]
+    turned = rope(query_rope, cos.unsqueeze(1), sin.unsqueeze(1))
+    return turned if out is None else out.copy_(turned)
+
+
+def mla_decode(
+    query: Tensor, entries: Tensor, table: Tensor, lengths: Tensor, scale: float, rank: int, splits: int = 0
+) -> Tensor:
+    """Attention of one token a row over its pages, in the latent space: (B, N, R), R being ``rank``.
+
+    ``query`` (B, N, R+P) holds the queries taken into the latent space, then their rotary part; ``entries``
+    (pages, page_size, R+P) of one layer; ``table`` (B, M) a row's pages in order, ``lengths`` (B) how many of the
+    entries there count. What stands in the table behind them is never looked at, nor is any entry behind them. A row
+    of length 0 gives zeros. ``splits`` is for kernels (DeepSeek-V2 report, section 2.1.2 and appendix C).
+    """
+    past = entries[table.clamp(min=0).long()].flatten(1, 2)  # (B, L, R+P)
+    seen = torch.arange(past.shape[1], device=past.device) < lengths.unsqueeze(1)  # (B, L)
+    past = past.masked_fill(~seen.unsqueeze(-1), 0)  # a weight of 0 would let NaN through
+    scores = _wide(query @ past.transpose(1, 2)) * scale  # (B, N, L)
+    shares = scores.masked_fill(~seen.unsqueeze(1), float("-inf")).softmax(-1)
+    mixed = shares.to(past.dtype) @ past[..., :rank]  # (B, N, R)
+    return mixed.masked_fill((lengths == 0)[:, None, None], 0)

@@ -1,0 +1,411 @@
+"""The mixture of experts at the speed of its weights.
+
+Every token has K routed experts and, where the shared ones are computed here too, those beside them: each such pair
+of a token and an expert is one row of the two matrix products. Two ways:
+
+- few pairs: a program takes one pair and a few columns, with the whole depth of the product in flight at once. Nothing
+  is sorted; the second product goes through a token's experts in their order and is also the weighted sum.
+- more: pairs are put in order by expert, each expert's share filled up to whole blocks of rows, and a program computes
+  a tile of one block. The order is made in one launch without a host's help: the number of blocks is bounded by the
+  shapes, and blocks past the last one end at once. Results are summed per token, again in order.
+
+Nothing is added atomically, so results do not depend on timing. Bytes, few tokens: 6 H I in bfloat16 for each expert
+that is met. For prefill, where the products are bound by arithmetic, torch's grouped_mm (rows sorted and copied first)
+may do better on some machines: `scripts/bench_kernels` shows both.
+"""
+
+# Options of a launch (num_warps and so on) are no parameters of a kernel, and one kernel's call of another returns
+# what the checker cannot know.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one product is cut: result columns and depth a step of each program, its warps and pipeline stages."""
+
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``rows`` pairs of one expert share a program; 0 takes pairs one by one, the first product in one step."""
+
+    rows: int
+    gate_up: Tile
+    down: Tile
+
+
+# For bfloat16; shared memory of a program is stages * depth * 2 * (rows + columns, twice those for gate_up).
+PAIRS = Plan(0, Tile(4, 0, 4, 1), Tile(4, 512, 4, 5))
+FEW = Plan(16, Tile(64, 128, 4, 3), Tile(64, 128, 4, 4))
+SOME = Plan(64, Tile(64, 64, 4, 4), Tile(128, 64, 4, 4))
+MANY = Plan(128, Tile(128, 64, 8, 3), Tile(256, 64, 8, 3))
+# Correctness rather than speed: no tensor cores, and twice the shared memory.
+FLOAT32 = Plan(16, Tile(32, 32, 4, 2), Tile(64, 32, 4, 2))
+
+
+def choose_plan(tokens: int, top_k: int, experts: int, itemsize: int) -> Plan:
+    """By the rows that an expert can expect: short blocks waste nothing while weights are what costs."""
+    if tokens * top_k * 4 <= experts:
+        return PAIRS
+    if itemsize != 2:
+        return FLOAT32
+    expected = tokens * top_k / experts
+    return FEW if expected <= 16 else SOME if expected <= 96 else MANY
+
+
+@triton.jit
+def _gate_and_up(expert, gate_up, shared_gate, shared_up, size, experts, SHARED: tl.constexpr):
+    """Where an expert's gate and up rows begin. Shared experts follow the routed ones and lie in their own tensors."""
+    gate = gate_up + expert * 2 * size
+    up = gate + size
+    if SHARED and expert >= experts:
+        gate = shared_gate + (expert - experts) * size
+        up = shared_up + (expert - experts) * size
+    return gate, up
+
+
+@triton.jit
+def _silu(values):
+    return values / (1.0 + tl.exp(-values))
+
+
+# One by one
+
+
+@triton.jit
+def _pair_gate_up(
+    states,
+    chosen,
+    gate_up,
+    shared_gate,
+    shared_up,
+    hidden,
+    top_k,
+    slots,
+    experts,
+    width,
+    inner,
+    SHARED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    pair = tl.program_id(1)
+    token, slot = pair // slots, pair % slots
+    expert = tl.load(chosen + token * top_k + slot, mask=slot < top_k, other=0)
+    expert = tl.where(slot < top_k, expert, experts + slot - top_k).to(tl.int64)
+    gate, up = _gate_and_up(expert, gate_up, shared_gate, shared_up, inner * width, experts, SHARED)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    at = tl.arange(0, DEPTH)
+    within = at < width
+    mask = (columns < inner)[:, None] & within[None, :]
+    place = columns[:, None] * width + at[None, :]
+    gates = tl.load(gate + place, mask=mask, other=0.0)  # (COLUMNS, DEPTH)
+    ups = tl.load(up + place, mask=mask, other=0.0)
+    state = tl.load(states + token * width + at, mask=within, other=0.0).to(tl.float32)[None, :]
+    gated = tl.sum(gates.to(tl.float32) * state, axis=1)
+    raised = tl.sum(ups.to(tl.float32) * state, axis=1)
+    result = _silu(gated) * raised
+    tl.store(hidden + pair * inner + columns, result.to(hidden.dtype.element_ty), mask=columns < inner)
+
+
+@triton.jit
+def _pair_down(
+    hidden,
+    chosen,
+    weights,
+    down,
+    shared_down,
+    out,
+    top_k,
+    slots,
+    width,
+    inner,
+    shared_inner,
+    SHARED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    token = tl.program_id(1)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < width
+    depth = tl.arange(0, DEPTH)
+    steps = tl.cdiv(inner, DEPTH)  # of each expert
+    total = tl.zeros((COLUMNS, DEPTH), dtype=tl.float32)
+    for step in tl.range(0, top_k * steps, num_stages=STAGES):
+        slot, at = step // steps, step % steps * DEPTH + depth
+        expert = tl.load(chosen + token * top_k + slot).to(tl.int64)
+        weight = tl.load(weights + token * top_k + slot)
+        place = columns[:, None] * inner + at[None, :]
+        mask = inside[:, None] & (at < inner)[None, :]
+        row = tl.load(hidden + (token * slots + slot) * inner + at, mask=at < inner, other=0.0).to(tl.float32)
+        matrix = tl.load(down + expert * width * inner + place, mask=mask, other=0.0)  # (COLUMNS, DEPTH)
+        total += matrix.to(tl.float32) * (row * weight)[None, :]
+    if SHARED:
+        for step in tl.range(0, (slots - top_k) * steps, num_stages=STAGES):
+            slot, at = step // steps, step % steps * DEPTH + depth
+            place = columns[:, None] * shared_inner + slot * inner + at[None, :]
+            mask = inside[:, None] & (at < inner)[None, :]
+            row = tl.load(hidden + (token * slots + top_k + slot) * inner + at, mask=at < inner, other=0.0)
+            matrix = tl.load(shared_down + place, mask=mask, other=0.0)
+            total += matrix.to(tl.float32) * row.to(tl.float32)[None, :]
+    result = tl.sum(total, axis=1)
+    tl.store(out + token * width + columns, result.to(out.dtype.element_ty), mask=inside)
+
+
+# In blocks
+
+
+@triton.jit
+def _group(
+    chosen,
+    order,
+    owner,
+    tokens,
+    top_k,
+    slots,
+    experts,
+    blocks,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """``order``: the pairs of each block of rows, those past an expert's last one ``tokens * slots``; ``owner``: the
+    expert of each block, -1 past the last. Shared experts come first: who is among theirs needs no counting.
+
+    Each program places CHUNK routed pairs. How many come before them it counts itself, from the first on: as much
+    work for all together as the square of the pairs, and far less than the products even in a long prefill.
+    """
+    chunk = tl.program_id(0)
+    routed, nobody = tokens * top_k, tokens * slots
+    ids, here = tl.arange(0, BLOCK_E), tl.arange(0, CHUNK)
+    before = tl.zeros((BLOCK_E,), dtype=tl.int32)
+    counts = tl.zeros((BLOCK_E,), dtype=tl.int32)
+    for begin in range(0, routed, CHUNK):
+        expert = tl.load(chosen + begin + here, mask=begin + here < routed, other=-1)
+        found = tl.sum((expert[:, None] == ids[None, :]).to(tl.int32), axis=0)
+        before += tl.where(begin < chunk * CHUNK, found, 0)
+        counts += found
+    shared_blocks = tl.cdiv(tokens, BLOCK_M)
+    shared_rows = shared_blocks * BLOCK_M * (slots - top_k)
+    room = (counts + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    end = shared_rows + tl.cumsum(room, axis=0)
+    start = end - room
+
+    mine = chunk * CHUNK + here
+    expert = tl.load(chosen + mine, mask=mine < routed, other=-1)
+    earlier = (expert[None, :] == expert[:, None]) & (here[None, :] < here[:, None])
+    rank = tl.sum(earlier.to(tl.int32), axis=1)
+    first = tl.sum(tl.where(expert[:, None] == ids[None, :], (start + before)[None, :], 0), axis=1)
+    pair = mine // top_k * slots + mine % top_k
+    tl.store(order + first + rank, pair, mask=mine < routed)
+
+    token = mine % (shared_blocks * BLOCK_M)
+    slot = top_k + mine // (shared_blocks * BLOCK_M)
+    tl.store(order + mine, tl.where(token < tokens, token * slots + slot, nobody), mask=mine < shared_rows)
+
+    if chunk == 0:
+        rows = tl.arange(0, BLOCK_M)
+        spare = (start + counts)[:, None] + rows[None, :]  # (BLOCK_E, BLOCK_M)
+        tl.store(order + spare, tl.zeros((BLOCK_E, BLOCK_M), dtype=tl.int32) + nobody, mask=spare < end[:, None])
+        for begin in range(0, blocks, CHUNK):
+            block = begin + here
+            row = block * BLOCK_M
+            passed = tl.sum((end[None, :] <= row[:, None]).to(tl.int32), axis=1)
+            expert = tl.where(row < shared_rows, experts + block // shared_blocks, passed)
+            expert = tl.where(row < shared_rows + tl.sum(room, axis=0), expert, -1)
+            tl.store(owner + block, expert, mask=block < blocks)
+
+
+@triton.jit
+def _block_gate_up(
+    states,
+    order,
+    owner,
+    gate_up,
+    shared_gate,
+    shared_up,
+    hidden,
+    nobody,
+    slots,
+    experts,
+    width,
+    inner,
+    SHARED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    block = tl.program_id(0)
+    expert = tl.load(owner + block).to(tl.int64)
+    if expert < 0:
+        return
+    gate, up = _gate_and_up(expert, gate_up, shared_gate, shared_up, inner * width, experts, SHARED)
+    pair = tl.load(order + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    real = pair < nobody
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < inner
+    depth = tl.arange(0, DEPTH)
+    state_place = (pair // slots).to(tl.int64)[:, None] * width + depth[None, :]
+    place = columns[None, :] * width + depth[:, None]
+    gated = tl.zeros((BLOCK_M, COLUMNS), dtype=tl.float32)
+    raised = tl.zeros((BLOCK_M, COLUMNS), dtype=tl.float32)
+    for begin in range(0, width, DEPTH):
+        within = begin + depth < width
+        mask = within[:, None] & inside[None, :]
+        state = tl.load(states + begin + state_place, mask=real[:, None] & within[None, :], other=0.0)
+        gates = tl.load(gate + begin + place, mask=mask, other=0.0)  # (DEPTH, COLUMNS)
+        ups = tl.load(up + begin + place, mask=mask, other=0.0)
+        gated = tl.dot(state, gates, gated, input_precision="ieee")
+        raised = tl.dot(state, ups, raised, input_precision="ieee")
+    result = (_silu(gated) * raised).to(hidden.dtype.element_ty)
+    target = hidden + pair.to(tl.int64)[:, None] * inner + columns[None, :]
+    tl.store(target, result, mask=real[:, None] & inside[None, :])
+
+
+@triton.jit
+def _block_down(
+    hidden,
+    order,
+    owner,
+    down,
+    shared_down,
+    outputs,
+    nobody,
+    experts,
+    width,
+    inner,
+    shared_inner,
+    SHARED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    block = tl.program_id(0)
+    expert = tl.load(owner + block).to(tl.int64)
+    if expert < 0:
+        return
+    matrix, stride = down + expert * width * inner, inner
+    if SHARED and expert >= experts:
+        matrix, stride = shared_down + (expert - experts) * inner, shared_inner
+    pair = tl.load(order + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    real = pair < nobody
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < width
+    depth = tl.arange(0, DEPTH)
+    row_place = pair.to(tl.int64)[:, None] * inner + depth[None, :]
+    place = columns[None, :] * stride + depth[:, None]
+    total = tl.zeros((BLOCK_M, COLUMNS), dtype=tl.float32)
+    for begin in range(0, inner, DEPTH):
+        within = begin + depth < inner
+        rows = tl.load(hidden + begin + row_place, mask=real[:, None] & within[None, :], other=0.0)
+        values = tl.load(matrix + begin + place, mask=within[:, None] & inside[None, :], other=0.0)
+        total = tl.dot(rows, values, total, input_precision="ieee")
+    target = outputs + pair.to(tl.int64)[:, None] * width + columns[None, :]
+    tl.store(target, total.to(outputs.dtype.element_ty), mask=real[:, None] & inside[None, :])
+
+
+@triton.jit
+def _combine(outputs, weights, out, top_k, slots, width, COLUMNS: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < width
+    total = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for slot in range(0, slots):
+        weight = tl.load(weights + token * top_k + slot, mask=slot < top_k, other=1.0)  # shared experts are not scaled
+        output = tl.load(outputs + (token * slots + slot) * width + columns, mask=inside, other=0.0)
+        total += output.to(tl.float32) * weight
+    tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask=inside)
+
+
+def most_blocks(tokens: int, top_k: int, experts: int, shared: int, rows: int) -> int:
+    """Blocks of ``rows`` that any choice of experts can need."""
+    pairs = tokens * top_k
+    met = min(pairs, experts)  # each expert's first block takes one pair at least, the others are full
+    return met + (pairs - met) // rows + shared * -(-tokens // rows)
+
+
+def group(chosen: Tensor, order: Tensor, owner: Tensor, experts: int, shared: int, rows: int) -> None:
+    """Fill ``order`` and ``owner``, which hold as many blocks as :func:`most_blocks` says; see the kernel."""
+    tokens, top_k = chosen.shape
+    chunk = 64
+    placed = max(tokens * top_k, shared * -(-tokens // rows) * rows)
+    _group[(-(-placed // chunk),)](
+        chosen, order, owner, tokens, top_k, top_k + shared, experts, owner.numel(),
+        BLOCK_M=rows, BLOCK_E=triton.next_power_of_2(experts), CHUNK=chunk, num_warps=4,
+    )  # fmt: skip
+
+
+def moe(
+    states: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    shared: tuple[Tensor, Tensor, Tensor] | None = None,
+    plan: Plan | None = None,
+) -> Tensor:
+    """See :func:`kimi_vl.kernels.reference.moe`; ``chosen`` is int32, ``weights`` float32.
+
+    ``shared`` are taken as experts that every token meets, so their width is a multiple of a routed one's. Shared
+    experts are part of the float32 sum here.
+    """
+    tokens, width = states.shape
+    experts, _, inner = down.shape
+    top_k = chosen.shape[1]
+    gate, up, shared_down = shared or (gate_up, gate_up, down)
+    shared_inner = shared_down.shape[1] if shared else 0
+    if shared_inner % inner:
+        raise ValueError(f"the shared experts' width {shared_inner} is no multiple of {inner}, a routed expert's")
+    if not all(each.is_contiguous() for each in (chosen, weights, gate_up, down, gate, up, shared_down)):
+        raise ValueError("choices and weights must be contiguous")
+    states = states.contiguous()
+    out = torch.empty_like(states)
+    if not tokens:
+        return out
+    slots = top_k + shared_inner // inner
+    plan = plan or choose_plan(tokens, top_k, experts, states.itemsize)
+    hidden = torch.empty(tokens * slots, inner, dtype=states.dtype, device=states.device)
+    common = {"SHARED": shared is not None}
+    if plan.rows == 0:
+        _pair_gate_up[(-(-inner // plan.gate_up.columns), tokens * slots)](
+            states, chosen, gate_up, gate, up, hidden, top_k, slots, experts, width, inner,
+            COLUMNS=plan.gate_up.columns, DEPTH=triton.next_power_of_2(width), num_warps=plan.gate_up.warps, **common,
+        )  # fmt: skip
+        _pair_down[(-(-width // plan.down.columns), tokens)](
+            hidden, chosen, weights, down, shared_down, out, top_k, slots, width, inner, shared_inner,
+            COLUMNS=plan.down.columns, DEPTH=min(plan.down.depth, triton.next_power_of_2(inner)),
+            STAGES=plan.down.stages, num_warps=plan.down.warps, **common,
+        )  # fmt: skip
+        return out
+    rows = plan.rows
+    blocks = most_blocks(tokens, top_k, experts, slots - top_k, rows)
+    order = torch.empty(blocks * rows, dtype=torch.int32, device=states.device)
+    owner = torch.empty(blocks, dtype=torch.int32, device=states.device)
+    group(chosen, order, owner, experts, slots - top_k, rows)
+    _block_gate_up[(blocks, -(-inner // plan.gate_up.columns))](
+        states, order, owner, gate_up, gate, up, hidden, tokens * slots, slots, experts, width, inner,
+        BLOCK_M=rows, COLUMNS=plan.gate_up.columns, DEPTH=plan.gate_up.depth,
+        num_warps=plan.gate_up.warps, num_stages=plan.gate_up.stages, **common,
+    )  # fmt: skip
+    outputs = torch.empty(tokens * slots, width, dtype=states.dtype, device=states.device)
+    _block_down[(blocks, -(-width // plan.down.columns))](
+        hidden, order, owner, down, shared_down, outputs, tokens * slots, experts, width, inner, shared_inner,
+        BLOCK_M=rows, COLUMNS=plan.down.columns, DEPTH=plan.down.depth,
+        num_warps=plan.down.warps, num_stages=plan.down.stages, **common,
+    )  # fmt: skip
+    columns = min(1024, triton.next_power_of_2(width))
+    _combine[(tokens, -(-width // columns))](outputs, weights, out, top_k, slots, width, COLUMNS=columns, num_warps=4)
+    return out

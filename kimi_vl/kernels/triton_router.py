@@ -1,0 +1,103 @@
+"""The router in one launch: scores, choice and weights of 16 tokens a program.
+
+Bytes: the weight (E, H) once a program, which all but the first find in the second-level cache. The matrix unit's 16
+rows are there for one token as for 16, so few tokens cost what 16 do.
+"""
+
+# Options of a launch (num_warps and so on) are no parameters of a kernel.
+# pyright: reportCallIssue=false
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TOKENS = 16  # the least that tl.dot takes
+
+
+@triton.jit
+def _router(
+    states,
+    weight,
+    bias,
+    chosen,
+    weights,
+    tokens,
+    width,
+    experts,
+    scaling,
+    TOP_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    ids = tl.arange(0, BLOCK_E)
+    real, known = rows < tokens, ids < experts
+    logits = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.float32)
+    for begin in range(0, width, BLOCK_H):
+        at = begin + tl.arange(0, BLOCK_H)
+        within = at < width
+        state = tl.load(
+            states + rows.to(tl.int64)[:, None] * width + at[None, :],
+            mask=real[:, None] & within[None, :],
+            other=0.0,
+        )
+        row = tl.load(
+            weight + ids[None, :] * width + at[:, None], mask=known[None, :] & within[:, None], other=0.0
+        )  # (BLOCK_H, BLOCK_E)
+        if state.dtype != row.dtype:
+            state, row = state.to(tl.float32), row.to(tl.float32)
+        # bfloat16 products are exact in float32; float32 ones must not be cut to tf32, which would change choices
+        logits = tl.dot(state, row, logits, input_precision="ieee")
+    scores = 1.0 / (1.0 + tl.exp(-logits))
+    choice = scores + tl.load(bias + ids, mask=known, other=0.0).to(tl.float32)[None, :]
+    # a score that is not a number is chosen last, and an expert that does not exist never: of equals the first is
+    # taken, and those stand at the end
+    choice = tl.where(known[None, :] & (choice == choice), choice, float("-inf"))
+    slots = tl.arange(0, BLOCK_K)
+    best_ids = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.int32)
+    best = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
+    for slot in tl.static_range(TOP_K):
+        winner = tl.argmax(choice, axis=1)  # (BLOCK_T)
+        hit = ids[None, :] == winner[:, None]
+        score = tl.sum(tl.where(hit, scores, 0.0), axis=1)
+        here = slots[None, :] == slot
+        best_ids = tl.where(here, winner[:, None], best_ids)
+        best = tl.where(here, score[:, None], best)
+        choice = tl.where(hit, float("-inf"), choice)
+    best = best / (tl.sum(best, axis=1)[:, None] + 1e-20) * scaling
+    place = rows[:, None] * TOP_K + slots[None, :]
+    kept = real[:, None] & (slots < TOP_K)[None, :]
+    tl.store(chosen + place, best_ids, mask=kept)
+    tl.store(weights + place, best, mask=kept)
+
+
+def router(states: Tensor, weight: Tensor, bias: Tensor, top_k: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """See :func:`kimi_vl.kernels.reference.router`. Of experts that score alike the first is taken."""
+    tokens, width = states.shape
+    chosen = torch.empty(tokens, top_k, dtype=torch.int32, device=states.device)
+    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=states.device)
+    if tokens:
+        _router[(-(-tokens // _TOKENS),)](
+            states.contiguous(),
+            weight.contiguous(),
+            bias,
+            chosen,
+            weights,
+            tokens,
+            width,
+            weight.shape[0],
+            scaling,
+            TOP_K=top_k,
+            BLOCK_T=_TOKENS,
+            BLOCK_E=max(16, triton.next_power_of_2(weight.shape[0])),
+            # 512 bytes of each row a step: with three steps under way one program has 96 KB in flight
+            BLOCK_H=512 // weight.itemsize,
+            BLOCK_K=triton.next_power_of_2(top_k),
+            num_warps=4,
+            num_stages=4,
+        )
+    return chosen, weights

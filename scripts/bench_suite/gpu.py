@@ -1,0 +1,392 @@
+"""`scripts/bench_gpu`: what only a GPU can settle, in one run that is short enough for a borrowed machine.
+
+Each section is a function and runs in a process of its own with a limit of its own: one that fails, hangs or breaks
+the device takes nothing but itself down, and what it had reported by then is kept. To add one, write a function that
+takes a :class:`Job` and put it into SECTIONS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 8 * 60.0  # of everything
+COMMAND = [sys.executable, "-P", "-m", "bench_suite.gpu"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a section works with. ``rehearsal`` means toy sizes, on the CPU, in Triton's interpreter."""
+
+    lines: Path
+    rehearsal: bool
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.rehearsal else "cuda"
+
+    def report(self, name: str, value: Any) -> None:
+        """Keep a figure, at once; a name may come more than once."""
+        with self.lines.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([name, value]) + "\n")
+        print(f"  {name}: {value}", flush=True)
+
+    def check(self, name: str, passed: bool, value: Any) -> None:
+        """Keep a figure that has to hold."""
+        self.report(name, {"passed": bool(passed), "value": value})
+
+
+@dataclass(frozen=True)
+class Section:
+    name: str
+    seconds: float
+    run: Callable[[Job], None]
+
+
+# Sections import torch themselves: the process that starts them stays light, and touches no device.
+
+
+def describe_machine(job: Job) -> None:
+    """Names, versions and the two ceilings."""
+    import torch
+
+    from . import kernels
+
+    for package in ("torch", "triton", "transformers", "flash_attn"):
+        try:
+            job.report(package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            job.report(package, None)
+    job.report("python", platform.python_version())
+    if not job.rehearsal:
+        properties = torch.cuda.get_device_properties(0)
+        job.report("multiprocessors", properties.multi_processor_count)
+        job.report("memory_gb", round(properties.total_memory / 1e9, 1))
+        job.report("cuda", torch.version.cuda)
+    where = kernels.machine(torch.device(job.device), job.rehearsal)
+    job.report("name", where.name)
+    job.report("copy_gb_per_s", round(where.bytes_per_second / 1e9, 1))
+    job.report("gemm_tflop_per_s", round(where.operations_per_second / 1e12, 2))
+
+
+def _widths(job: Job, **more: int) -> Any:
+    from .kernel_inputs import Widths
+
+    if not job.rehearsal:
+        return Widths(**more)
+    return Widths(hidden=64, experts=8, top_k=3, inner=32, shared=64, heads=3, rank=32, rope=8, nope=16, page_size=8)
+
+
+def kernels_against_twins(job: Job) -> None:
+    """Every kernel at the published widths, in bfloat16 and float32, against float64; memory is poisoned beforehand."""
+    import torch
+
+    from kimi_vl.kernels import choose
+
+    from .kernel_inputs import Call, Inputs, distances, routed_alike, with_arguments
+
+    ops = choose(job.device, "triton")
+    # uninitialised memory is filled with NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    tokens = [1, 5] if job.rehearsal else [1, 2, 3, 17, 32, 128, 300, 1100]
+    contexts = [[1, 9, 8, 0, 40]] if job.rehearsal else [[1, 31, 32, 33, 0, 2048], [5000], [300, 7] * 64]
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = Inputs(_widths(job), dtype, job.device)
+        weights = inputs.experts(), inputs.shared_experts()
+
+        def hold(label: str, call: Call, dtype: torch.dtype = dtype) -> None:
+            try:
+                results = call.run(ops)
+                alike = call.op == "router"
+                found = routed_alike(call, results) if alike else max(distances(results, call.twin()))
+                same = all(map(torch.equal, results, call.run(ops)))
+                limit = call.tolerance(dtype)
+                value = {"distance": found, "limit": limit, "same_bits_again": same}
+                job.check(f"{label}, {dtype}", found <= limit and same, value)
+            except Exception as error:
+                job.check(f"{label}, {dtype}", False, f"{type(error).__name__}: {error}"[:300])
+
+        for count in tokens:
+            if dtype == torch.float32 and count > 300:
+                continue  # float32 is for correctness, and takes its time
+            hold(f"add_rms_norm {count}", inputs.add_rms_norm(count))
+            hold(f"router {count}", inputs.router(count))
+            hold(f"latent_write {count}", inputs.latent_write(count, unwritten=count // 4))
+            for routing in ("random", "same"):
+                hold(f"moe {count} {routing}", inputs.moe(count, routing, weights=weights))
+            hold(f"moe {count} not shared", inputs.moe(count, shared=False, weights=weights))
+        for lengths in contexts:
+            call = inputs.mla_decode(lengths, 2 * max(lengths) // 8 + 1)
+            hold(f"mla_decode {len(lengths)} rows", call)
+        for splits in (1, 7):
+            (result,) = call.run(ops, splits=splits)
+            found = max(distances([result], call.twin()))
+            job.check(f"mla_decode {splits} splits, {dtype}", found <= call.tolerance(dtype), found)
+        # a fault that has to be seen, or the comparison is blind
+        faulty = with_arguments(call, lambda values: values.__setitem__(3, (values[3] - 1).clamp(min=0)))
+        seen = max(distances(call.run(ops), faulty.twin()))
+        job.check(f"a planted mistake is seen, {dtype}", seen > 3 * call.tolerance(dtype), seen)
+
+
+def kernels_in_graphs(job: Job) -> None:
+    """A captured graph follows its inputs: other experts, other lengths, other slots, no new capture."""
+    import torch
+
+    from kimi_vl.kernels import choose
+
+    from .kernel_inputs import Inputs, distances
+    from .kernels import replayed
+
+    if job.rehearsal:
+        job.report("skipped", "there are no graphs on a CPU")
+        return
+    ops = choose(job.device, "triton")
+    inputs = Inputs(_widths(job), torch.bfloat16, job.device)
+    weights = inputs.experts(), inputs.shared_experts()
+    for count in (1, 32, 128):
+        call = inputs.moe(count, weights=weights)
+        kept: list[Any] = []
+        replay = replayed(lambda call=call, kept=kept: kept.append(call.run(ops)), torch.device(job.device))
+        for routing in ("random", "distinct", "same"):
+            call.arguments[1].copy_(inputs.choices(count, routing)[0])
+            replay()
+            found = max(distances(kept[-1], call.twin()))
+            job.check(f"moe {count} {routing}", found <= call.tolerance(torch.bfloat16), found)
+    call, kept = inputs.mla_decode([3000, 2000, 900], 256), []
+    replay = replayed(lambda: kept.append(call.run(ops)), torch.device(job.device))
+    whole = call.arguments[3].clone()
+    for length in (1, 64, 65, 900):
+        call.arguments[3].copy_(whole.clamp(max=length))
+        replay()
+        found = max(distances(kept[-1], call.twin()))
+        job.check(f"mla_decode up to {length}", found <= call.tolerance(torch.bfloat16), found)
+
+
+def decoder_against_float64(job: Job) -> None:
+    """Two layers, the second with experts, in a decoding step and in a chunk of a prompt, in bfloat16.
+
+    Triton's error stands beside plain PyTorch's; both are distances from float64.
+    """
+    import copy
+
+    import torch
+
+    from kimi_vl.cache import Chunk, PagedCache
+    from kimi_vl.fused import FusedDecoder
+    from kimi_vl.kernels import choose
+
+    from . import ladder
+
+    config, device = ladder.config(job.rehearsal, text_layers=2, vocabulary=512), torch.device(job.device)
+    half = ladder.random_model(config, device).language_model
+    exact = copy.deepcopy(half).double()
+    fused = FusedDecoder(half, choose(device, "triton"))
+    generator, size = torch.Generator(job.device).manual_seed(1), 32
+    context = 40 if job.rehearsal else 2048
+    works = [(3, 1), (1, 9)] if job.rehearsal else [(1, 1), (32, 1), (128, 1), (1, 1000)]
+    for rows, new in works:
+        pages = -(-(context + new) // size)
+        chunks = [Chunk(range(row * pages, (row + 1) * pages), context, context + new) for row in range(rows)]
+        latent = config.text_config.kv_lora_rank + config.text_config.qk_rope_head_dim
+        past = torch.randn(2, rows * pages, size, latent, generator=generator, device=device).bfloat16()
+        states = torch.randn(1, rows * new, config.text_config.hidden_size, generator=generator, device=device)
+        states = states.bfloat16()
+        results: dict[str, torch.Tensor] = {}
+        for name, decoder in (("float64", exact), ("torch", half), ("triton", fused)):
+            dtype = torch.float64 if name == "float64" else torch.bfloat16
+            cache = PagedCache(config.text_config, rows * pages, size, dtype=dtype, device=device)
+            cache.entries.copy_(past)
+            step = cache.step(chunks)
+            with torch.inference_mode():
+                results[name] = decoder(states.to(dtype), step.positions, step)[0].double()
+        right = results.pop("float64")
+        # the median token: near a tie of two experts a rounding may choose another, on either road
+        errors = {
+            name: float(((found - right).norm(dim=-1) / right.norm(dim=-1)).nan_to_num(torch.inf).median())
+            for name, found in results.items()
+        }
+        job.check(f"{rows} rows, {new} new", errors["triton"] <= 1.25 * errors["torch"] + 2**-10, errors)
+
+
+def engine_against_plain(job: Job) -> None:
+    """The engine with kernels, and with graphs too, gives the tokens that it gives without; float32, two layers."""
+    import torch
+
+    from . import ladder
+
+    config, device = ladder.config(job.rehearsal, text_layers=2), torch.device(job.device)
+    model = ladder.random_model(config, device, torch.float32)
+    wanted = ladder.tokens(ladder.engine(model, "torch", job.rehearsal), job.rehearsal)
+    for rung in ("kernels", "graphs"):
+        found = ladder.tokens(ladder.engine(model, rung, job.rehearsal), job.rehearsal)
+        # sums in another order may turn a near tie, after which all is different: in few requests, if any
+        alike = sum(map(list.__eq__, found, wanted))
+        job.check(f"{rung}: requests alike", alike >= 0.8 * len(wanted), f"{alike} of {len(wanted)}")
+
+
+def ladder_torch(job: Job) -> None:
+    """The full model in plain PyTorch."""
+    _rung(job, "torch")
+
+
+def ladder_kernels(job: Job) -> None:
+    """And with kernels."""
+    _rung(job, "kernels")
+
+
+def ladder_graphs(job: Job) -> None:
+    """And with graphs."""
+    _rung(job, "graphs")
+
+
+def _rung(job: Job, rung: str) -> None:
+    from . import ladder
+
+    ladder.measure(rung, job.rehearsal, job.device, job.report, job.check)
+
+
+def speed_of_kernels(job: Job) -> None:
+    """The table of scripts/bench_kernels."""
+    _measure(job, tune=False)
+
+
+def tiles(job: Job) -> None:
+    """Other tiles than those chosen without a GPU at hand."""
+    _measure(job, tune=True)
+
+
+def _measure(job: Job, tune: bool) -> None:
+    import torch
+
+    from . import kernels
+
+    with torch.inference_mode():
+        where = kernels.machine(torch.device(job.device), job.rehearsal)
+        cases = kernels.Cases(_widths(job), where.device, 0 if job.rehearsal else kernels.COLD_BYTES)
+
+        def report(result: dict[str, Any]) -> None:
+            job.report(f"{result['op']} {result['size']} {result['who']}", result)
+
+        budget = 0.0 if job.rehearsal else 0.1
+        if tune:
+            kernels.tune(where, cases, report, job.rehearsal)
+        else:
+            kernels.bench(where, cases, job.rehearsal, report, budget)
+
+
+# In the order in which an answer is wanted, should the time not do for all.
+SECTIONS: list[Section] = [
+    Section("machine", 40, describe_machine),
+    Section("kernels_against_twins", 90, kernels_against_twins),
+    Section("decoder_against_float64", 45, decoder_against_float64),
+    Section("engine_against_plain", 60, engine_against_plain),
+    Section("ladder_graphs", 90, ladder_graphs),
+    Section("ladder_kernels", 60, ladder_kernels),
+    Section("ladder_torch", 60, ladder_torch),
+    Section("kernels_in_graphs", 45, kernels_in_graphs),
+    Section("speed_of_kernels", 90, speed_of_kernels),
+    Section("tiles", 90, tiles),
+]
+
+
+def run_section(section: Section, job: Job, seconds: float) -> dict[str, Any]:
+    """Its reports and how it ended: "done", "failed" or "out of time"."""
+    command = [*COMMAND, "--section", section.name, "--lines", str(job.lines)]
+    command += ["--rehearse"] if job.rehearsal else []
+    print(f"== {section.name} (at most {seconds:.0f} s)", flush=True)
+    began = time.monotonic()
+    # a session of its own, so that compilers it started end with it
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        ended = "done" if process.wait(seconds) == 0 else "failed"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        ended = "out of time"
+    reports: list[Any] = []
+    if job.lines.exists():
+        for line in job.lines.read_text(encoding="utf-8").splitlines():
+            try:
+                reports.append(json.loads(line))
+            except ValueError:
+                reports.append(["unreadable", line[:200]])  # cut off in the middle
+    took = round(time.monotonic() - began, 1)
+    checks = [value["passed"] for _, value in reports if isinstance(value, dict) and "passed" in value]
+    print(f"== {section.name}: {ended}, {took} s, {sum(checks)} of {len(checks)} checks passed", flush=True)
+    return {"ended": ended, "seconds": took, "checks": len(checks), "passed": sum(checks), "reports": reports}
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="scripts/bench_gpu")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / ".cache" / "bench"))
+    parser.add_argument("--only", nargs="*", metavar="NAME", choices=[section.name for section in SECTIONS])
+    parser.add_argument("--seconds", type=float, default=LIMIT, help="for everything")
+    parser.add_argument("--rehearse", action="store_true", help="toy sizes on the CPU, through Triton's interpreter")
+    parser.add_argument("--section", help=argparse.SUPPRESS)
+    parser.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.section:
+        if args.rehearse:
+            from . import triton_on_cpu
+
+            assert triton_on_cpu.interpreter  # it has to come before any kernel
+        (section,) = (section for section in SECTIONS if section.name == args.section)
+        section.run(Job(args.lines, args.rehearse))
+        return 0
+    began, results = time.monotonic(), {}
+    args.out.mkdir(parents=True, exist_ok=True)
+    target = args.out / "results.json"
+    with tempfile.TemporaryDirectory() as folder:
+        for section in SECTIONS:
+            if args.only and section.name not in args.only:
+                continue
+            left = args.seconds - (time.monotonic() - began)
+            if left < 5:
+                results[section.name] = {"ended": "no time left"}
+                continue
+            job = Job(Path(folder) / section.name, args.rehearse)
+            results[section.name] = run_section(section, job, min(left, section.seconds))
+            # written again after each, so that a machine taken away leaves what there was
+            target.write_text(json.dumps({"rehearsal": args.rehearse, "sections": results}, indent=1), encoding="utf-8")
+    good = all(result["ended"] == "done" and result["passed"] == result["checks"] for result in results.values())
+    for name, result in results.items():
+        failed = [
+            label
+            for label, value in result.get("reports", [])
+            if isinstance(value, dict) and value.get("passed") is False
+        ]
+        print(f"{name}: {result['ended']}" + (f"; failed: {failed}" if failed else ""))
+    took = sum(result.get("seconds", 0) for result in results.values())
+    print(f"{'everything passed' if good else 'NOT everything passed'}, {took:.0f} s; {target}")
+    whole = {"bench": "gpu", "passed": good, "seconds": round(took), "rehearsal": args.rehearse}
+    print(json.dumps(whole | summary(results)))
+    return 0 if good else 1
+
+
+def summary(results: dict[str, Any]) -> dict[str, Any]:
+    """How each section ended, and the ladder: tokens a second by rung, rows and context."""
+    ended = {name: [result["ended"], result.get("passed"), result.get("checks")] for name, result in results.items()}
+    rates: dict[str, Any] = {}
+    for result in results.values():
+        for _, value in result.get("reports", []):
+            if isinstance(value, dict) and "tokens_per_second" in value:
+                place = f"{value['rows']} rows of {value['context']}"
+                rates.setdefault(place, {})[value["rung"]] = value["tokens_per_second"]
+    return {"sections": ended, "tokens_per_second": rates}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,239 @@
+"""Inputs for each operation of :mod:`kimi_vl.kernels`, the float64 twin of a call, and how far a result is from it.
+
+The values are scaled so that softmax, router and gates are decisive: on flat ones a wrong kernel looks right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kimi_vl.kernels import TORCH, Ops
+
+# Unit roundoffs: a rounding to bfloat16 (8 significant bits) is off by at most 2^-8 of the value. Float32 sums of
+# some thousand terms in an unknown order are off by some ten of its 2^-24.
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-19}
+
+
+@dataclass(frozen=True)
+class Widths:
+    """The sizes that operations depend on; the defaults are the published model's."""
+
+    hidden: int = 2048
+    experts: int = 64
+    top_k: int = 6
+    inner: int = 1408
+    shared: int = 2816
+    heads: int = 16
+    rank: int = 512
+    rope: int = 64
+    nope: int = 128
+    page_size: int = 32
+    scaling: float = 2.446
+    eps: float = 1e-5
+    latent_eps: float = 1e-6
+
+
+PUBLISHED = Widths()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operation, and how often its results have been rounded to bfloat16 on their way, if so.
+
+    Results are what it returns and, for ``written``, that argument after the call.
+    """
+
+    op: str
+    arguments: tuple[Any, ...]
+    roundings: int
+    written: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, ops: Ops, **more: Any) -> tuple[Tensor, ...]:
+        """The results; what is written to is a copy."""
+        arguments = list(self.arguments)
+        if self.written is not None:
+            arguments[self.written] = arguments[self.written].clone()
+        results = getattr(ops, self.op)(*arguments, **self.options, **more)
+        results = results if isinstance(results, tuple) else (results,)
+        return results if self.written is None else (*results, arguments[self.written])
+
+    def twin(self) -> tuple[Tensor, ...]:
+        """The results in float64, of exactly the same inputs."""
+        return Call(self.op, _doubled(self.arguments), 0, self.written, self.options).run(TORCH)
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        if dtype == torch.bfloat16 and self.roundings:
+            return ROUNDING[dtype] * self.roundings
+        return ROUNDING[torch.float32]
+
+
+def _doubled(values: Any) -> Any:
+    if isinstance(values, Tensor):
+        return values.double() if values.is_floating_point() else values
+    return tuple(_doubled(value) for value in values) if isinstance(values, tuple) else values
+
+
+def distance(result: Tensor, wanted: Tensor) -> float:
+    """||result - wanted|| / ||wanted||, infinite where anything is not finite; indices have to be equal."""
+    if result.shape != wanted.shape:
+        return float("inf")
+    if not wanted.is_floating_point():
+        return 0.0 if torch.equal(result, wanted) else float("inf")
+    norm = float(wanted.double().norm())
+    value = float((result.double() - wanted.double()).norm()) / (norm or 1.0)
+    return value if value == value else float("inf")
+
+
+def distances(results: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[float]:
+    return [distance(*pair) for pair in zip(results, wanted, strict=True)]
+
+
+def routed_alike(call: Call, results: Sequence[Tensor]) -> float:
+    """The same for a router whose inputs may hold ties closer than float32 tells apart.
+
+    The larger of two: how much worse the chosen experts score than the best ones, and how far the weights are from
+    those that belong to the experts that were chosen.
+    """
+    chosen, weights = results
+    states, weight, bias, top_k, scaling = _doubled(call.arguments)
+    scores = (states @ weight.T).sigmoid()
+    biased = scores + bias
+    if not bool(((chosen >= 0) & (chosen < len(weight))).all()) or bool(
+        (chosen.sort(-1).values.diff(dim=-1) == 0).any()
+    ):
+        return float("inf")
+    worse = float((biased.topk(top_k, dim=-1).values - biased.gather(-1, chosen.long())).abs().max())
+    own = scores.gather(-1, chosen.long())
+    return max(worse, distance(weights, own / own.sum(-1, keepdim=True) * scaling))
+
+
+class Inputs:
+    """Draws the arguments of operations; the same seed gives the same on the same kind of device."""
+
+    def __init__(
+        self,
+        widths: Widths = PUBLISHED,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ):
+        self.widths, self.dtype, self.device = widths, dtype, torch.device(device)
+        self._generator = torch.Generator(self.device).manual_seed(seed)
+
+    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        drawn = torch.randn(shape, generator=self._generator, device=self.device, dtype=dtype or self.dtype)
+        return drawn.mul_(scale)
+
+    def integers(self, below: int, *shape: int) -> Tensor:
+        return torch.randint(below, shape, generator=self._generator, device=self.device, dtype=torch.int32)
+
+    def shuffled(self, count: int) -> Tensor:
+        return torch.randperm(count, generator=self._generator, device=self.device).int()
+
+    def add_rms_norm(self, *shape: int, delta: bool = True) -> Call:
+        width = self.widths.hidden
+        states = self.normal(*shape, width, scale=3)
+        added = self.normal(*shape, width) if delta else None
+        return Call("add_rms_norm", (states, added, 1 + self.normal(width, scale=0.3), self.widths.eps), 3)
+
+    def router(self, tokens: int) -> Call:
+        """The scores spread over all of 0 to 1, and the bias is large enough to change choices."""
+        widths = self.widths
+        weight = self.normal(widths.experts, widths.hidden, scale=2 * widths.hidden**-0.5)
+        bias = self.normal(widths.experts, scale=0.2, dtype=torch.float32)
+        return Call(
+            "router", (self.normal(tokens, widths.hidden), weight, bias, widths.top_k, widths.scaling), roundings=0
+        )
+
+    def choices(self, tokens: int, routing: str = "random") -> tuple[Tensor, Tensor]:
+        """Experts (T, K) and weights: at random, all tokens the ``same``, or as many ``distinct`` ones as there are."""
+        experts, top_k = self.widths.experts, self.widths.top_k
+        if routing == "random":
+            drawn = torch.rand(tokens, experts, generator=self._generator, device=self.device)
+            chosen = drawn.topk(top_k, dim=-1).indices
+        elif routing == "same":
+            chosen = self.shuffled(experts)[:top_k].expand(tokens, -1)
+        else:
+            chosen = torch.arange(tokens * top_k, device=self.device).view(tokens, top_k) % experts
+        weights = torch.rand(tokens, top_k, generator=self._generator, device=self.device) + 0.1
+        return chosen.int().contiguous(), weights
+
+    def experts(self) -> tuple[Tensor, Tensor]:
+        widths = self.widths
+        gate_up = self.normal(widths.experts, 2 * widths.inner, widths.hidden, scale=2 * widths.hidden**-0.5)
+        return gate_up, self.normal(widths.experts, widths.hidden, widths.inner, scale=widths.inner**-0.5)
+
+    def shared_experts(self) -> tuple[Tensor, Tensor, Tensor]:
+        widths = self.widths
+        gate, up = (self.normal(widths.shared, widths.hidden, scale=2 * widths.hidden**-0.5) for _ in range(2))
+        return gate, up, self.normal(widths.hidden, widths.shared, scale=widths.shared**-0.5)
+
+    def moe(
+        self,
+        tokens: int,
+        routing: str = "random",
+        shared: bool = True,
+        weights: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
+    ) -> Call:
+        """``weights`` are those of experts and shared experts, where they are at hand."""
+        routed, always = weights or (self.experts(), self.shared_experts() if shared else None)
+        states = self.normal(tokens, self.widths.hidden)
+        return Call("moe", (states, *self.choices(tokens, routing), *routed, always if shared else None), roundings=3)
+
+    def latent_write(self, tokens: int, unwritten: int = 0) -> Call:
+        """Queries and joint projection as parts of one merged projection; the last tokens have no slot."""
+        widths = self.widths
+        head = widths.nope + widths.rope
+        merged = self.normal(tokens, widths.heads * head + widths.rank + widths.rope, scale=2)
+        query, kv_a = merged.split((widths.heads * head, widths.rank + widths.rope), dim=-1)
+        query_rope = query.unflatten(-1, (widths.heads, head))[..., widths.nope :]
+        angles = self.normal(tokens, widths.rope // 2, scale=10, dtype=torch.float32).repeat(1, 2)
+        pages = -(-2 * tokens // widths.page_size) + 1
+        entries = self.normal(pages, widths.page_size, widths.rank + widths.rope)
+        slots = self.shuffled(pages * widths.page_size)[:tokens].long()
+        slots[tokens - unwritten :] = -1
+        weight = 1 + self.normal(widths.rank, scale=0.3)
+        arguments = (
+            query_rope, kv_a, weight, angles.cos().to(self.dtype), angles.sin().to(self.dtype), entries, slots,
+            widths.latent_eps,
+        )  # fmt: skip
+        return Call("latent_write", arguments, roundings=2, written=5)
+
+    def mla_decode(self, lengths: Sequence[int], table_pages: int = 0, spare: int = 2, common: int = 0) -> Call:
+        """Rows with pages out of order, ``spare`` pages that nobody uses, the first ``common`` ones the same in all.
+
+        Entries that do not count are NaN, and so is every unused page; the table goes on with -1.
+        """
+        widths, size = self.widths, self.widths.page_size
+        needed = [-(-length // size) for length in lengths]
+        free = self.shuffled(common + sum(max(0, need - common) for need in needed) + spare).tolist()
+        entries = torch.full(
+            (len(free), size, widths.rank + widths.rope), float("nan"), dtype=self.dtype, device=self.device
+        )
+        prefix = [free.pop() for _ in range(common)]
+        table = torch.full((len(lengths), table_pages or max([1, *needed])), -1, dtype=torch.int32)
+        for row, (length, need) in enumerate(zip(lengths, needed, strict=True)):
+            own = [*prefix[:need], *(free.pop() for _ in range(need - common))]
+            table[row, :need] = torch.tensor(own, dtype=torch.int32)
+            for number, page in enumerate(own):
+                count = min(size, length - number * size)
+                known = entries[page, :count]
+                drawn = self.normal(*known.shape)
+                entries[page, :count] = torch.where(known.isnan(), drawn, known)
+        query = self.normal(len(lengths), widths.heads, widths.rank + widths.rope)
+        scale = 2 * (widths.rank + widths.rope) ** -0.5  # scores of a spread of 2: some entries clearly win
+        counts = torch.tensor(lengths, dtype=torch.int32, device=self.device)
+        return Call("mla_decode", (query, entries, table.to(self.device), counts, scale, widths.rank), roundings=2)
+
+
+def with_arguments(call: Call, change: Callable[[list[Any]], None]) -> Call:
+    """The same call with some arguments changed."""
+    arguments = list(call.arguments)
+    change(arguments)
+    return Call(call.op, tuple(arguments), call.roundings, call.written, call.options)

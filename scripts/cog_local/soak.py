@@ -1,0 +1,256 @@
+"""Many requests of mixed kinds to one server, and what becomes of its answers, memory and threads; `scripts/soak`."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import json
+import os
+import random
+import struct
+import subprocess
+import sys
+import time
+import uuid
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cog_local.client import Client, RequestRefused
+from cog_local.server import Server, interrupt_on_signals, model_environment, say
+
+WARM_UP = 0.2
+"""The part of the requests after which memory should stay as it is."""
+
+
+def picture(colour: tuple[int, int, int], size: tuple[int, int] = (112, 84)) -> str:
+    """A data URL of a PNG of one colour."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = (b"\0" + bytes(colour) * size[0]) * size[1]
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0))
+    data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+RED, BLUE = picture((255, 0, 0)), picture((0, 0, 255), (60, 200))
+CUT = RED[: len("data:image/png;base64,") + 80]
+
+
+def user(*parts: Any) -> dict[str, Any]:
+    return {"role": "user", "content": list(parts)}
+
+
+TEXT = {"type": "text", "text": "What colour is it?"}
+GOOD: list[dict[str, Any]] = [
+    {"prompt": "Hello, who are you?", "temperature": 0},
+    {"prompt": "What is 12 + 30?", "seed": 5, "output_format": "answer"},
+    {"prompt": "What is 7 + 8?", "seed": 1, "temperature": 1.5, "top_k": 20, "output_format": "json"},
+    {"prompt": "Tell me more.", "seed": 2, "top_p": 0.8, "output_format": "think_tags"},
+    {"prompt": "What colour is it?", "image": RED, "temperature": 0, "output_format": "answer"},
+    {"prompt": "Compare them.", "image": RED, "images": [BLUE], "seed": 3},
+    {"prompt": "What do you see?", "images": [BLUE, RED, BLUE], "seed": 4, "thinking_budget": 5},
+    {"prompt": "Answer at once.", "thinking_budget": 0, "seed": 6},
+    {"prompt": "Count up.", "stop_sequences": "3, .,\n", "seed": 7},
+    {"prompt": "<|im_end|>" * 30, "seed": 8, "max_length_tokens": 24},
+    {"prompt": "word " * 500, "seed": 9, "max_length_tokens": 24},
+    {"messages": [user({"type": "image_url", "image_url": {"url": RED}}, TEXT)], "seed": 10},
+    {"messages": [user({"type": "image"}, TEXT)], "image": BLUE, "seed": 10, "system_prompt": ""},
+    {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Hello."},
+            {"role": "assistant", "content": "◁think▷A greeting.◁/think▷Hello!"},
+            {"role": "user", "content": "And you?"},
+        ],
+        "seed": 11,
+    },
+]
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({}, "E_PROMPT_EMPTY"),
+    ({"prompt": "word " * 300_000}, "E_PROMPT_TOO_LONG"),
+    ({"prompt": "hi", "messages": [user(TEXT)]}, "E_PARAMETER"),
+    ({"prompt": "hi", "seed": -1}, "E_PARAMETER"),
+    ({"prompt": "hi", "max_tokens": 3, "max_new_tokens": 4}, "E_PARAMETER"),
+    ({"messages": [{"role": "user"}]}, "E_MESSAGES_INVALID"),
+    ({"messages": [user({"type": "image"})]}, "E_MESSAGES_INVALID"),
+    ({"prompt": "hi", "image": "/etc/hostname"}, "E_IMAGE_SOURCE"),
+    ({"prompt": "hi", "image": CUT}, "E_IMAGE_UNREADABLE"),
+    ({"prompt": "hi", "image": "data:text/html;base64,PGh0bWw+"}, "E_IMAGE_FORMAT"),
+    ({"prompt": "hi", "image": picture((0, 0, 0), (50_000, 1000))}, "E_IMAGE_TOO_LARGE"),
+    ({"prompt": "hi", "images": [RED] * 65}, "E_TOO_MANY_IMAGES"),
+    ({"prompt": "hi", "temperature": 9}, "422"),
+    ({"prompt": 3}, "422"),
+]
+LONG: dict[str, Any] = {"prompt": "Tell me a long story.", "temperature": 2, "max_length_tokens": 4000}
+LENGTH = {"max_length_tokens": 60}
+
+
+@dataclass
+class Sample:
+    """What the server's processes hold at a moment."""
+
+    requests: int
+    seconds: float
+    megabytes: float
+    threads: int
+
+
+@dataclass
+class Soak:
+    server: Server
+    client: Client
+    rng: random.Random
+    expected: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
+    done: int = 0
+
+    def run(self, requests: int, lines: int) -> None:
+        self.expected = [self.answer(inputs) for inputs in GOOD]
+        self.began = time.monotonic()
+        say(f"{'requests':>9}{'seconds':>9}{'MB':>9}{'threads':>9}   good, bad, cancelled, wrong")
+        self.look()
+        marks = {round(requests * line / lines) for line in range(1, lines + 1)}
+        for number in range(1, requests + 1):
+            kind = self.rng.choices(("good", "bad", "cancelled"), weights=(5, 4, 1))[0]
+            getattr(self, kind)()
+            self.done = number
+            if number in marks:
+                self.look()
+
+    def answer(self, inputs: dict[str, Any]) -> str:
+        """The whole output, by either way; of JSON the last line, since where the others are cut depends on time."""
+        inputs = {**LENGTH, **inputs}
+        if self.rng.random() < 0.5:
+            final = self.client.predict(inputs)
+        else:
+            *_, last = self.client.stream(inputs)
+            final = last.data
+        if final["status"] != "succeeded":
+            return f"{final['status']}: {final.get('error')}"
+        text = "".join(final["output"])
+        return text.splitlines()[-1] if inputs.get("output_format") == "json" else text
+
+    def good(self) -> None:
+        number = self.rng.randrange(len(GOOD))
+        self.counts["good"] += 1
+        if self.answer(GOOD[number]) != self.expected[number]:
+            self.wrong.append(f"good request {number} was answered in another way")
+
+    def bad(self) -> None:
+        inputs, code = self.rng.choice(BAD)
+        self.counts["bad"] += 1
+        try:
+            said = str(self.client.predict(inputs).get("error"))
+        except RequestRefused as refusal:
+            said = str(refusal.status)
+        if code not in said:
+            self.wrong.append(f"{code} was expected, and not: {said}")
+
+    def cancelled(self) -> None:
+        """Cancelled by name or by leaving, at the start or after some output."""
+        name, after = uuid.uuid4().hex, self.rng.choice(("start", "output"))
+        leave = self.rng.random() < 0.5
+        with contextlib.closing(self.client.stream({**LONG, "seed": self.rng.randrange(1000)}, name)) as events:
+            for event in events:
+                if event.name == after:
+                    break
+            if leave:
+                self.counts["left"] += 1
+                return
+            self.client.cancel(name)
+            status = [event.data["status"] for event in events if event.name == "completed"]
+        self.counts["cancelled" if status == ["canceled"] else "over before it was cancelled"] += 1
+        if status not in (["canceled"], ["succeeded"]):
+            self.wrong.append(f"a cancelled request ended as {status}")
+
+    def look(self) -> None:
+        sample = Sample(self.done, time.monotonic() - self.began, *held(self.server))
+        self.samples.append(sample)
+        gone = self.counts["cancelled"] + self.counts["left"]
+        say(
+            f"{self.done:9}{sample.seconds:9.0f}{sample.megabytes:9.1f}{sample.threads:9}   "
+            f"{self.counts['good']}, {self.counts['bad']}, {gone}, {len(self.wrong)}"
+        )
+
+    def report(self) -> dict[str, Any]:
+        warm = [sample for sample in self.samples if sample.requests >= WARM_UP * self.samples[-1].requests]
+        health = self.client.health()["status"]
+        return {
+            "soak": self.samples[-1].requests,
+            "counts": dict(self.counts),
+            "wrong": len(self.wrong),
+            "health": health,
+            "seconds": round(self.samples[-1].seconds, 1),
+            "megabytes": [round(sample.megabytes, 1) for sample in self.samples],
+            "megabytes_gained_after_warm_up": round(warm[-1].megabytes - warm[0].megabytes, 1),
+            "threads": [sample.threads for sample in self.samples],
+            "threads_gained_after_warm_up": warm[-1].threads - warm[0].threads,
+        }
+
+
+def processes(server: Server) -> list[int]:
+    """The server's process and those below it."""
+    assert server.process is not None
+    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    parents = {int(pid): int(parent) for pid, parent in (line.split() for line in listing.splitlines())}
+    found = [server.process.pid]
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found
+
+
+def held(server: Server) -> tuple[float, int]:
+    """Megabytes in memory and threads of all the server's processes; threads only where /proc tells."""
+    names = ",".join(map(str, processes(server)))
+    sizes = subprocess.run(["ps", "-o", "rss=", "-p", names], capture_output=True, text=True, check=True).stdout
+    threads = 0
+    for name in names.split(","):
+        with contextlib.suppress(OSError):
+            threads += len(os.listdir(Path("/proc") / name / "task"))
+    return sum(map(int, sizes.split())) * 1024 / 1e6, threads
+
+
+def settle(client: Client, seconds: float = 10) -> None:
+    """Waits until nothing runs: Cog frees its slot a moment after it has answered."""
+    deadline = time.monotonic() + seconds
+    while client.health()["status"] == "BUSY" and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/soak", description="Many requests of mixed kinds to one server.")
+    parser.add_argument("--requests", type=int, default=1000, help="how many (1000)")
+    parser.add_argument("--lines", type=int, default=20, help="lines of progress (20)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the requests (0)")
+    options = parser.parse_args()
+    if options.requests < 1 or options.lines < 1:
+        parser.error("--requests and --lines must be at least 1")
+    interrupt_on_signals()
+    environment = model_environment(os.environ, say)
+    with Server(environment=environment) as server:
+        soak = Soak(server, server.client, random.Random(options.seed))
+        with contextlib.suppress(KeyboardInterrupt):  # what was seen until then is reported
+            soak.run(options.requests, min(options.lines, options.requests))
+        settle(soak.client)
+        if not soak.samples:
+            return 130
+        if soak.done > soak.samples[-1].requests:
+            soak.look()
+        figures = soak.report()
+    for line in soak.wrong[:20]:
+        say(f"wrong: {line}")
+    print(json.dumps(figures))
+    return 0 if not soak.wrong and figures["health"] == "READY" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,379 @@
+"""The decoder through a table of operations, and steps over buffers that stay, against the model and its engine."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+import time
+import types
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kimi_vl import flash, graphs, kernels, loader, sampling, vision
+from kimi_vl.cache import Chunk, PagedCache
+from kimi_vl.engine import Engine, EngineOptions
+from kimi_vl.fused import FusedDecoder
+from kimi_vl.graphs import StaticDecoder
+from kimi_vl.model import KimiVL
+from kimi_vl.sampling import Sampling
+from tests.parity.test_engine import (
+    CHECKPOINT,
+    SMALL,
+    Held,
+    Listener,
+    ask,
+    ids_of,
+    image,
+    send,
+    settle,
+    some_requests,
+    with_image,
+)
+
+SAMPLINGS = [Sampling(0, 1, 0, 0), Sampling(1, 1, 0, 5), Sampling(0.8, 0.9, 0, 6), Sampling(1.5, 1, 20, 7)]
+
+
+@pytest.fixture(scope="module")
+def model() -> KimiVL:
+    return loader.load(CHECKPOINT, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def plain(model) -> Iterator[Engine]:
+    engine = Engine(model, 1024, SMALL)
+    yield engine
+    engine.close()
+
+
+def with_buffers(model: KimiVL, capture=None, options: EngineOptions = SMALL) -> Engine:
+    """An engine that decodes as it does on a GPU, but for the graphs and the kernels."""
+    engine, own = Engine(model, 1024, options), copy.deepcopy(model)
+    engine._decoder = decoder = FusedDecoder(own.language_model, kernels.TORCH)
+    engine._static = StaticDecoder(own, decoder, engine._cache, options.max_rows, capture)
+    return engine
+
+
+@pytest.fixture
+def engine(model) -> Iterator[Engine]:
+    engine = with_buffers(model)
+    yield engine
+    engine.close()
+
+
+def ops(name: str) -> kernels.Ops:
+    if name == "triton":
+        from bench_suite import triton_on_cpu
+
+        assert triton_on_cpu.interpreter
+    return kernels.choose("cpu", name)
+
+
+# The decoder
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("name", "dtype"), [("torch", "float32"), ("triton", "float32"), ("triton", "bfloat16")])
+def test_the_fused_decoder_is_the_model(model, name, dtype):
+    """Rows and chunks, with and without a past, in one step; the entries that are written are compared, too."""
+    exact, half = copy.deepcopy(model).double(), copy.deepcopy(model).to(getattr(torch, dtype))
+    text = model.config.text_config
+    past = torch.randn(text.num_hidden_layers, 9, 8, text.kv_lora_rank + text.qk_rope_head_dim)
+    chunks = [Chunk([7, 2, 4], 16, 17), Chunk([3], 4, 5), Chunk([5, 1], 6, 11), Chunk([0, 6], 0, 9)]
+    ids = torch.tensor([ids_of(16)])
+
+    def run(of: KimiVL, fused: bool) -> tuple[Tensor, Tensor]:
+        cache = PagedCache(text, 9, 8, dtype=of.dtype)
+        cache.entries.copy_(past.bfloat16())
+        step = cache.step(chunks)
+        decoder = FusedDecoder(of.language_model, ops(name)) if fused else of.language_model
+        return decoder(of.embed(ids), step.positions, step)[0].double(), cache.entries.double()
+
+    wanted, beside = run(exact, False), run(half, False)
+    for found, plainly, right in zip(run(half, True), beside, wanted, strict=True):
+        away, allowed = (found - right).norm() / right.norm(), (plainly - right).norm() / right.norm()
+        assert away <= 1.5 * allowed + 1e-6, (away, allowed)
+        assert allowed > 1e-9  # float64 against itself would show nothing
+
+
+def test_projections_are_joined_without_a_copy(model):
+    own = copy.deepcopy(model)
+    before = own.state_dict()
+    decoder = FusedDecoder(own.language_model, kernels.TORCH)
+    for name, value in own.state_dict().items():
+        assert torch.equal(value, before[name])
+    attention = own.language_model.model.layers[0].self_attn
+    assert attention.q_proj.weight.data_ptr() == decoder._joined[0].data_ptr()
+    assert attention.kv_a_proj_with_mqa.weight.untyped_storage().data_ptr() == decoder._joined[0].data_ptr()
+
+
+def test_the_engine_with_kernels_gives_the_same_tokens(model, plain, monkeypatch):
+    ops("triton")
+    monkeypatch.setenv(kernels.VARIABLE, "triton")
+    engine = Engine(copy.deepcopy(model), 1024, SMALL)
+    assert isinstance(engine._decoder, FusedDecoder) and engine._static is None
+    requests = [some_requests()[index] for index in (2, 6, 8)]
+    sent = [send(engine, *request, room=4, sampling=SAMPLINGS[n])[0] for n, request in enumerate(requests)]
+    found = [listener.result() for listener in sent]
+    assert found == [ask(plain, *request, room=4, sampling=SAMPLINGS[n]) for n, request in enumerate(requests)]
+    engine.close()
+
+
+def test_kernels_and_graphs_are_chosen_by_variables(model, monkeypatch):
+    for name, value, message in [
+        (kernels.VARIABLE, "fast", "'torch' or 'triton', not 'fast'; change KIMI_VL_KERNELS"),
+        (graphs.VARIABLE, "yes", "0 or 1, not 'yes'"),
+    ]:
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):
+            patch.setenv(name, value)
+            Engine(model, 1024, SMALL)
+    monkeypatch.setenv(graphs.VARIABLE, "0")
+    assert not graphs.wanted()
+    assert Engine(model, 1024, SMALL)._decoder is model.language_model
+
+
+# Steps over buffers that stay
+
+
+def test_company_changes_nothing(plain, engine):
+    requests = [(ids, patches, SAMPLINGS[n % 4]) for n, (ids, patches) in enumerate(some_requests())]
+    alone = [ask(plain, ids, patches, room=25, sampling=sampling) for ids, patches, sampling in requests]
+    sent = [send(engine, ids, patches, room=25, sampling=sampling)[0] for ids, patches, sampling in requests]
+    assert [listener.result() for listener in sent] == alone
+    settle(engine)
+
+
+def test_a_step_begins_before_the_last_one_is_read(engine, monkeypatch):
+    order = []
+    launch, read = StaticDecoder.launch, graphs.Launched.read
+    monkeypatch.setattr(StaticDecoder, "launch", lambda *given: order.append("launch") or launch(*given))
+    monkeypatch.setattr(graphs.Launched, "read", lambda self: order.append("read") or read(self))
+    ask(engine, ids_of(5), room=6)
+    # the first token comes with the prompt, and the last step has no one after it
+    assert order == ["launch", *["launch", "read"] * 4, "read"]
+
+
+class Contrary(Listener):
+    """Forces some tokens, puts others in the place of drawn ones, and rules some out."""
+
+    def __init__(self, room: int):
+        super().__init__(room, Sampling(1.2, 1, 0, 3))
+
+    @property
+    def text_only(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return len(self.tokens) in (3, 4, 9)
+
+    def forced(self) -> int | None:
+        return 17 if len(self.tokens) in (6, 7) else None
+
+    def take(self, token: int) -> int | None:
+        following = super().take(token)
+        return 11 if following is not None and len(self.tokens) in (2, 12) else following
+
+
+def test_what_a_guide_decides_is_obeyed_by_steps_begun_early(plain, engine, monkeypatch):
+    monkeypatch.setattr(plain, "_text_tokens", 30)
+    monkeypatch.setattr(engine, "_text_tokens", 30)
+    found = []
+    for each in (plain, engine):
+        listeners = [Contrary(20), Listener(20), Contrary(13), Listener(9, SAMPLINGS[2])]
+        for number, listener in enumerate(listeners):
+            each.submit(ids_of(6 + 5 * number, number), [], listener.room, listener)
+        found.append([listener.result() for listener in listeners])
+    assert found[0] == found[1]
+    assert all(token < 30 for token in found[1][0][3:5])
+    assert found[1][0][6:8] == [17, 17]
+    settle(engine)
+
+
+@pytest.mark.parametrize("fault", ["not finite", "cancelled", "late", "guide", "launch", "early launch"])
+def test_a_neighbour_that_fails_changes_nothing(plain, engine, monkeypatch, fault, caplog):
+    requests = some_requests()[:3]
+    alone = [ask(plain, ids, patches, room=25) for ids, patches in requests]
+    launch = StaticDecoder.launch
+
+    class Rude(Listener):
+        def take(self, token: int) -> int | None:
+            if len(self.tokens) == 3:
+                raise ValueError("planted")
+            return super().take(token)
+
+    def faulty(self: StaticDecoder, rows):
+        early = rows[0].token is None
+        if fault == ("early launch" if early else "launch"):
+            raise torch.OutOfMemoryError("planted")
+        if fault == "not finite":
+            engine._cache.entries[:, [row.pages[0] for row in rows if row.number == number]] = float("nan")
+        return launch(self, rows)
+
+    sampled = Sampling(1, 1, 0, 99)
+    number = sampling.uniform(99, 4)
+    bad = {"guide": Rude, "cancelled": Held}.get(fault, Listener)(30, *[sampled] * (fault == "not finite"))
+    monkeypatch.setattr(StaticDecoder, "launch", faulty)
+    ticket = engine.submit(*with_image(image(4, 4, 77)), 30, bad, seconds=0.0 if fault == "late" else 60)
+    listeners = [send(engine, ids, patches, room=25)[0] for ids, patches in requests]
+    if isinstance(bad, Held):
+        assert bad.reached.wait(60)
+        engine.cancel(ticket)
+        bad.let_go.set()
+    assert [listener.result() for listener in listeners] == alone
+    settle(engine)
+    if fault == "cancelled":
+        assert len(bad.tokens) == 4
+    elif "launch" in fault:
+        assert len(bad.result()) == 30
+        assert "a decoding step" in caplog.text
+    else:
+        with pytest.raises((RuntimeError, ValueError), match={"guide": "planted", "late": "E_OVER"}.get(fault, fault)):
+            bad.result()
+    assert engine.healthy()
+
+
+def test_entries_of_steps_that_did_not_count_reach_nobody(model, plain):
+    """Few pages, so that each is used again at once; requests that end early leave a step under way."""
+    engine = with_buffers(model, options=replace(SMALL, cache_bytes=PagedCache.page_bytes(
+        model.config.text_config, 8, torch.float32) * 12))  # fmt: skip
+    engine._cache.entries.fill_(float("nan"))
+    requests = [(ids_of(3 + n % 9, n), [], 3 + n % 7) for n in range(20)]
+    sent = [send(engine, *request)[0] for request in requests]
+    assert [listener.result() for listener in sent] == [ask(plain, *request) for request in requests]
+    settle(engine)
+    engine.close()
+
+
+def test_new_requests_do_not_wait_for_those_that_run(engine):
+    long, ticket = send(engine, ids_of(5), room=engine.scheduler.pool.count * 4)
+    while not long.tokens:
+        time.sleep(0.001)
+    assert len(ask(engine, ids_of(7), room=5)) == 5
+    assert not long.over.is_set()
+    engine.cancel(ticket)
+    settle(engine)
+
+
+# Graphs, but for the device
+
+
+class Recorder:
+    """Keeps what a graph would: the work on tensors, and nothing that the host decided."""
+
+    def __init__(self):
+        self.captured = self.replayed = 0
+
+    def __call__(self, action):
+        action()
+        self.captured += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            action()
+
+        return replay
+
+
+def test_each_bucket_is_captured_once_and_capturing_leaves_no_trace(model, plain):
+    recorder = Recorder()
+    engine = with_buffers(model, recorder)
+    assert engine._static is not None
+    engine._static.prepare()
+    assert recorder.captured == 3  # of 1, 2 and 4 rows
+    requests = [(ids_of(4 + n, n), [], 12, SAMPLINGS[n % 4]) for n in range(4)]
+    for _ in range(2):
+        sent = [send(engine, *request)[0] for request in requests]
+        assert [listener.result() for listener in sent] == [ask(plain, *request) for request in requests]
+    assert recorder.captured <= 9
+    assert recorder.replayed > 12
+    settle(engine)
+    engine.close()
+
+
+def test_without_a_capture_steps_are_called_and_one_line_says_so(model, plain, caplog):
+    def fail(action):
+        action()
+        raise RuntimeError("planted")
+
+    with caplog.at_level(logging.WARNING):
+        engine = with_buffers(model, fail)
+        assert engine._static is not None
+        engine._static.prepare()
+        assert ask(engine, ids_of(9), room=12) == ask(plain, ids_of(9), room=12)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"no graphs of steps with {kind} sampling (RuntimeError): they are called" for kind in ("plain", "greedy")
+    ]
+    engine.close()
+
+
+def test_buckets():
+    assert graphs.buckets(1) == [1]
+    assert graphs.buckets(5) == [1, 2, 4, 5]
+    assert graphs.buckets(64) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
+    assert graphs.buckets(200) == [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 200]
+
+
+# flash_attn, with a stand-in for the package
+
+
+@pytest.fixture
+def package(monkeypatch) -> Iterator[list[str]]:
+    """Knows what the real one documents: tokens before heads, one head dim, queries at the end of the keys."""
+    calls: list[str] = []
+
+    def func(q, k, v, softmax_scale=None, causal=False):
+        calls.append("func")
+        assert q.shape[-1] == k.shape[-1] == v.shape[-1]
+        queries, keys = q.shape[1], k.shape[1]
+        mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries) if causal else None
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale).transpose(1, 2)
+
+    def varlen(q, k, v, ends_q, ends_k, longest_q, longest_k):
+        calls.append("varlen")
+        assert ends_q.dtype == ends_k.dtype == torch.int32
+        assert longest_q == longest_k == int(ends_q.diff().max())
+        parts = [each.split(ends_k.diff().tolist()) for each in (q, k, v)]
+        return torch.cat([func(*(each.unsqueeze(0) for each in part))[0] for part in zip(*parts, strict=True)])
+
+    stand_in = types.SimpleNamespace(flash_attn_func=func, flash_attn_varlen_func=varlen)
+    monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
+    flash._package.cache_clear()
+    monkeypatch.setattr(flash, "usable", lambda states: True)
+    yield calls
+    flash._package.cache_clear()
+
+
+def test_prompts_go_through_flash_attn(model, plain, package, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(flash, "usable", lambda states: False)
+        wanted = [ask(plain, *request, room=5) for request in some_requests()]
+    assert not package
+    engine = Engine(model, 1024, replace(SMALL, reuse=False))
+    assert [ask(engine, *request, room=5) for request in some_requests()] == wanted
+    assert {"func", "varlen"} <= set(package)
+    engine.close()
+
+
+@pytest.mark.parametrize("lengths", [[12], [4, 4, 4], [5, 1, 6]])
+def test_pictures_go_through_flash_attn(package, monkeypatch, lengths):
+    query, key, value = torch.randn(3, 12, 2, 8)
+    found = vision.attention(query, key, value, lengths)
+    assert package[0] == "varlen"
+    monkeypatch.setattr(flash, "usable", lambda states: False)
+    torch.testing.assert_close(found, vision.attention(query, key, value, lengths), rtol=1e-5, atol=1e-6)
+
+
+def test_flash_attn_is_for_half_precision_on_a_gpu(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace())
+    flash._package.cache_clear()
+    assert not flash.usable(torch.zeros(1, dtype=torch.bfloat16))
+    on_gpu = types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    assert flash.usable(on_gpu)  # pyright: ignore[reportArgumentType]
+    assert not flash.usable(types.SimpleNamespace(is_cuda=True, dtype=torch.float32))  # pyright: ignore[reportArgumentType]
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    flash._package.cache_clear()
+    assert not flash.usable(on_gpu)  # pyright: ignore[reportArgumentType]
+    flash._package.cache_clear()

@@ -1,0 +1,565 @@
+"""Every kernel in Triton's interpreter against its float64 twin, and what compiles.
+
+Memory that a kernel asks for is poisoned and fenced, and so are its inputs: a value that was never written, or was read
+or written past an end, shows.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench_suite import triton_on_cpu  # isort: skip
+
+assert triton_on_cpu.interpreter  # it comes before any kernel
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from bench_suite.kernel_inputs import Call, Inputs, Widths, distance, distances, routed_alike, with_arguments  # noqa: E402
+from torch import Tensor  # noqa: E402
+from triton.runtime.errors import InterpreterError  # noqa: E402
+
+from kimi_vl import kernels  # noqa: E402
+from kimi_vl.kernels import reference, triton_mla, triton_moe, triton_norm  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+TRITON = kernels.choose("cpu", "triton")
+# numbers that are not finite are put in on purpose
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+DTYPES = [torch.float32, torch.bfloat16]
+
+# No width is a power of two, nor a multiple of what a kernel takes at a time.
+ODD = Widths(
+    hidden=88, experts=7, top_k=3, inner=24, shared=48, heads=3, rank=40, rope=12, nope=20, page_size=8, scaling=1.7
+)
+WIDE_HEADS = Widths(hidden=64, heads=20, rank=64, rope=16, nope=16, page_size=32)
+REAL_FEW_EXPERTS = Widths(experts=2, top_k=1, shared=1408)
+
+FENCE = 64
+POISON = {True: float("nan"), False: 10**6}  # floating or not
+
+
+class Fences:
+    """Tensors between two strips of poison."""
+
+    def __init__(self) -> None:
+        self._strips: list[Tensor] = []
+
+    def around(self, shape: Any, dtype: torch.dtype) -> Tensor:
+        count = torch.Size(shape).numel()
+        values = torch.full((count + 2 * FENCE,), POISON[dtype.is_floating_point], dtype=dtype)
+        self._strips += [values[:FENCE], values[FENCE + count :]]
+        return values[FENCE : FENCE + count].view(shape)
+
+    def copy(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(self.copy(each) for each in value)
+        if not isinstance(value, Tensor) or not value.is_contiguous():
+            return value
+        return self.around(value.shape, value.dtype).copy_(value)
+
+    def whole(self) -> bool:
+        return all(
+            bool(strip.isnan().all()) if strip.is_floating_point() else bool((strip == POISON[False]).all())
+            for strip in self._strips
+        )
+
+
+@pytest.fixture(autouse=True)
+def fences(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fences]:
+    """Whatever is asked for uninitialised is poisoned and fenced; the fences stand at the end."""
+    made = Fences()
+
+    def empty(*shape: Any, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
+        assert torch.device(device or "cpu").type == "cpu"
+        return made.around(shape[0] if isinstance(shape[0], tuple | torch.Size) else shape, dtype)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "empty_like", lambda value: empty(value.shape, dtype=value.dtype))
+    yield made
+    assert made.whole()
+
+
+def fenced(call: Call, fences: Fences) -> Call:
+    return with_arguments(call, lambda values: values.__setitem__(slice(None), fences.copy(tuple(values))))
+
+
+CASES: dict[str, Callable[[torch.dtype], Call]] = {
+    "norm of one row": lambda dtype: Inputs(ODD, dtype).add_rms_norm(1),
+    "norm of many rows": lambda dtype: Inputs(ODD, dtype).add_rms_norm(2, 5),
+    "norm without delta": lambda dtype: Inputs(ODD, dtype).add_rms_norm(3, delta=False),
+    "norm, real width": lambda dtype: Inputs(dtype=dtype).add_rms_norm(3),
+    "router, one token": lambda dtype: Inputs(ODD, dtype).router(1),
+    "router, 16 tokens": lambda dtype: Inputs(ODD, dtype).router(16),
+    "router, 35 tokens": lambda dtype: Inputs(ODD, dtype).router(35),
+    "router, real width": lambda dtype: Inputs(dtype=dtype).router(17),
+    "latents, one token": lambda dtype: Inputs(ODD, dtype).latent_write(1),
+    "latents, tokens without a slot": lambda dtype: Inputs(ODD, dtype).latent_write(5, unwritten=2),
+    "latents, more heads than a tile": lambda dtype: Inputs(WIDE_HEADS, dtype).latent_write(2),
+    "latents, real width": lambda dtype: Inputs(dtype=dtype).latent_write(3),
+    "attention, one entry": lambda dtype: Inputs(ODD, dtype).mla_decode([1]),
+    "attention, a page less one": lambda dtype: Inputs(ODD, dtype).mla_decode([7]),
+    "attention, a page": lambda dtype: Inputs(ODD, dtype).mla_decode([8]),
+    "attention, a page and one": lambda dtype: Inputs(ODD, dtype).mla_decode([9]),
+    "attention, all of them and none": lambda dtype: Inputs(ODD, dtype).mla_decode([9, 1, 0, 8, 150, 7, 64], 32),
+    "attention, pages shared": lambda dtype: Inputs(ODD, dtype).mla_decode([40, 33, 17, 70], common=3),
+    "attention, more heads than a tile": lambda dtype: Inputs(WIDE_HEADS, dtype).mla_decode([31, 33, 140], 16),
+    "attention, real width": lambda dtype: Inputs(dtype=dtype).mla_decode([31, 32, 33, 200], 16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_twin(case: str, dtype: torch.dtype, fences: Fences):
+    call = fenced(CASES[case](dtype), fences)
+    found = distances(call.run(TRITON), call.twin())
+    assert max(found) <= call.tolerance(dtype), found
+
+
+# Experts
+
+TILE = triton_moe.Tile(32, 32, 4, 1)
+PLANS = {
+    "pairs": triton_moe.Plan(0, triton_moe.Tile(16, 0, 4, 1), triton_moe.Tile(32, 16, 4, 1)),
+    "blocks of 16": triton_moe.Plan(16, TILE, TILE),
+    "blocks of 64": triton_moe.Plan(64, TILE, TILE),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    ("tokens", "routing", "shared"),
+    [(1, "random", True), (2, "distinct", True), (7, "random", False), (7, "same", True)],
+)
+def test_experts(tokens: int, routing: str, shared: bool, plan: str, fences: Fences):
+    dtype = torch.bfloat16 if tokens % 2 else torch.float32
+    call = fenced(Inputs(ODD, dtype).moe(tokens, routing, shared), fences)
+    found = distances(call.run(TRITON, plan=PLANS[plan]), call.twin())
+    assert max(found) <= call.tolerance(dtype), found
+
+
+@pytest.mark.parametrize(("tokens", "plan"), [(33, "blocks of 16"), (70, "blocks of 64")])
+def test_an_expert_with_more_rows_than_a_block(tokens: int, plan: str, fences: Fences):
+    call = fenced(Inputs(ODD, torch.float32).moe(tokens, "same"), fences)
+    found = distances(call.run(TRITON, plan=PLANS[plan]), call.twin())
+    assert max(found) <= call.tolerance(torch.float32), found
+
+
+@pytest.mark.parametrize(("tokens", "plan"), [(1, "pairs"), (3, "blocks of 16")])
+def test_experts_at_the_real_widths(tokens: int, plan: str, fences: Fences):
+    tiles = {
+        "pairs": triton_moe.Plan(0, triton_moe.Tile(256, 0, 4, 1), triton_moe.Tile(256, 512, 4, 1)),
+        "blocks of 16": triton_moe.Plan(16, triton_moe.Tile(256, 512, 4, 1), triton_moe.Tile(256, 512, 4, 1)),
+    }
+    call = fenced(Inputs(REAL_FEW_EXPERTS, torch.bfloat16).moe(tokens), fences)
+    found = distances(call.run(TRITON, plan=tiles[plan]), call.twin())
+    assert max(found) <= call.tolerance(torch.bfloat16), found
+
+
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_the_chosen_plan(tokens: int, fences: Fences):
+    """As it is called in earnest, with tiles wider than anything here."""
+    widths = Widths(hidden=64, experts=16, top_k=4, inner=32, shared=32)
+    call = fenced(Inputs(widths, torch.bfloat16).moe(tokens), fences)
+    found = distances(call.run(TRITON), call.twin())
+    assert max(found) <= call.tolerance(torch.bfloat16), found
+
+
+def test_plans_by_size():
+    plans = [triton_moe.choose_plan(tokens, 6, 64, 2) for tokens in (1, 2, 3, 170, 171, 1024, 1025)]
+    pairs, few, some, many = triton_moe.PAIRS, triton_moe.FEW, triton_moe.SOME, triton_moe.MANY
+    assert plans == [pairs, pairs, few, few, some, some, many]
+    assert triton_moe.choose_plan(1, 6, 64, 4) == pairs
+    assert triton_moe.choose_plan(1000, 6, 64, 4) == triton_moe.FLOAT32
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "shared"), [(1, 1, 1, 0), (1, 3, 8, 2), (67, 3, 8, 2), (40, 6, 64, 1), (70, 2, 3, 0)]
+)
+@pytest.mark.parametrize("spread", [1, 1000], ids=["the same expert", "any"])
+def test_order(tokens: int, top_k: int, experts: int, shared: int, rows: int, spread: int):
+    """Every pair stands once, in a block of its expert, in the order of the tokens; the bound on blocks holds."""
+    draw = random.Random(tokens + rows)
+    listed = [[(draw.randrange(spread) + slot) % experts for slot in range(top_k)] for _ in range(tokens)]
+    chosen, slots = torch.tensor(listed, dtype=torch.int32), top_k + shared
+    blocks = triton_moe.most_blocks(tokens, top_k, experts, shared, rows)
+    order, owner = torch.empty(blocks * rows, dtype=torch.int32), torch.empty(blocks, dtype=torch.int32)
+    triton_moe.group(chosen, order, owner, experts, shared, rows)
+    wanted: dict[int, list[int]] = {}
+    for token, ids in enumerate(listed):
+        for slot, expert in enumerate([*ids, *range(experts, experts + shared)]):
+            wanted.setdefault(expert, []).append(token * slots + slot)
+    found: dict[int, list[int]] = {}
+    for block, expert in enumerate(owner.tolist()):
+        if expert >= 0:
+            found.setdefault(expert, []).extend(order[block * rows : (block + 1) * rows].tolist())
+        else:
+            assert set(owner[block:].tolist()) == {-1}
+    assert {expert: [pair for pair in pairs if pair != tokens * slots] for expert, pairs in found.items()} == wanted
+    for expert, pairs in found.items():
+        assert len(pairs) == -(-len(wanted[expert]) // rows) * rows
+
+
+def test_the_bound_on_blocks_is_reached_and_never_passed():
+    draw = random.Random(0)
+    for tokens, top_k, experts, rows in [(1, 6, 64, 16), (33, 2, 5, 16), (40, 6, 8, 16)]:
+        bound = triton_moe.most_blocks(tokens, top_k, experts, 0, rows)
+        pairs = tokens * top_k
+        most = 0
+        for _ in range(3000):
+            # any division of the pairs, not only those that a choice of distinct experts can give
+            cuts = sorted(draw.choices(range(pairs + 1), k=experts - 1))
+            counts = [high - low for low, high in zip([0, *cuts], [*cuts, pairs], strict=True)]
+            most = max(most, sum(-(-count // rows) for count in counts))
+        ones = [1] * (min(pairs, experts) - 1)
+        most = max(most, len(ones) + -(-(pairs - len(ones)) // rows))
+        assert most == bound
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_spoilt_token_spoils_only_itself(plan: str):
+    call = Inputs(ODD, torch.float32).moe(4, "same")
+    (clean,) = call.run(TRITON, plan=PLANS[plan])
+    call.arguments[0][1] = float("nan")
+    (spoilt,) = call.run(TRITON, plan=PLANS[plan])
+    assert spoilt[1].isnan().all()
+    assert torch.equal(spoilt[[0, 2, 3]], clean[[0, 2, 3]])
+
+
+# The router
+
+
+def test_a_spoilt_token_chooses_experts_that_exist():
+    """Else a kernel after it would read out of bounds and take everybody down."""
+    call = Inputs(ODD, torch.float32).router(4)
+    clean, clean_weights = call.run(TRITON)
+    call.arguments[0][2] = float("nan")
+    call.arguments[0][3, 0] = float("inf")
+    chosen, weights = call.run(TRITON)
+    assert ((chosen >= 0) & (chosen < ODD.experts)).all()
+    assert torch.equal(chosen[:2], clean[:2])
+    assert torch.equal(weights[:2], clean_weights[:2])
+    assert weights[2].isnan().all()
+
+
+def test_a_score_that_is_no_number_is_chosen_last():
+    states, weight = torch.ones(1, 16), torch.ones(5, 16)
+    bias = torch.tensor([float("nan"), 0.1, float("nan"), 0.3, 0.2])
+    assert TRITON.router(states, weight, bias, 3, 1.0)[0].tolist() == [[3, 4, 1]]
+
+
+def test_equal_scores_take_the_first():
+    states, weight = torch.ones(2, 16), torch.ones(9, 16)
+    chosen, weights = TRITON.router(states, weight, torch.tensor([0.0, 0, 1, 0, 0, 1, 0, 0, 0]), 4, 2.0)
+    assert chosen.tolist() == [[2, 5, 0, 1]] * 2
+    torch.testing.assert_close(weights, torch.full((2, 4), 0.5))
+
+
+def test_scores_that_all_vanish():
+    states, weight = torch.ones(1, 16), torch.full((4, 16), -100.0)
+    chosen, weights = TRITON.router(states, weight, torch.arange(4.0), 2, 2.0)
+    assert chosen.tolist() == [[3, 2]]
+    assert weights.tolist() == [[0, 0]]
+
+
+def test_router_weights_of_another_dtype():
+    call = Inputs(ODD, torch.bfloat16).router(5)
+    call = with_arguments(call, lambda values: values.__setitem__(1, values[1].float() * 1.001))
+    found = distances(call.run(TRITON), call.twin())
+    assert max(found) <= call.tolerance(torch.float32), found
+
+
+# Attention
+
+
+@pytest.mark.parametrize(("splits", "page_size"), [(1, 32), (2, 8), (2, 48), (20, 32)])
+def test_any_split(splits: int, page_size: int, fences: Fences):
+    widths = Widths(heads=3, rank=40, rope=12, page_size=page_size)
+    call = fenced(Inputs(widths, torch.float32).mla_decode([1, 63, 64, 65, 230, 0], 40), fences)
+    found = distances(call.run(TRITON, splits=splits), call.twin())
+    assert max(found) <= call.tolerance(torch.float32), found
+
+
+def test_rows_do_not_know_each_other():
+    """A row's bits are the same with other neighbours, in another place, with its pages elsewhere."""
+    call = Inputs(ODD, torch.float32).mla_decode([30, 100, 5], 16)
+    query, entries, table, lengths, *rest = call.arguments
+    (together,) = call.run(TRITON, splits=2)
+    for row in range(3):
+        alone = TRITON.mla_decode(query[row : row + 1], entries, table[row : row + 1], lengths[row : row + 1], *rest, 2)
+        assert torch.equal(alone[0], together[row])
+    moved = torch.randperm(len(entries), generator=torch.Generator().manual_seed(1))
+    places = torch.where(table >= 0, moved.argsort()[table.clamp(min=0).long()], -1).int()
+    order = [2, 0, 1]
+    query[1] = float("nan")
+    other = TRITON.mla_decode(query[order], entries[moved], places[order], lengths[order], *rest, 2)
+    assert torch.equal(other[:2], together[[2, 0]])
+    assert other[2].isnan().all()
+
+
+def test_lengths_grow_under_the_same_launch():
+    """A captured graph is replayed with the same shapes: nothing but the lengths' values may say how far to go."""
+    call = Inputs(ODD, torch.float32).mla_decode([200, 180], 32)
+    entries, table, lengths = call.arguments[1:4]
+    full = entries.clone()
+    for count in (1, 8, 65, 129, 180):
+        entries.copy_(full)
+        for row, length in enumerate((200, 180)):  # what is to come is not there yet
+            for at in range(count, length):
+                entries[table[row, at // ODD.page_size], at % ODD.page_size] = float("nan")
+        lengths.fill_(count)
+        found = distances(call.run(TRITON), call.twin())
+        assert max(found) <= call.tolerance(torch.float32), (count, found)
+
+
+def test_splits_fill_the_machine_and_are_not_too_short():
+    assert triton_mla.default_splits(1, 1, 131072, 132) == 264
+    assert triton_mla.default_splits(1, 1, 2048, 132) == 32
+    assert triton_mla.default_splits(32, 1, 4096, 132) == 8
+    assert triton_mla.default_splits(128, 1, 4096, 132) == 2
+    assert triton_mla.default_splits(1000, 1, 4096, 132) == 1
+    assert triton_mla.default_splits(1, 1, 5, 132) == 1
+
+
+def test_unwritten_entries_stay_as_they_are(fences: Fences):
+    call = fenced(Inputs(ODD, torch.bfloat16).latent_write(5, unwritten=1), fences)
+    before = call.arguments[5].clone()
+    _, after = call.run(TRITON)
+    touched = (before != after).any(-1).flatten().nonzero().flatten().tolist()
+    assert touched == sorted(call.arguments[6][:4].tolist())
+    (_, wanted), width = call.twin(), before.shape[-1]
+    found = distance(after.view(-1, width)[touched], wanted.view(-1, width)[touched])
+    assert found <= call.tolerance(torch.bfloat16)
+
+
+def test_turned_queries_go_where_they_are_wanted():
+    call = Inputs(ODD, torch.float32).latent_write(3)
+    buffer = torch.zeros(3, ODD.heads, ODD.rank + ODD.rope)
+    returned, _ = call.run(TRITON, out=buffer[..., ODD.rank :])
+    wanted, _ = call.twin()
+    assert returned.data_ptr() == buffer[..., ODD.rank :].data_ptr()
+    assert distance(buffer[..., ODD.rank :], wanted) <= call.tolerance(torch.float32)
+    assert not buffer[..., : ODD.rank].any()
+
+
+def test_what_the_kernels_do_not_take():
+    inputs = Inputs(ODD, torch.float32)
+    attention = inputs.mla_decode([5])
+    gaps = torch.zeros(4, ODD.page_size, 2 * (ODD.rank + ODD.rope))[..., : ODD.rank + ODD.rope]
+    with pytest.raises(ValueError, match="contiguous"):
+        with_arguments(attention, lambda values: values.__setitem__(1, gaps)).run(TRITON)
+    with pytest.raises(ValueError, match="contiguous"):
+        arguments = list(inputs.latent_write(2).arguments)
+        TRITON.latent_write(*arguments[:5], gaps, *arguments[6:])
+    call = inputs.moe(2)
+    narrow = tuple(each[: ODD.shared - 1] for each in call.arguments[5][:2])
+    with pytest.raises(ValueError, match="multiple"):
+        TRITON.moe(*call.arguments[:5], (*narrow, call.arguments[5][2][:, :-1]))
+    with pytest.raises(ValueError, match="contiguous"):
+        TRITON.moe(call.arguments[0], call.arguments[1].T.contiguous().T, *call.arguments[2:])
+
+
+def test_no_tokens():
+    inputs = Inputs(ODD, torch.float32)
+    for call in (inputs.add_rms_norm(0), inputs.router(0), inputs.moe(0), inputs.mla_decode([])):
+        assert all(result.shape[0] == 0 for result in call.run(TRITON))
+
+
+@pytest.mark.parametrize("case", ["router, 35 tokens", "attention, pages shared", "norm of many rows"])
+def test_the_same_bits_again(case: str):
+    call = CASES[case](torch.bfloat16)
+    assert all(map(torch.equal, call.run(TRITON), call.run(TRITON)))
+
+
+def test_reading_or_writing_out_of_bounds_is_seen():
+    """By the interpreter as it is set up here, so that no kernel does so unseen."""
+    states, weight = torch.ones(2, 16), torch.ones(16)
+
+    def launch(weight: Tensor, normed: Tensor) -> None:
+        kernel: Any = triton_norm._add_rms_norm
+        kernel[(2,)](states, states, weight, states, normed, 16, 0.0, HAS_DELTA=False, BLOCK=16)
+
+    launch(weight, states.clone())
+    with pytest.raises(InterpreterError, match="reads out of bounds"):
+        launch(weight[:15], states.clone())
+    with pytest.raises(InterpreterError, match="writes out of bounds"):
+        launch(weight, states[:1].clone())
+
+
+# Planted mistakes: a twin with a fault in it has to be told from the kernel, or the tolerances are too wide.
+
+
+def _swapped(index: int, other: int) -> Callable[[list[Any]], None]:
+    def change(values: list[Any]) -> None:
+        values[index], values[other] = values[other], values[index]
+
+    return change
+
+
+def _changed(index: int, change: Callable[[Any], Any]) -> Callable[[list[Any]], None]:
+    return lambda values: values.__setitem__(index, change(values[index]))
+
+
+def _halves_swapped(gate_up: Tensor) -> Tensor:
+    return torch.cat(gate_up.chunk(2, dim=1)[::-1], dim=1)
+
+
+def _unlike(values: Tensor) -> Tensor:
+    return values.roll(1, 0)
+
+
+MISTAKES: dict[str, tuple[str, Callable[[list[Any]], None]]] = {
+    "delta left out": ("norm of many rows", _changed(1, lambda delta: None)),
+    "norm's weight left out": ("norm of many rows", _changed(2, torch.ones_like)),
+    "epsilon of the wrong size": ("norm of small values", _changed(3, lambda eps: eps / 10)),
+    "bias left out": ("router, 35 tokens", _changed(2, torch.zeros_like)),
+    "one expert too few": ("router, 35 tokens", _changed(3, lambda top_k: top_k - 1)),
+    "weights not scaled": ("router, 35 tokens", _changed(4, lambda scaling: 1.0)),
+    "gate and up swapped": ("experts", _changed(3, _halves_swapped)),
+    "weights of another token": ("experts", _changed(2, _unlike)),
+    "experts of another token": ("experts", _changed(1, _unlike)),
+    "slots of a token swapped": ("experts", _changed(1, lambda chosen: chosen.flip(1))),
+    "shared experts left out": ("experts", _changed(5, lambda shared: None)),
+    "shared gate and up swapped": ("experts", _changed(5, lambda shared: (shared[1], shared[0], shared[2]))),
+    "half of the shared experts": ("experts", _changed(5, lambda shared: (shared[0], shared[1], shared[2] * 0.5))),
+    "cosine and sine swapped": ("latents, tokens without a slot", _swapped(3, 4)),
+    "sine negated": ("latents, tokens without a slot", _changed(4, torch.neg)),
+    "another slot": ("latents, tokens without a slot", _changed(6, lambda slots: slots.roll(1))),
+    "latent's weight left out": ("latents, tokens without a slot", _changed(2, torch.ones_like)),
+    "pairs of halves": (
+        "latents, tokens without a slot",
+        _changed(0, lambda query: query.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)),
+    ),
+    "one entry too few": ("attention, pages shared", _changed(3, lambda lengths: lengths - 1)),
+    "pages in another order": ("attention, pages shared", _changed(2, lambda table: table.roll(1, 1).clamp(min=0))),
+    "scores not scaled": ("attention, pages shared", _changed(4, lambda scale: 1.0)),
+    "rotary part left out": (
+        "attention, pages shared",
+        _changed(0, lambda query: F.pad(query[..., : ODD.rank], (0, ODD.rope))),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_planted_mistakes_are_seen(mistake: str, dtype: torch.dtype):
+    case, plant = MISTAKES[mistake]
+    call, results = _sound(case, dtype)
+    assert max(distances(results, call.twin())) <= call.tolerance(dtype)
+    assert max(distances(results, with_arguments(call, plant).twin())) > 3 * call.tolerance(dtype)
+
+
+@functools.cache
+def _sound(case: str, dtype: torch.dtype) -> tuple[Call, tuple[Tensor, ...]]:
+    if case == "experts":
+        call = Inputs(ODD, dtype).moe(3)
+        return call, call.run(TRITON, plan=PLANS["blocks of 16"])
+    if case == "norm of small values":
+        call = with_arguments(
+            Inputs(ODD, dtype).add_rms_norm(2, delta=False), _changed(0, lambda states: states * 1e-3)
+        )
+    else:
+        call = CASES[case](dtype)
+    return call, call.run(TRITON)
+
+
+def test_a_router_that_chooses_worse_is_seen():
+    """The comparison that allows for ties allows for nothing else."""
+    call = Inputs(ODD, torch.float32).router(9)
+    chosen, weights = call.run(TRITON)
+    assert routed_alike(call, (chosen, weights)) < 1e-6
+    assert routed_alike(call, (chosen.roll(1, 0), weights)) > 1e-2
+    assert routed_alike(call, (chosen, weights.flip(-1))) > 1e-2
+    assert routed_alike(call, (chosen[:, :1].expand(-1, 3), weights)) == float("inf")
+
+
+# The twin
+
+
+def test_the_reference_keeps_float64():
+    inputs = Inputs(ODD, torch.float64)
+    for call in (inputs.add_rms_norm(2), inputs.router(2), inputs.moe(2), inputs.latent_write(2)):
+        results = call.run(kernels.TORCH)
+        assert all(result.dtype == torch.float64 for result in results if result.is_floating_point())
+    # float32 anywhere on the way would leave differences of 1e-8
+    states, *rest = Inputs(ODD, torch.float64).add_rms_norm(4).arguments
+    _, normed = reference.add_rms_norm(states, None, rest[1], 0.0)
+    _, scaled = reference.add_rms_norm(states * 3, None, rest[1], 0.0)
+    assert distance(scaled, normed) < 1e-15
+
+
+# The table
+
+
+def test_torch_unless_asked(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(kernels.VARIABLE, raising=False)
+    assert kernels.choose("cuda") is kernels.choose("cpu") is kernels.choose(torch.device("cpu"), "torch")
+    monkeypatch.setenv(kernels.VARIABLE, "triton")
+    assert kernels.choose("cuda").name == kernels.choose("cpu").name == "triton"
+    assert kernels.choose("cuda", "torch").name == "torch"
+    monkeypatch.setenv(kernels.VARIABLE, "fast")
+    with pytest.raises(ValueError, match="'fast'"):
+        kernels.choose("cpu")
+    monkeypatch.setenv(kernels.VARIABLE, "triton")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(RuntimeError, match="not on cpu"):
+        kernels.choose("cpu")
+
+
+def python(program: str, **variables: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = os.pathsep.join((str(ROOT), str(ROOT / "scripts")))
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment | {"PYTHONPATH": path} | variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+def test_triton_is_imported_only_when_chosen_and_missing_it_is_said_clearly():
+    program = """
+import sys
+from kimi_vl import kernels
+kernels.choose("cuda", "torch")
+print("triton" in sys.modules)
+sys.modules["triton"] = None
+try:
+    kernels.choose("cuda")
+except RuntimeError as error:
+    print(error)
+"""
+    first, said = python(program, KIMI_VL_KERNELS="triton").splitlines()
+    assert first == "False"
+    assert "install triton" in said
+    assert "KIMI_VL_KERNELS" in said
+
+
+# What only a compiler sees: types that change within a loop, shared memory, registers that run over
+
+
+def test_every_kernel_compiles_for_an_h200():
+    """At the published widths in bfloat16, as many tokens as reach every plan. No GPU is needed to compile."""
+    lines = python("from tests import compiled; compiled.main()", TRITON_CACHE_DIR=str(ROOT / ".cache" / "triton"))
+    kernels_found = {}
+    for line in lines.splitlines():
+        name, shared, stack, local, matrix = line.split()
+        kernels_found.setdefault(name, []).append(matrix)
+        assert int(shared) <= 227 * 1024, line
+        assert (stack, local) == ("0", "0"), f"{name} spills registers: {line}"
+    plain = {"_add_rms_norm", "_latent_write", "_decode_join", "_pair_gate_up", "_pair_down", "_group", "_combine"}
+    assert kernels_found.keys() == plain | {"_router", "_decode_shares", "_block_gate_up", "_block_down"}
+    assert kernels_found["_router"] == kernels_found["_decode_shares"] == ["mma"]
+    for name in ("_block_gate_up", "_block_down"):
+        assert sorted(kernels_found[name]) == ["mma", "mma", "wgmma", "wgmma"]
