@@ -24,7 +24,7 @@ from cog_local.client import Client, RequestRefused
 from cog_local.server import Server
 from kimi_vl.tokenizer import Tokenizer
 
-from .conftest import data_url, picture
+from .conftest import data_url, picture, worker_of
 from .scripted import CHECKPOINT
 from .test_server import METRICS
 
@@ -223,16 +223,6 @@ def test_every_request_gets_an_answer_or_an_error_of_a_promised_form(server: Ser
     assert worker_of(server) == worker, "the worker is the same"
     answers = {f"answer as {form}" for form in ("text", "think_tags", "answer", "json")}
     assert answers | {"422", "E_PARAMETER", "E_PROMPT_EMPTY", "E_IMAGE_SOURCE", "E_MESSAGES_INVALID"} <= kinds.keys()
-
-
-def worker_of(server: Server) -> list[int]:
-    """The processes below the server's, where /proc tells."""
-    assert server.process is not None
-    tasks = f"/proc/{server.process.pid}/task"
-    try:
-        return [int(child) for task in os.listdir(tasks) for child in open(f"{tasks}/{task}/children").read().split()]
-    except OSError:
-        return []
 
 
 BODIES = st.one_of(

@@ -21,7 +21,7 @@ import pytest
 from cog_local.client import Client, ServerGone
 from cog_local.server import Server
 
-from .conftest import DEMO, data_url, picture
+from .conftest import DEMO, data_url, picture, worker_of
 from .scripted import Loopback, make_thinker, spoken
 from .test_server import ASK, METRICS, fail, succeed, text, user
 
@@ -178,6 +178,23 @@ def still_right(client: Client) -> None:
     assert spoken(20).startswith(lines[-1]["answer"]) and lines[-1]["answer"]
 
 
+def ticks(server: Server) -> int:
+    """Processor time that the server's worker has used."""
+    stats = [Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split() for worker in worker_of(server)]
+    return sum(int(stat[11]) + int(stat[12]) for stat in stats)
+
+
+@pytest.fixture
+def at_rest(thinking_server: Server) -> Iterator[None]:
+    """After the test the worker soon has nothing to do, though what was asked of it would take many minutes."""
+    yield
+    deadline = time.monotonic() + 20
+    used = -1
+    while (before := used) != (used := ticks(thinking_server)) and time.monotonic() < deadline:
+        time.sleep(0.3)
+    assert used == before
+
+
 def cancelled(client: Client, until: str, **inputs: Any) -> list[dict[str, Any]]:
     """The lines of a prediction that was cancelled when an event came: ``start``, or an output of that type."""
     name = uuid.uuid4().hex
@@ -196,11 +213,13 @@ def cancelled(client: Client, until: str, **inputs: Any) -> list[dict[str, Any]]
     return lines
 
 
+@pytest.mark.usefixtures("at_rest")
 def test_cancelling_while_the_prompt_is_read(thinker: Client) -> None:
     assert cancelled(thinker, "start", prompt="word " * 40_000) == []
     still_right(thinker)
 
 
+@pytest.mark.usefixtures("at_rest")
 def test_cancelling_in_the_thinking(thinker: Client) -> None:
     lines = cancelled(thinker, "reasoning")
     assert {line["type"] for line in lines} == {"reasoning"}
@@ -209,6 +228,7 @@ def test_cancelling_in_the_thinking(thinker: Client) -> None:
     still_right(thinker)
 
 
+@pytest.mark.usefixtures("at_rest")
 def test_cancelling_in_the_answer(thinker: Client) -> None:
     lines = cancelled(thinker, "answer", thinking_budget=30)
     assert [kind for kind, _ in itertools.groupby(line["type"] for line in lines)] == ["reasoning", "answer"]
@@ -219,6 +239,7 @@ def test_cancelling_what_does_not_run(client: Client) -> None:
     assert not client.cancel(uuid.uuid4().hex)
 
 
+@pytest.mark.usefixtures("at_rest")
 def test_a_caller_who_hangs_up_cancels(thinker: Client) -> None:
     """Without a stream too; the request would take many minutes, and the next one is not refused for half of one."""
     connection = http.client.HTTPConnection(thinker.host, thinker.port, timeout=30)

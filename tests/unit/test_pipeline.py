@@ -227,7 +227,8 @@ import sys
 import kimi_vl
 
 pipeline = kimi_vl.load(sys.argv[1], device="cpu")
-next(pipeline.stream([{"role": "user", "content": "Why?"}], temperature=0, max_length_tokens=5000))
+events = pipeline.stream([{"role": "user", "content": "Why?"}], temperature=0, max_length_tokens=3000)
+next(events)
 """
 
 
