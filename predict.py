@@ -39,6 +39,9 @@ DEFAULT_DEADLINE_S = 1800.0
 
 MARKERS = {"text": ("◁think▷", "◁/think▷"), "think_tags": ("<think>", "</think>")}
 
+LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+"""JSON lets these stand inside a line, where many readers of lines (Python's among them) would cut it."""
+
 INTERNAL_ERROR = (
     "E_INTERNAL: the model failed on this request; try again, and report it with its log if that fails too."
 )
@@ -459,7 +462,7 @@ def _json_lines(events: Iterable[Reasoning | Answer | Done]) -> Iterator[str]:
             }
         else:
             line = {"type": "reasoning" if isinstance(event, Reasoning) else "answer", "text": event.text}
-        yield json.dumps(line, ensure_ascii=False) + "\n"
+        yield json.dumps(line, ensure_ascii=False).translate(LINE_ENDS) + "\n"
 
 
 def metrics(done: Done) -> dict[str, Any]:

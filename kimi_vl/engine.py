@@ -6,6 +6,7 @@ files. Whatever goes wrong with one request reaches that request alone.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import logging
 import threading
@@ -143,7 +144,10 @@ class Engine:
         self._embeddings = _Embeddings(options.embedding_bytes)
         self._tickets: dict[Request, Ticket] = {}
         self._new: deque[Ticket] = deque()
-        self._wake = threading.Condition()
+        # callers take the lock itself: an exception that is raised in their thread from outside (a cancelled
+        # prediction's) can strike between the two halves of entering a Condition, and leave it locked for ever
+        self._lock = threading.RLock()
+        self._wake = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._closing = False
         self._broken: Exception | None = None
@@ -158,11 +162,19 @@ class Engine:
         """
         request = Request(list(ids), room, self._spans(ids, patches))
         ticket = Ticket(request, patches, guide, time.monotonic() + seconds)
-        with self._wake:
+        try:
+            self._queue(ticket)
+        except BaseException:
+            ticket.cancelled = True  # whoever was to hold it has been cancelled meanwhile
+            raise
+        return ticket
+
+    def _queue(self, ticket: Ticket) -> None:
+        with self._lock:
             if self._broken or self._closing:
                 raise RuntimeError("the engine has stopped")
             try:
-                self.scheduler.check(len(ids), room)
+                self.scheduler.check(ticket.request.prompt_length, ticket.request.room)
             except NeverFits:
                 raise UserError(
                     "E_PROMPT_TOO_LONG", "prompt and answer need more memory than there is; shorten either."
@@ -173,22 +185,30 @@ class Engine:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name="kimi_vl engine", daemon=True)
                 self._thread.start()
+                atexit.register(self._abandon)
             self._wake.notify()
-        return ticket
 
     def cancel(self, ticket: Ticket) -> None:
         """Stop a request within one step; harmless when it is over. The guide hears no more of it."""
-        with self._wake:
+        with self._lock:
             ticket.cancelled = True
             self._wake.notify()
 
     def close(self, wait: bool = True) -> None:
         """Finish what runs or waits, take nothing more, and end the thread."""
-        with self._wake:
+        with self._lock:
             self._closing = True
             self._wake.notify()
         if wait and self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+            atexit.unregister(self._abandon)
+
+    def _abandon(self) -> None:
+        """The program ends: a thread that is inside torch by then would take it down with an error."""
+        with self._lock:
+            for ticket in [*self._tickets.values(), *self._new]:
+                ticket.cancelled = True
+        self.close()
 
     def healthy(self) -> bool:
         """False once the thread has died of an error."""

@@ -216,8 +216,8 @@ class EventStream(Iterator[Event]):
 
     def close(self) -> None:
         if not self._over:
-            self._over = True
             self._engine.cancel(self._ticket)
+            self._over = True
 
     def __del__(self) -> None:
         self.close()

@@ -10,6 +10,7 @@ import sys
 COMMANDS = {
     "load": ("load", "main", "seconds from a checkpoint in the page cache to a model, against transformers"),
     "latency": ("decode", "latency", "first token and tokens a second of one request, by context length"),
+    "text": ("text", "main", "microseconds a token between a drawn token and the text that leaves"),
     "throughput": ("decode", "throughput", "tokens a second of many requests at once"),
     "vision": ("vision", "main", "milliseconds of a picture through the vision tower, by its size"),
 }

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cog_local.client import Client, RequestRefused
-from cog_local.server import Server, interrupt_on_signals, model_environment, say
+from cog_local.server import ROOT, Server, interrupt_on_signals, model_environment, say
 
 WARM_UP = 0.2
 """The part of the requests after which memory should stay as it is."""
@@ -46,8 +46,11 @@ def user(*parts: Any) -> dict[str, Any]:
     return {"role": "user", "content": list(parts)}
 
 
+SUM = "data:image/png;base64," + base64.b64encode((ROOT / "images" / "math_problem.png").read_bytes()).decode()
+SUM_LENGTH = {"max_length_tokens": 60}
 TEXT = {"type": "text", "text": "What colour is it?"}
 GOOD: list[dict[str, Any]] = [
+    {"prompt": "What is the result?", "image": SUM, "temperature": 0, "output_format": "answer", **SUM_LENGTH},
     {"prompt": "Hello, who are you?", "temperature": 0},
     {"prompt": "What is 12 + 30?", "seed": 5, "output_format": "answer"},
     {"prompt": "What is 7 + 8?", "seed": 1, "temperature": 1.5, "top_k": 20, "output_format": "json"},
@@ -73,7 +76,7 @@ GOOD: list[dict[str, Any]] = [
 ]
 BAD: list[tuple[dict[str, Any], str]] = [
     ({}, "E_PROMPT_EMPTY"),
-    ({"prompt": "word " * 300_000}, "E_PROMPT_TOO_LONG"),
+    ({"prompt": "word " * 20_000}, "E_PROMPT_TOO_LONG"),
     ({"prompt": "hi", "messages": [user(TEXT)]}, "E_PARAMETER"),
     ({"prompt": "hi", "seed": -1}, "E_PARAMETER"),
     ({"prompt": "hi", "max_tokens": 3, "max_new_tokens": 4}, "E_PARAMETER"),
@@ -87,8 +90,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "hi", "temperature": 9}, "422"),
     ({"prompt": 3}, "422"),
 ]
+SUM_ANSWER = "25 + 13 = 38"
 LONG: dict[str, Any] = {"prompt": "Tell me a long story.", "temperature": 2, "max_length_tokens": 4000}
-LENGTH = {"max_length_tokens": 60}
+LONG_SEEDS = 4
+"""Few, or what the cache keeps of unfinished texts (bounded from the start) would look like a leak."""
+LENGTH = {"max_length_tokens": 20}
 
 
 @dataclass
@@ -115,6 +121,8 @@ class Soak:
 
     def run(self, requests: int, lines: int) -> None:
         self.expected = [self.answer(inputs) for inputs in GOOD]
+        if self.server.environment.get("KIMI_VL_MODEL") == "demo":
+            self.expected[0] = SUM_ANSWER
         self.began = time.monotonic()
         say(f"{'requests':>9}{'seconds':>9}{'MB':>9}{'threads':>9}   good, bad, cancelled, wrong")
         self.look()
@@ -135,7 +143,8 @@ class Soak:
             *_, last = self.client.stream(inputs)
             final = last.data
         if final["status"] != "succeeded":
-            return f"{final['status']}: {final.get('error')}"
+            self.wrong.append(f"a good request ended as {final['status']}: {final.get('error')}")
+            return ""
         text = "".join(final["output"])
         return text.splitlines()[-1] if inputs.get("output_format") == "json" else text
 
@@ -159,7 +168,7 @@ class Soak:
         """Cancelled by name or by leaving, at the start or after some output."""
         name, after = uuid.uuid4().hex, self.rng.choice(("start", "output"))
         leave = self.rng.random() < 0.5
-        with contextlib.closing(self.client.stream({**LONG, "seed": self.rng.randrange(1000)}, name)) as events:
+        with contextlib.closing(self.client.stream({**LONG, "seed": self.rng.randrange(LONG_SEEDS)}, name)) as events:
             for event in events:
                 if event.name == after:
                     break

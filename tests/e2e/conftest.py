@@ -72,6 +72,16 @@ def picture(colour: str = "red", size: tuple[int, int] = (112, 84)) -> bytes:
     return buffer.getvalue()
 
 
+def worker_of(server: Server) -> list[int]:
+    """The processes below the server's, where /proc tells."""
+    assert server.process is not None
+    tasks = f"/proc/{server.process.pid}/task"
+    try:
+        return [int(child) for task in os.listdir(tasks) for child in open(f"{tasks}/{task}/children").read().split()]
+    except OSError:
+        return []
+
+
 @pytest.fixture
 def processes() -> Callable[[str], list[int]]:
     """The running processes that have a text in their environment."""

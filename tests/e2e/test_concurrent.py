@@ -56,3 +56,19 @@ def test_metrics_go_to_their_own_request(concurrent: Server) -> None:
             )
         )
     assert [answer["metrics"]["seed"] for answer in answers] == [n for n in range(1, 20) if n % 7]
+
+
+def test_the_same_seed_gives_the_same_text_a_hundred_times_beside_others(concurrent: Server) -> None:
+    inputs = {"prompt": "What is 4 + 9?", "seed": 11, "temperature": 1.5, "max_length_tokens": 16}
+    same = {**inputs, "image": data_url(picture("green"))}
+
+    def text(number: int) -> tuple[int, str]:
+        chosen = [same, inputs, {**same, "seed": number}, {**inputs, "prompt": "word " * number}][number % 4]
+        return number % 4, "".join(concurrent.client.predict(chosen)["output"])
+
+    alone = {text(0), text(1)}
+    with ThreadPoolExecutor(24) as callers:
+        together = list(callers.map(text, range(4, 204)))
+    assert len([kind for kind, _ in together if kind < 2]) == 100
+    assert {(kind, said) for kind, said in together if kind < 2} == alone
+    assert len({said for kind, said in together if kind == 2}) > 25, "other seeds give other texts"

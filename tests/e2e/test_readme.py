@@ -12,7 +12,12 @@ from pathlib import Path
 
 import pytest
 
+import predict
+from cog_local import schema
 from cog_local.server import ROOT, Server
+from kimi_vl import images, sampling, stops
+
+from .test_server import METRICS
 
 README = ROOT / "README.md"
 ADDRESS = "localhost:5000"
@@ -124,7 +129,45 @@ def run(example: Example, server: Server, folder: Path) -> str:
 
 
 def test_the_readme_has_examples() -> None:
-    assert "sh" in {example.language for example in EXAMPLES}
+    assert {example.language for example in EXAMPLES} == {"sh", "python", "javascript"}
+
+
+def rows(header: str) -> list[str]:
+    """The first cells of the table whose header begins so."""
+    table = README.read_text(encoding="utf-8").partition(f"\n{header}")[2].partition("\n\n")[0]
+    return [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+
+
+def named(header: str) -> list[str]:
+    return [name for cell in rows(header) for name in re.findall(r"`(\w+)`", cell)]
+
+
+def test_the_table_of_inputs_is_that_of_the_schema() -> None:
+    fields = schema.generate((ROOT / "predict.py").read_text(encoding="utf-8"))["components"]["schemas"]["Input"]
+    current = [name for name, field in fields["properties"].items() if not field.get("deprecated")]
+    assert named("| input |") == current
+
+
+def test_the_table_of_errors_has_every_code() -> None:
+    sources = [ROOT / "predict.py", *(ROOT / "kimi_vl").glob("*.py")]
+    text = "".join(source.read_text(encoding="utf-8") for source in sources)
+    assert {*named("| code |"), "E_CODE"} == set(re.findall(r'"(E_[A-Z_]+)[":]', text))
+
+
+def test_the_table_of_metrics_has_every_metric() -> None:
+    assert set(named("| metric |")) == METRICS.keys()
+
+
+def test_the_limits_are_those_that_hold() -> None:
+    table = README.read_text(encoding="utf-8").partition("\n| limit |")[2].partition("\n\n")[0]
+    for limit in (
+        f"| images in a request | {images.MAX_IMAGES} |",
+        f"{images.MAX_BYTES // 2**20} MiB; {images.MAX_PIXELS // 10**6} million pixels; {images.MAX_SIDE:,} pixels a",
+        f"{stops.MAX_SEQUENCES}, of {stops.MAX_CHARACTERS:,} characters each",
+        f"below 2^{sampling.MAX_SEED.bit_length()}",
+        f"{predict.DEFAULT_DEADLINE_S:,.0f} (`KIMI_VL_DEADLINE_S`)",
+    ):
+        assert limit in table
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=[f"{e.language} line {e.line}" for e in EXAMPLES])

@@ -6,6 +6,7 @@ beginning, and whatever happens to its neighbours.
 
 from __future__ import annotations
 
+import ctypes
 import random
 import threading
 import time
@@ -312,6 +313,48 @@ def test_closing_lets_what_runs_finish(model):
     assert threading.active_count() == before
     with pytest.raises(RuntimeError, match="stopped"):
         send(engine, ids_of(5))
+
+
+class Stopped(BaseException):
+    """What Cog raises in the thread of a cancelled prediction, at whatever it is doing."""
+
+
+def test_a_caller_who_is_stopped_while_it_waits_for_the_lock_leaves_it_free(engine):
+    _, ticket = send(engine, ids_of(5))
+    ended = []
+
+    def caller() -> None:
+        try:
+            engine.cancel(ticket)
+        except Stopped:
+            ended.append("stopped")
+
+    thread = threading.Thread(target=caller)
+    with engine._wake:
+        thread.start()
+        time.sleep(0.1)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(Stopped))
+    thread.join()
+    assert ended == ["stopped"]
+    free = engine._wake.acquire(timeout=5)
+    assert free
+    engine._wake.release()
+    assert len(ask(engine, ids_of(4), room=3)) == 3
+
+
+def test_a_caller_who_is_stopped_while_it_sends_leaves_nothing_running(engine, monkeypatch):
+    def stop() -> None:
+        raise Stopped
+
+    ask(engine, ids_of(4))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._wake, "notify", stop)
+        listener = Listener(1000)
+        with pytest.raises(Stopped):
+            engine.submit(ids_of(5), [], 1000, listener)
+    ask(engine, ids_of(4))
+    settle(engine)
+    assert not listener.tokens
 
 
 def test_a_step_reads_the_context_in_use_and_not_the_capacity(model):

@@ -6,6 +6,8 @@ import asyncio
 import dataclasses
 import gc
 import io
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -66,7 +68,8 @@ def say(whole, monkeypatch):
         def forward(works: Sequence[Work]) -> torch.Tensor:
             rows = [script(work.request.ids[work.request.prompt_length :]) for work in works if work.complete]
             likely = torch.arange(1280).float() / 1280
-            return torch.stack([likely.index_fill(0, torch.tensor([row]), 100.0) for row in rows])
+            scores = [likely.index_fill(0, torch.tensor([row]), 100.0) for row in rows]
+            return torch.stack(scores) if scores else torch.empty(0, 1280)
 
         monkeypatch.setattr(Engine, "_forward", staticmethod(forward))
 
@@ -204,6 +207,36 @@ def test_closing_the_stream_stops_the_work(whole):
     events.close()
     assert list(events) == []
     assert wait_until(lambda: not whole.engine.scheduler.busy)
+
+
+@pytest.mark.parametrize("until", [None, Reasoning, Answer])
+def test_closing_the_stream_gives_all_memory_back(whole, say, until):
+    say(chat.THINK_OPEN + ENDLESS, after_close=ENDLESS)
+    engine = whole.engine
+    long_prompt = [{"role": "user", "content": "word " * 1200}]
+    events = whole.stream(long_prompt, temperature=0, thinking_budget=40, max_length_tokens=500)
+    if until is not None:
+        assert any(isinstance(event, until) for event in events)
+    events.close()
+    assert wait_until(lambda: not (engine._new or engine._tickets or engine.scheduler.busy))
+    assert engine.scheduler.pool.available == engine.scheduler.pool.count
+
+
+PROGRAM = """
+import sys
+import kimi_vl
+
+pipeline = kimi_vl.load(sys.argv[1], device="cpu")
+events = pipeline.stream([{"role": "user", "content": "Why?"}], temperature=0, max_length_tokens=3000)
+next(events)
+"""
+
+
+def test_a_program_may_end_at_any_moment():
+    process = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(CHECKPOINT)], cwd=CHECKPOINT.parents[3], capture_output=True, text=True
+    )
+    assert (process.returncode, process.stderr) == (0, "")
 
 
 def test_a_stream_that_nobody_holds_stops_too(whole):

@@ -165,9 +165,10 @@ def test_json_lines(no_waiting: None) -> None:
 
 
 def test_json_keeps_line_breaks_inside_one_line(no_waiting: None) -> None:
-    chunks = run(Answer("a\nb\u2028c"), done(), output_format="json")
-    assert json.loads(chunks[0])["text"] == "a\nb\u2028c"
-    assert chunks[0].count("\n") == 1
+    said = "a\nb\r\v\f\x1c\x1d\x1e\x85\u2028\u2029c"
+    chunks = run(Answer(said), done(), output_format="json")
+    assert json.loads(chunks[0])["text"] == said
+    assert chunks[0].splitlines(keepends=True) == [chunks[0]] and chunks[0].endswith("}\n")
 
 
 @pytest.mark.parametrize("output_format", ["text", "think_tags", "answer"])
