@@ -292,6 +292,25 @@ def test_each_bucket_is_captured_once_and_capturing_leaves_no_trace(model, plain
     engine.close()
 
 
+def test_capturing_between_two_steps_leaves_the_tokens_that_the_second_takes(model):
+    found = []
+    for given in (None, "read"):
+        engine = with_buffers(model, Recorder())
+        static = engine._static
+        assert static is not None
+        engine._cache.entries.zero_()
+        rows = [graphs.Row(3 + place, 0, [place], SAMPLINGS[0], 0.5, 1024) for place in range(2)]
+        drawn, _ = static.launch(rows).read()
+        tokens = drawn if given else [None, None]
+        later = [
+            replace(row, token=token, position=1, sampling=SAMPLINGS[1])
+            for row, token in zip(rows, tokens, strict=True)
+        ]
+        found.append((drawn, static.launch(later).read()))
+        engine.close()
+    assert found[0] == found[1]
+
+
 def test_without_a_capture_steps_are_called_and_one_line_says_so(model, plain, caplog):
     def fail(action):
         action()

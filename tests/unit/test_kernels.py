@@ -289,6 +289,16 @@ def test_any_split(splits: int, page_size: int, fences: Fences):
     assert max(found) <= call.tolerance(torch.float32), found
 
 
+def test_more_shares_than_are_joined_at_a_time():
+    """The last ones weigh most, so that what was joined before them has to fade."""
+    widths = Widths(heads=2, rank=16, rope=16)
+    call = Inputs(widths, torch.float32).mla_decode([1300])
+    _, entries, table = call.arguments[:3]
+    entries[table[0, -3:].long()] *= 3
+    found = distances(call.run(TRITON, splits=30), call.twin())
+    assert max(found) <= call.tolerance(torch.float32), found
+
+
 def test_rows_do_not_know_each_other():
     """A row's bits are the same with other neighbours, in another place, with its pages elsewhere."""
     call = Inputs(ODD, torch.float32).mla_decode([30, 100, 5], 16)
