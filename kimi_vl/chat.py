@@ -53,16 +53,19 @@ def encode(
     image_tokens: Sequence[int],
     add_generation_prompt: bool = True,
     limit: int | None = None,
+    continue_last: bool = False,
 ) -> list[int]:
     """Ids of the conversation, with ``image_tokens[k]`` placeholders for the k-th image.
 
-    Raises :class:`UserError`: E_MESSAGES_INVALID for malformed messages or when the number of images differs;
+    ``continue_last`` leaves the last message open, in place of beginning a new one. Raises :class:`UserError`:
+    E_MESSAGES_INVALID for malformed messages or when the number of images differs;
     E_PROMPT_TOO_LONG beyond ``limit`` ids, found out without reading all of a long text.
     """
     counts = iter(image_tokens)
     ids: list[int] = []
     slots = 0
-    for part in _layout(messages, add_generation_prompt):
+    parts = _layout(messages, add_generation_prompt and not continue_last)
+    for part in parts[:-1] if continue_last else parts:
         if isinstance(part, _Text):
             ids += tokenizer.encode(part.text, limit=None if limit is None else limit - len(ids))
         elif part.name == MEDIA_PAD:
@@ -81,6 +84,15 @@ def encode(
             f"the messages have {slots} image parts and {len(image_tokens)} images came with them; make these equal.",
         )
     return ids
+
+
+def begun(messages: Sequence[Message]) -> str | None:
+    """The text of a last message of the assistant's own, which is then continued; None where there is none."""
+    last = messages[-1]
+    if not isinstance(last, Mapping) or last.get("role") != "assistant":
+        return None
+    parts = _content(_field(last, "content"))
+    return "".join(part.text for part in parts if isinstance(part, _Text))
 
 
 def without_earlier_thinking(messages: Sequence[Message]) -> list[Message]:

@@ -160,6 +160,7 @@ class Pipeline:
         if thinking_budget is not None and thinking_budget < 0:
             raise UserError("E_PARAMETER", "thinking_budget must be at least 0; change it.")
         ids, patches = self._prompt(messages, images)
+        begun = chat.begun(messages)
         context = self.model.config.text_config.max_position_embeddings
         room = min(max_length_tokens, context - len(ids))
         if room < 1:
@@ -167,11 +168,12 @@ class Pipeline:
                 "E_PROMPT_TOO_LONG",
                 f"the prompt takes {len(ids)} tokens of {context}; shorten it or send fewer images.",
             )
+        text = _OutputText(self.tokenizer, StopSequences(stop_sequences), begun or "")
         guide = _Guide(
             self.tokenizer,
             sampling,
-            _Steering(self.tokenizer, self.thinks, room, thinking_budget),
-            _OutputText(self.tokenizer, StopSequences(stop_sequences)),
+            _Steering(self.tokenizer, self.thinks, room, thinking_budget, text.splitter.section),
+            text,
             room,
             Usage(len(ids), sum(image.tokens for image in patches), 0, 0),
             began,
@@ -190,9 +192,12 @@ class Pipeline:
             Patches(*images.preprocess(images.load(source, self.image_options), self.image_options))
             for source in sources
         ]
-        history = chat.without_earlier_thinking(messages)
+        continues = chat.begun(messages) is not None
+        last = len(messages) - continues
+        history = [*chat.without_earlier_thinking(messages[:last]), *messages[last:]]
         context = self.model.config.text_config.max_position_embeddings
-        return chat.encode(self.tokenizer, history, [image.tokens for image in patches], limit=context), patches
+        counts = [image.tokens for image in patches]
+        return chat.encode(self.tokenizer, history, counts, limit=context, continue_last=continues), patches
 
 
 class EventStream(Iterator[Event]):
@@ -298,7 +303,8 @@ class _Steering:
     What closes the thinking for the model, its budget or a loop, is called ``budget`` in either case.
     """
 
-    def __init__(self, tokenizer: Tokenizer, thinks: bool, room: int, budget: int | None):
+    def __init__(self, tokenizer: Tokenizer, thinks: bool, room: int, budget: int | None, section: chat.Section | None):
+        """``section`` is where a text that is continued stands."""
         self._closer = tokenizer.encode(chat.THINK_CLOSE)
         self._queue: list[int] = []
         self._closing = False
@@ -308,9 +314,9 @@ class _Steering:
         self.reasoning_tokens = 0
         longest = max(0, room - min(1024, room // 4) - len(self._closer))
         self._budget = longest if budget is None else min(budget, longest)
-        if thinks and budget == 0:
+        if thinks and budget == 0 and section != "answer":
             self._closing = True
-            self._queue = tokenizer.encode(chat.THINK_OPEN) + self._closer
+            self._queue = ([] if section else tokenizer.encode(chat.THINK_OPEN)) + self._closer
 
     def forced(self) -> int | None:
         """The next token where it is not drawn."""
@@ -338,11 +344,15 @@ class _Steering:
 
 
 class _OutputText:
-    """Tokens to events: complete characters, split into thinking and answer, cut at stop sequences."""
+    """Tokens to events: complete characters, split into thinking and answer, cut at stop sequences.
 
-    def __init__(self, tokenizer: Tokenizer, stops: StopSequences):
+    What was said before, and is continued, is no event.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: StopSequences, said: str):
         self._stream = TextStream(tokenizer)
         self.splitter = chat.ThinkingSplitter()
+        self.splitter.push(said)
         self._stops = stops
         self.reasoning = ""
         self.answer = ""

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def published(layers: int) -> TextConfig:
-    values = checkpoint.PUBLISHED
-    return Config.from_dict({**values, "text_config": {**values["text_config"], "num_hidden_layers": layers}}).text_config
+    text = {**checkpoint.PUBLISHED["text_config"], "num_hidden_layers": layers}
+    return Config.from_dict({**checkpoint.PUBLISHED, "text_config": text}).text_config
 
 
 def test_the_report_is_complete(tmp_path):
@@ -30,7 +30,7 @@ def test_the_report_is_complete(tmp_path):
     assert [(result["rows"], result["who"]) for result in results] == [
         (rows, who) for rows in (1, 3) for who in ("kimi_vl", "transformers")
     ]
-    assert all(result["step_ms"] > 0 and 0 < result["of_read_bandwidth"] for result in results)
+    assert all(result["step_ms"] > 0 and result["of_read_bandwidth"] > 0 for result in results)
     assert results[0]["experts_read"] == 6  # of one row: those it chose
     assert 6 <= results[2]["experts_read"] <= 18
 

@@ -117,3 +117,15 @@ def test_history_keeps_the_answer_alone():
     kept = chat.without_earlier_thinking(history)
     assert [message["content"] for message in kept] == [thought, "answer", [text("answer")]]
     assert history[1]["content"] == thought
+
+
+def test_a_last_turn_of_the_assistant_stays_open(tokenizer):
+    asked = [user(IMAGE, text("Why?"))]
+    begun = [*asked, {"role": "assistant", "content": [text("◁think▷Hm.◁/think▷Bec"), text("ause<|im_end|>")]}]
+    said = "◁think▷Hm.◁/think▷Because<|im_end|>"
+    assert chat.begun(begun) == said
+    ids = chat.encode(tokenizer, begun, [3], continue_last=True)
+    assert ids == chat.encode(tokenizer, asked, [3]) + tokenizer.encode(said)
+    assert chat.begun(asked) is None
+    with pytest.raises(UserError, match="E_MESSAGES_INVALID"):
+        chat.begun([{"role": "assistant", "content": 3}])
