@@ -7,8 +7,10 @@ files. Whatever goes wrong with one request reaches that request alone.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import logging
+import queue
 import threading
 import time
 from collections import OrderedDict, deque
@@ -144,10 +146,11 @@ class Engine:
         self._embeddings = _Embeddings(options.embedding_bytes)
         self._tickets: dict[Request, Ticket] = {}
         self._new: deque[Ticket] = deque()
-        # callers take the lock itself: an exception that is raised in their thread from outside (a cancelled
-        # prediction's) can strike between the two halves of entering a Condition, and leave it locked for ever
+        # No Condition here: an exception that is raised in a caller's thread from outside (a cancelled prediction's)
+        # can strike inside its Python code, and leave it locked for ever or the next call unheard. A lock and a queue
+        # are single steps in C.
         self._lock = threading.RLock()
-        self._wake = threading.Condition(self._lock)
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closing = False
         self._broken: Exception | None = None
@@ -186,19 +189,18 @@ class Engine:
                 self._thread = threading.Thread(target=self._serve, name="kimi_vl engine", daemon=True)
                 self._thread.start()
                 atexit.register(self._abandon)
-            self._wake.notify()
+        self._bell.put(None)
 
     def cancel(self, ticket: Ticket) -> None:
         """Stop a request within one step; harmless when it is over. The guide hears no more of it."""
-        with self._lock:
-            ticket.cancelled = True
-            self._wake.notify()
+        ticket.cancelled = True
+        self._bell.put(None)
 
     def close(self, wait: bool = True) -> None:
         """Finish what runs or waits, take nothing more, and end the thread."""
         with self._lock:
             self._closing = True
-            self._wake.notify()
+        self._bell.put(None)
         if wait and self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
             atexit.unregister(self._abandon)
@@ -232,9 +234,12 @@ class Engine:
 
     def _collect(self) -> bool:
         """Take in new requests, waiting for one when there is nothing to do; False at the end."""
-        with self._wake:
-            while not (self._new or self.scheduler.busy or self._closing):
-                self._wake.wait()
+        while not (self._new or self.scheduler.busy or self._closing):
+            self._bell.get()
+        with contextlib.suppress(queue.Empty):  # what rang until now is seen below
+            while True:
+                self._bell.get_nowait()
+        with self._lock:
             while self._new:
                 ticket = self._new.popleft()
                 self._tickets[ticket.request] = ticket
@@ -410,7 +415,7 @@ class Engine:
     def _break(self, error: Exception) -> None:
         """The thread cannot go on: every caller is told."""
         log.error("the engine has stopped: %s", type(error).__name__)
-        with self._wake:
+        with self._lock:
             self._broken = error
             tickets = [*self._tickets.values(), *self._new]
             self._tickets, self._new = {}, deque()

@@ -7,11 +7,14 @@ beginning, and whatever happens to its neighbours.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import random
+import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -319,42 +322,71 @@ class Stopped(BaseException):
     """What Cog raises in the thread of a cancelled prediction, at whatever it is doing."""
 
 
+def stopped_after(calls: int, action: Callable[[], object]) -> bool:
+    """Runs an action and stops it after so many calls of functions, which is when Python looks for such exceptions."""
+    left = calls
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal left
+        left -= event in ("call", "c_return")
+        if left == 0:
+            raise Stopped
+
+    sys.setprofile(count)
+    try:
+        action()
+    except Stopped:
+        return True
+    finally:
+        sys.setprofile(None)
+    return False
+
+
+def test_a_caller_who_is_stopped_while_it_sends_leaves_nothing_running(engine):
+    for calls in itertools.count(1):
+        listener = Listener(10_000)
+        tickets = []
+        stopped = stopped_after(calls, lambda held=tickets, by=listener: held.append(engine.submit([1], [], 500, by)))
+        for ticket in tickets:
+            engine.cancel(ticket)
+        assert len(ask(engine, ids_of(4), room=3)) == 3
+        settle(engine)
+        assert len(listener.tokens) < 500
+        if not stopped:
+            break
+    assert calls > 20
+
+
+def test_after_a_caller_who_is_stopped_while_it_cancels_the_next_one_is_heard(engine):
+    for calls in itertools.count(1):
+        listener, ticket = send(engine, ids_of(4), room=3)
+        listener.result()
+        settle(engine)
+        stopped = stopped_after(calls, lambda held=ticket: engine.cancel(held))
+        time.sleep(0.05)  # the engine waits again
+        assert len(ask(engine, ids_of(4), room=3)) == 3
+        if not stopped:
+            break
+    assert calls > 2
+
+
 def test_a_caller_who_is_stopped_while_it_waits_for_the_lock_leaves_it_free(engine):
-    _, ticket = send(engine, ids_of(5))
     ended = []
 
     def caller() -> None:
         try:
-            engine.cancel(ticket)
+            send(engine, ids_of(5))
         except Stopped:
             ended.append("stopped")
 
     thread = threading.Thread(target=caller)
-    with engine._wake:
+    with engine._lock:
         thread.start()
         time.sleep(0.1)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(Stopped))
     thread.join()
     assert ended == ["stopped"]
-    free = engine._wake.acquire(timeout=5)
-    assert free
-    engine._wake.release()
     assert len(ask(engine, ids_of(4), room=3)) == 3
-
-
-def test_a_caller_who_is_stopped_while_it_sends_leaves_nothing_running(engine, monkeypatch):
-    def stop() -> None:
-        raise Stopped
-
-    ask(engine, ids_of(4))
-    with monkeypatch.context() as patch:
-        patch.setattr(engine._wake, "notify", stop)
-        listener = Listener(1000)
-        with pytest.raises(Stopped):
-            engine.submit(ids_of(5), [], 1000, listener)
-    ask(engine, ids_of(4))
-    settle(engine)
-    assert not listener.tokens
 
 
 def test_a_step_reads_the_context_in_use_and_not_the_capacity(model):
