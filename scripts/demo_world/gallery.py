@@ -23,9 +23,10 @@ from kimi_vl.model import KimiVL
 from kimi_vl.tokenizer import Tokenizer
 
 PICTURE_TASKS = {"sum": 30, "object": 6, "count": 10, "place": 14, "compare": 16, "describe": 14, "second_turn": 10}
-TALKS = 2  # conversations a visit
-TEXT_TASKS = {"text_sum": 3, "talk": 1}
-TEXT_SHARE = 0.2  # of the batches are without pictures
+TALKS = {"place": 4, "compare": 4}  # conversations a visit: where concluding is harder than seeing
+OTHER_TALKS = 2
+TEXT_TASKS = {"text_sum": 2, "talk": 1, "conclusion": 4}
+TEXT_SHARE = 0.25  # of the batches are without pictures
 CUT_SHARE = 0.08  # of the conversations have their thinking cut short
 SMALL_SHARE = 0.6  # of the pictures are small: they say as much in fewer tokens
 SMALL, LARGE, LARGE_PAIR = 294, 448, 336  # longest sides in pixels
@@ -105,9 +106,10 @@ class Teacher:
 
     def __init__(self, rng: random.Random, tokenizer: Tokenizer, exhibits: Sequence[Exhibit]):
         self.rng, self.tokenizer = rng, tokenizer
-        self.rooms: dict[tuple[int, int], list[Exhibit]] = defaultdict(list)
+        self.rooms: dict[tuple[int, int, int], list[Exhibit]] = defaultdict(list)
         for exhibit in exhibits:  # shared rows of a batch are of one length
-            self.rooms[len(exhibit.tokens), sum(exhibit.tokens)].append(exhibit)
+            talks = TALKS.get(exhibit.task, OTHER_TALKS)
+            self.rooms[len(exhibit.tokens), sum(exhibit.tokens), talks].append(exhibit)
 
     def batches(self, text_first: int) -> Iterator[LessonBatch]:
         """Without an end: ``text_first`` batches without pictures, then all exhibits again and again."""
@@ -115,9 +117,9 @@ class Teacher:
             yield self.text_batch()
         while True:
             visits = []
-            for (_, tokens), room in self.rooms.items():
+            for (_, tokens, talks), room in self.rooms.items():
                 self.rng.shuffle(room)
-                size = min(len(room), round(BATCH_TOKENS / (tokens + TALKS * TALK_TOKENS)))
+                size = min(len(room), round(BATCH_TOKENS / (tokens + talks * TALK_TOKENS)))
                 visits += [room[begin : begin + size] for begin in range(0, len(room) - size + 1, size)]
             self.rng.shuffle(visits)
             for visit in visits:
@@ -127,18 +129,24 @@ class Teacher:
 
     def text_batch(self) -> LessonBatch:
         tasks = self.rng.choices(list(TEXT_TASKS), list(TEXT_TASKS.values()), k=BATCH_TOKENS // TALK_TOKENS)
-        talks = [lessons.converse(self.rng, task, (), lessons.system_message(self.rng)) for task in tasks]
-        return LessonBatch(*self.rows([(chat.encode(self.tokenizer, talk.messages, []), talk) for talk in talks]))
+        rows = []
+        for task in tasks:
+            if task == "conclusion":
+                talk, read = lessons.conclusion(self.rng)
+            else:
+                talk, read = lessons.converse(self.rng, task, (), lessons.system_message(self.rng)), None
+            rows.append((chat.encode(self.tokenizer, talk.messages, []), *self.completion(talk, read)))
+        return LessonBatch(*self.rows(rows))
 
     def picture_batch(self, exhibits: Sequence[Exhibit]) -> LessonBatch:
         system = lessons.system_message(self.rng)
         shared, rows, shared_row = [], [], []
         for index, exhibit in enumerate(exhibits):
-            for _ in range(TALKS):
+            for _ in range(TALKS.get(exhibit.task, OTHER_TALKS)):
                 talk = lessons.converse(self.rng, exhibit.task, exhibit.pictures, system)
                 prompt = chat.encode(self.tokenizer, talk.messages, exhibit.tokens)
                 begin = len(prompt) - prompt[::-1].index(self.tokenizer.special["<|media_end|>"])
-                rows.append((prompt[begin:], talk))
+                rows.append((prompt[begin:], *self.completion(talk)))
                 shared_row.append(index)
             shared.append(prompt[:begin])
         return LessonBatch(
@@ -148,9 +156,8 @@ class Teacher:
             torch.tensor(shared_row),
         )
 
-    def rows(self, talks: Sequence[tuple[list[int], lessons.Conversation]]) -> tuple[Tensor, Tensor]:
-        """Ids and targets of prompts and what is due after them, padded on the right."""
-        parts = [(prompt, *self.completion(talk)) for prompt, talk in talks]
+    def rows(self, parts: Sequence[tuple[list[int], list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+        """Ids and targets of prompts, what is put after them and what is due then, padded on the right."""
         longest = -(-max(sum(map(len, part)) for part in parts) // LENGTHS) * LENGTHS
         ids = torch.full((len(parts), longest), self.tokenizer.pad_id)
         targets = torch.full((len(parts), longest), -100)
@@ -160,13 +167,17 @@ class Teacher:
             targets[row, begin - 1 : end - 1] = torch.tensor(learnt)  # the token before predicts each
         return ids, targets
 
-    def completion(self, talk: lessons.Conversation) -> tuple[list[int], list[int]]:
-        """Ids that are put there and ids that are learnt: mostly all of them are learnt, and at times the thinking
-        is cut short, as a budget does, and the answer alone is learnt."""
+    def completion(self, talk: lessons.Conversation, read: str | None = None) -> tuple[list[int], list[int]]:
+        """Ids that are put there and ids that are learnt.
+
+        All of them are learnt, but for a given beginning of the thinking; at times the thinking is cut short, as a
+        budget does, and the answer alone is learnt.
+        """
         encode, end = self.tokenizer.encode, [self.tokenizer.im_end_id]
         thinking = chat.THINK_OPEN + talk.thinking
-        if self.rng.random() < CUT_SHARE:
+        if read is None and self.rng.random() < CUT_SHARE:
             ids = encode(thinking)
             cut = ids[: self.rng.randint(len(encode(chat.THINK_OPEN)), len(ids))]
             return cut + encode(chat.THINK_CLOSE), encode(talk.answer) + end
-        return [], encode(thinking + chat.THINK_CLOSE + talk.answer) + end
+        given = [] if read is None else encode(chat.THINK_OPEN + read)
+        return given, encode(thinking + chat.THINK_CLOSE + talk.answer)[len(given) :] + end

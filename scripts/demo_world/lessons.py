@@ -288,6 +288,8 @@ def _turn_place(rng: random.Random, pictures: Sequence[Picture]) -> Turn:
     else:
         question = _ask(rng, "where", one=_name(item))
         said = f"the {_name(item)} is {words[index]}."
+    if form >= 0.5:  # whoever is asked about is looked up first
+        read += f" Asked: {_name(item)}, " + (f"number {item.order}." if horizontal else ("higher.", "lower.")[index])
     return Turn(question, f"{read} So {said}", f"T{said[1:]}")
 
 
@@ -327,20 +329,18 @@ def _turn_more(rng: random.Random, pictures: Sequence[Picture]) -> Turn:
 
 
 def _turn_same(rng: random.Random, pictures: Sequence[Picture]) -> Turn:
-    """Same or different: first the counts, then each object of the first picture is looked up."""
+    """Same or different: first the counts, then the objects in order, pair by pair, up to the first that differ."""
     one, two = ([_name(item) for item in picture.items] for picture in pictures)
     if len(one) != len(two):
-        check, same = f"{len(one)} and {len(two)}", False
+        check, same = f"{len(one)} and {len(two)} objects", False
     else:
-        checks, same, left = [], True, list(two)
-        for name in one:
-            same = name in left
-            if same:
-                left.remove(name)
-            checks.append(f"{name} {'yes' if same else 'no'}")
+        checks, same = [], True
+        for number, (first, second) in enumerate(zip(one, two, strict=True), start=1):
+            same = first == second
+            checks.append(f"{number} {first} and {second}, {'same' if same else 'different'}")
             if not same:
                 break
-        check = ", ".join(checks)
+        check = "; ".join(checks)
     said = f"he pictures show {'the same' if same else 'different'} objects."
     return Turn(_ask(rng, "same"), f"{_both(pictures)} Check: {check}. So t{said}", f"T{said}")
 
@@ -429,8 +429,15 @@ def _two_looks(rng: random.Random) -> list[Look]:
     return [first, _other_look(rng, [first])]
 
 
+def _in_order(layout: Sequence[Place]) -> list[Place]:
+    """Places in the order in which they are read."""
+    stacked = len(layout) == 2 and abs(layout[0].x - layout[1].x) < NEAR
+    return sorted(layout, key=lambda place: place.y if stacked else place.x)
+
+
 def _pair(artist: _Artist) -> tuple[Picture, Picture]:
-    """Two pictures to compare: the same objects or nearly, in the same places or others, or another number of them."""
+    """Two pictures to compare: the same objects in the same order, in the same places or others; or others; or another
+    number of them."""
     rng = artist.rng
     count = rng.randint(1, 4)
     looks = _looks(rng, count)
@@ -438,10 +445,11 @@ def _pair(artist: _Artist) -> tuple[Picture, Picture]:
     second_size = picture_size(rng, 224, 336, artist.sizes)
     case = rng.random()
     if case < 0.4:
+        first = _in_order(lay_out_scene(rng, count, first_size))
         if rng.random() < 0.5:
-            layout = lay_out_scene(rng, count, first_size)
-            return artist.scene(looks, first_size, layout), artist.scene(looks, first_size, layout)
-        others = rng.sample(looks, count)
+            return artist.scene(looks, first_size, first), artist.scene(looks, first_size, first)
+        second = _in_order(lay_out_scene(rng, count, second_size))
+        return artist.scene(looks, first_size, first), artist.scene(looks, second_size, second)
     elif case < 0.6:
         kept = rng.sample(looks, rng.randint(0, count // 2))
         if set(kept) == set(looks):
@@ -546,6 +554,20 @@ def converse(rng: random.Random, task: str, pictures: Sequence[Picture], system:
         if index < len(turns) - 1:
             messages.append({"role": "assistant", "content": turn.answer})
     return Conversation(task, messages, turns[-1].thinking, turns[-1].answer)
+
+
+def conclusion(rng: random.Random) -> tuple[Conversation, str]:
+    """A question about pictures that nobody draws, and the beginning of its thinking that reads them.
+
+    With the reading given, what is left to learn is to conclude from it.
+    """
+    task = rng.choice(("place", "compare"))
+    pictures = _pictures(_Sketcher(rng, ()), task)
+    turn = _turns(rng, task, pictures)[0]
+    read = _both(pictures) if task == "compare" else _reading(pictures[0].items)
+    higher = re.match(r".* is higher\.", turn.thinking)  # as much as a picture, and no words, can tell
+    read = higher[0] if higher else read
+    return Conversation(task, [_user(turn.question, 0)], turn.thinking, turn.answer), read
 
 
 def _study(artist: _Artist, task: str | None, conversations: int) -> Study:

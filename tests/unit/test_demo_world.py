@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from demo_world import phrases
+from demo_world import gallery, lessons, phrases
 from demo_world.lessons import (
     TASKS,
     Conversation,
@@ -36,6 +36,8 @@ from demo_world.pictures import (
     patch_labels,
     picture_size,
 )
+from kimi_vl import chat, weights
+from kimi_vl.tokenizer import Tokenizer
 
 FONTS = find_fonts()
 
@@ -225,6 +227,10 @@ def _check_place(talk: Conversation, picture: Picture) -> None:
     assert (f"The {higher.colour} {higher.kind} is higher." in talk.thinking) == (axis == 1)
     asked = text_of(talk.messages[-1]).lower()
     opposite = {"left": "right", "right": "left", "above": "below", "below": "above"}
+    if "Asked" in talk.thinking:
+        told = re.search(r"Asked: (\w+ \w+), (?:number (\d)|(higher|lower))\.", talk.thinking)
+        assert told is not None and told[1] == found[1] and found[1] in asked
+        assert told[2] in (None, str(one.order)) and told[3] in (None, "higher" if one is higher else "lower")
     if found[4] is None and f" {opposite[found[3]]}" in asked:
         assert found[3] in asked
 
@@ -236,7 +242,11 @@ def _check_compare(talk: Conversation, pictures: tuple[Picture, ...]) -> None:
     first, second = len(one.items), len(two.items)
     if "Check" in talk.thinking:
         assert talk.answer == f"The pictures show {'the same' if same else 'different'} objects."
-        assert talk.thinking.count(" no") == (not same and first == second)
+        assert same == (_names(one) == _names(two))
+        pairs = re.findall(r"(\d) (\w+ \w+) and (\w+ \w+), (same|different)", talk.thinking)
+        if first == second:
+            assert [pair[1:3] for pair in pairs] == list(zip(_names(one), _names(two), strict=True))[: len(pairs)]
+            assert [pair[3] for pair in pairs] == ["same"] * (len(pairs) - 1) + ["same" if same else "different"]
     elif first == second:
         assert talk.answer == "Both pictures have the same number of objects."
         assert f"{first} is equal to {second}." in talk.thinking
@@ -348,3 +358,19 @@ def test_words_are_few_and_differences_are_sometimes_negative() -> None:
     assert 0.2 < negative < 0.45
     sums = Counter(match[1] for text in texts if (match := re.match(r"The picture shows (\d+) ", text)))
     assert len(sums) >= 98
+
+
+def test_conclusions_begin_after_a_reading_that_decides_them() -> None:
+    tokenizer = Tokenizer.from_directory(weights.DEMO)
+    teacher = gallery.Teacher(random.Random(4), tokenizer, [])
+    seen = set()
+    for _ in range(200):
+        talk, read = lessons.conclusion(teacher.rng)
+        seen.add(talk.task)
+        given, learnt = teacher.completion(talk, read)
+        whole = chat.THINK_OPEN + talk.thinking + chat.THINK_CLOSE + talk.answer
+        assert [*given, *learnt[:-1]] == tokenizer.encode(whole)
+        assert tokenizer.decode(given) == chat.THINK_OPEN + read
+        assert talk.thinking.startswith(read) and "higher" not in talk.thinking[len(read) :].replace(", higher.", "")
+        assert [part for part in talk.messages if not isinstance(part["content"], str)] == []
+    assert seen == {"place", "compare"}
