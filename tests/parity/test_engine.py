@@ -283,6 +283,24 @@ def test_placeholders_and_pictures_must_agree(engine):
         engine.submit([1, PAD, PAD, 2], [image(4, 4, 0)], 3, Listener(3))
 
 
+@pytest.mark.parametrize("step", [1, 2, 5])  # two in the prompt's chunks, one at its end
+def test_a_cancelled_request_is_in_no_further_step(engine, monkeypatch, step):
+    forward, tickets = engine._forward, []
+
+    def cancelling(works: Sequence[Work]) -> torch.Tensor:
+        if engine.steps == step:
+            engine.cancel(tickets[0])
+        return forward(works)
+
+    monkeypatch.setattr(engine, "_forward", cancelling)
+    with engine._lock:  # the engine takes it in only when its ticket is known here
+        tickets.append(send(engine, ids_of(60))[1])
+    settle(engine)
+    while not tickets[0].cancelled or engine.scheduler.busy:
+        time.sleep(0.001)
+    assert engine.steps == step
+
+
 def test_when_the_thread_dies_every_caller_is_told(model, monkeypatch):
     engine = Engine(model, 1024, SMALL)
 
