@@ -500,7 +500,7 @@ def _pictures(artist: _Artist, task: str) -> tuple[Picture, ...]:
     if task == "place":
         return (artist.scene(_two_looks(rng)),)
     if task == "describe":
-        return (artist.sum() if rng.random() < 0.2 else artist.scene(_looks(rng, rng.randint(1, 6))),)
+        return (artist.sum() if rng.random() < 0.2 else artist.scene(_looks(rng, rng.randint(1, 4))),)
     if task == "second_turn":
         case = rng.random()
         if case < 0.4:
