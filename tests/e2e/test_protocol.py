@@ -196,7 +196,7 @@ def at_rest(thinking_server: Server) -> Iterator[None]:
 
 
 def cancelled(client: Client, until: str, after: float = 0, **inputs: Any) -> list[dict[str, Any]]:
-    """The lines of a prediction that was cancelled some seconds after an event: ``start``, or an output of that type."""
+    """The lines of a prediction that was cancelled ``after`` seconds from an event: ``start``, or such an output."""
     name = uuid.uuid4().hex
     lines: list[dict[str, Any]] = []
     sent = False

@@ -61,14 +61,14 @@ def test_nothing_that_the_schema_allows_or_forbids_is_the_servers_fault(server: 
         database=None,
         deadline=None,
         phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
     )
     @given(operation.as_strategy(generation_mode=mode))
     def one(case: schemathesis.Case) -> None:
         idle(client)
         response = case.call(base_url=f"http://{client.host}:{client.port}", timeout=120)
         statuses[response.status_code] += 1
-        checks = [not_a_server_error]
+        checks: list[Any] = [not_a_server_error]
         if response.status_code == 200:
             checks.append(response_schema_conformance)
         case.validate_response(response, checks=checks)
