@@ -65,6 +65,9 @@ def test_nothing_that_the_schema_allows_or_forbids_is_the_servers_fault(server: 
     )
     @given(operation.as_strategy(generation_mode=mode))
     def one(case: schemathesis.Case) -> None:
+        inputs = case.body.get("input") if isinstance(case.body, dict) else None
+        if isinstance(inputs, dict):
+            inputs.setdefault("max_length_tokens", 12)  # thousands, left out
         idle(client)
         response = case.call(base_url=f"http://{client.host}:{client.port}", timeout=120)
         statuses[response.status_code] += 1
