@@ -48,7 +48,7 @@ def pins(path: str) -> dict[str, str]:
         line = line.partition("#")[0].strip()
         if not line or line.startswith("-r "):
             continue
-        assert PIN.fullmatch(line), f"{path}: {line} is not pinned exactly"
+        assert PIN.fullmatch(line.partition(";")[0]), f"{path}: {line} is not pinned exactly"
         name, _, version = line.partition("==")
         found[name.lower().replace("_", "-")] = version
     return found
