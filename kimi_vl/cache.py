@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -157,6 +158,13 @@ class PagedStep:
             self.longer.append(LongChunk(slice(first, first + count), own, chunk.end, mask))
             first += count
 
+    @cached_property
+    def _seen(self) -> Tensor:
+        """Slots (B * L) that the rows look at: no more than those, since products would copy a part of whole pages."""
+        size = self.entries.shape[2]
+        slots = self.table.unsqueeze(-1) * size + torch.arange(size, device=self.table.device)  # (B, M, page_size)
+        return slots.flatten(1)[:, : self._longest].flatten()
+
     def at(self, positions: Tensor) -> PagedStep:
         return self
 
@@ -165,7 +173,7 @@ class PagedStep:
         pages.flatten(0, 1)[self.slots] = entries[0]
         heads = []
         if self._rows:
-            past = pages[self.table].flatten(1, 2)[:, : self._longest]  # (B, L, R+P)
+            past = pages.flatten(0, 1).index_select(0, self._seen).unflatten(0, (self._rows, -1))  # (B, L, R+P)
             q, r = (part[:, :, : self._rows].permute(2, 1, 0, 3) for part in (q_nope, q_rope))  # (B, N, 1, …)
             heads.append(attention.absorbed(q, r, past, self._mask).permute(2, 1, 0, 3))  # (1, N, B, V)
         for chunk in self.longer:

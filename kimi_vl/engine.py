@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import graphs, kernels
+from . import graphs, kernels, sampling
 from .cache import Chunk, PagedCache
 from .errors import UserError
 from .fused import FusedDecoder
@@ -376,7 +376,7 @@ class Engine:
 
     def _advance(self, tickets: Sequence[Ticket], logits: Tensor) -> None:
         """Draw each request's next token and let its guide take it."""
-        finite = torch.isfinite(logits.sum(-1)).tolist()  # one reading of them: a sum hides no infinity and no NaN
+        finite = sampling.finite(logits).tolist()
         forced = [ticket.guide.forced() for ticket in tickets]
         rows = [row for row, token in enumerate(forced) if token is None and finite[row]]
         drawn = draw(

@@ -169,7 +169,7 @@ class StaticDecoder:
         embeddings = self._model.embed(token.where(token >= 0, drawn))  # (B, H)
         step = Step(self._cache.entries, position, slot, self._table[:count], length.int())
         logits = self._model.language_model.logits(self._decoder.states(embeddings, step))  # (B, V)
-        finite.copy_(logits.isfinite().all(-1))
+        finite.copy_(sampling.finite(logits))
         drawn.copy_(
             sampling.choose(
                 logits, temperature, top_p, top_k, limit, number, greedy_only=kind == "greedy", cut=kind == "cut"

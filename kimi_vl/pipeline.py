@@ -159,8 +159,7 @@ class Pipeline:
             raise UserError("E_PARAMETER", f"max_length_tokens must be from 1 to {MAX_LENGTH_TOKENS}; change it.")
         if thinking_budget is not None and thinking_budget < 0:
             raise UserError("E_PARAMETER", "thinking_budget must be at least 0; change it.")
-        ids, patches = self._prompt(messages, images)
-        begun = chat.begun(messages)
+        ids, patches, begun = self._prompt(messages, images)
         context = self.model.config.text_config.max_position_embeddings
         room = min(max_length_tokens, context - len(ids))
         if room < 1:
@@ -183,7 +182,8 @@ class Pipeline:
 
     def _prompt(
         self, messages: Sequence[chat.Message], sources: Sequence[ImageSource]
-    ) -> tuple[list[int], list[Patches]]:
+    ) -> tuple[list[int], list[Patches], str | None]:
+        """The ids, the images, and with what the answer begins, if a turn of it is to be continued."""
         if len(sources) > images.MAX_IMAGES:
             raise UserError("E_TOO_MANY_IMAGES", f"a request may have {images.MAX_IMAGES} images; send fewer.")
         if not messages:
@@ -192,12 +192,14 @@ class Pipeline:
             Patches(*images.preprocess(images.load(source, self.image_options), self.image_options))
             for source in sources
         ]
-        continues = chat.begun(messages) is not None
+        begun = chat.begun(messages)
+        continues = begun is not None
         last = len(messages) - continues
         history = [*chat.without_earlier_thinking(messages[:last]), *messages[last:]]
         context = self.model.config.text_config.max_position_embeddings
         counts = [image.tokens for image in patches]
-        return chat.encode(self.tokenizer, history, counts, limit=context, continue_last=continues), patches
+        ids = chat.encode(self.tokenizer, history, counts, limit=context, continue_last=continues)
+        return ids, patches, begun
 
 
 class EventStream(Iterator[Event]):

@@ -101,9 +101,14 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]
     return [sample(row[:limit], sampling, position) for row, sampling, position, limit in rows]
 
 
+def finite(logits: Tensor) -> Tensor:
+    """Which rows (B) of ``logits`` (B, V) hold no infinity and no NaN: a sum hides neither, and reads them once."""
+    return logits.sum(-1).isfinite()
+
+
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) made by a counter-based generator from ``seed`` and ``position`` alone."""
-    return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
+    return uniforms(seed, position, 1)[0]
 
 
 def uniforms(seed: int, position: int, count: int) -> list[float]:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..language import apply_rope
+
 # Shapes: T tokens, H hidden_size, E routed experts, K experts a token, I expert width, W shared experts' width,
 # B rows that decode one token each, N heads, R rank of the latent, P rotary dims, M pages a row.
 
@@ -72,13 +74,6 @@ def moe(
     return routed if shared is None else routed + mlp(states, *shared)
 
 
-def rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (2i, 2i+1) of the last dimension; the result has even components first, then odd ones."""
-    even, odd = states[..., 0::2], states[..., 1::2]
-    straight, crossed = torch.cat((even, odd), dim=-1), torch.cat((-odd, even), dim=-1)
-    return straight * cos + crossed * sin
-
-
 def latent_write(
     query_rope: Tensor,
     kv_a: Tensor,
@@ -98,10 +93,10 @@ def latent_write(
     is given (DeepSeek-V2 report, sections 2.1.2 and 2.1.3).
     """
     latent, key = kv_a.split((norm_weight.numel(), kv_a.shape[-1] - norm_weight.numel()), dim=-1)
-    new = torch.cat((add_rms_norm(latent, None, norm_weight, eps)[1], rope(key, cos, sin)), dim=-1)  # (T, R+P)
+    new = torch.cat((add_rms_norm(latent, None, norm_weight, eps)[1], apply_rope(key, cos, sin)), dim=-1)  # (T, R+P)
     written = slots >= 0
     entries.view(-1, entries.shape[-1])[slots[written].long()] = new[written]
-    turned = rope(query_rope, cos.unsqueeze(1), sin.unsqueeze(1))
+    turned = apply_rope(query_rope, cos.unsqueeze(1), sin.unsqueeze(1))
     return turned if out is None else out.copy_(turned)
 
 

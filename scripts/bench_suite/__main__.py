@@ -9,9 +9,10 @@ import sys
 # Each is a module of this package and a function in it, `(arguments: list[str]) -> int`; imported only when called.
 COMMANDS = {
     "load": ("load", "main", "seconds from a checkpoint in the page cache to a model, against transformers"),
-    "latency": ("decode", "latency", "first token and tokens a second of one request, by context length"),
+    "latency": ("traffic", "latency", "first token and tokens a second of one request, by context length"),
+    "mixed": ("traffic", "mixed", "requests of all kinds at once, with pictures"),
     "text": ("text", "main", "microseconds a token between a drawn token and the text that leaves"),
-    "throughput": ("decode", "throughput", "tokens a second of many requests at once"),
+    "throughput": ("traffic", "throughput", "tokens a second of many requests at once, all alike"),
     "vision": ("vision", "main", "milliseconds of a picture through the vision tower, by its size"),
 }
 

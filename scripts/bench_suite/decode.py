@@ -1,36 +1,24 @@
-"""`scripts/bench latency` and `throughput`: tokens a second at real widths, beside the bytes that have to be read.
+"""What decoding and reading prompts cost at least, and what the engine needs: shared by `scripts/bench` and the ladder.
 
-Random weights at the published widths, as many layers as are asked for; speed does not depend on the values, only
-routing does, and the experts that are read are counted. The engine and, with ``--peer``, transformers' generate take
-turns in one process, so that a slow minute of the machine meets both.
+Speed does not depend on the values of weights, only routing does, and the experts that are read are counted.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from kimi_vl import loader
 from kimi_vl.config import TextConfig
-from kimi_vl.engine import Engine, EngineOptions
+from kimi_vl.engine import Engine
 from kimi_vl.language import Gate
 from kimi_vl.sampling import Sampling
 
-from . import checkpoint
-
-CACHE = Path(__file__).parents[2] / ".cache" / "bench"
 GREEDY = Sampling(0, 1, 0, 0)
 
 
@@ -59,6 +47,12 @@ class Clock:
     def fail(self, error: Exception) -> None:
         self.error = error
         self.over.set()
+
+    def wait(self) -> None:
+        """For the last token; raises what the request failed of."""
+        self.over.wait()
+        if self.error:
+            raise self.error
 
 
 def read_bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float:
@@ -95,6 +89,21 @@ def bytes_a_step(
     return itemsize * values
 
 
+def prefill_operations(config: TextConfig, length: int) -> float:
+    """Multiplications and additions of the decoder for a prompt of ``length`` tokens, its keys and values written out;
+    the output head, which only the last token meets, left aside."""
+    hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    key, value = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    attention = hidden * (heads * key + config.kv_lora_rank + config.qk_rope_head_dim)
+    attention += config.kv_lora_rank * heads * (config.qk_nope_head_dim + value) + heads * value * hidden
+    attention += heads * (key + value) * (length + 1) / 2
+    dense = 3 * hidden * config.intermediate_size
+    used = config.num_experts_per_tok + config.n_shared_experts
+    sparse = 3 * hidden * config.moe_intermediate_size * used + hidden * config.n_routed_experts
+    first = min(layers, config.first_k_dense_replace)
+    return 2 * length * (layers * attention + first * dense + (layers - first) * sparse)
+
+
 @contextmanager
 def counted_experts(model: nn.Module, rows: int) -> Iterator[list[int]]:
     """How many experts each layer reads in each step that decodes ``rows`` tokens, as long as the block runs."""
@@ -124,139 +133,8 @@ def run_engine(engine: Engine, ids: Sequence[list[int]], room: int) -> tuple[flo
     for row, clock in zip(ids, clocks, strict=True):
         engine.submit(row, [], room, clock)
     for clock in clocks:
-        clock.over.wait()
-        if clock.error:
-            raise clock.error
+        clock.wait()
     all_begun = max(clock.times[0] for clock in clocks)
     end = max(clock.times[-1] for clock in clocks)
     steps = sum(moment > all_begun for moment in max(clocks, key=lambda clock: clock.times[0]).times)
     return all_begun - began, (end - all_begun) / steps
-
-
-def run_peer(model: Any, ids: Sequence[list[int]], room: int) -> tuple[float, float]:
-    inputs = torch.tensor(ids, device=model.device)
-
-    def generate(count: int) -> float:
-        began = time.perf_counter()
-        model.generate(
-            input_ids=inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        return time.perf_counter() - began
-
-    first = generate(1)
-    return first, (generate(room) - first) / (room - 1)
-
-
-def latency(arguments: list[str]) -> int:
-    """One request, at several lengths of its prompt."""
-    contexts = [128, 2048, 8192] if torch.cuda.is_available() else [128, 1024]
-    return _measure("latency", arguments, [1], contexts)
-
-
-def throughput(arguments: list[str]) -> int:
-    """Several requests at once."""
-    rows = [1, 4, 16, 32, 64, 128] if torch.cuda.is_available() else [1, 4, 16]
-    return _measure("throughput", arguments, rows, [128])
-
-
-def _measure(name: str, arguments: list[str], all_rows: list[int], contexts: list[int]) -> int:
-    parser = argparse.ArgumentParser(prog=f"scripts/bench {name}")
-    parser.add_argument("--layers", type=int, default=0, help="text layers (default: all 27 on a GPU, 6 on a CPU)")
-    parser.add_argument("--rows", type=int, nargs="*", default=all_rows, help="requests at once")
-    parser.add_argument("--context", type=int, nargs="*", default=contexts, help="tokens of the prompt")
-    parser.add_argument("--tokens", type=int, default=32, help="new tokens of each request")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--peer", action="store_true", help="transformers' generate on the same weights")
-    parser.add_argument("--divide", type=int, default=1, help="divide the published widths, for a quick look")
-    parser.add_argument("--model", type=Path, help="a checkpoint folder instead of random weights")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--cache", type=Path, default=CACHE)
-    args = parser.parse_args(arguments)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    layers = args.layers or (27 if device.type == "cuda" else 6)
-    if args.model:
-        folder, shape = args.model, str(args.model)
-    else:
-        made = checkpoint.with_layers(args.cache, layers, divisor=args.divide)
-        folder, shape = made.folder, made.shape
-    dtype = getattr(torch, args.dtype)
-    model = loader.load(folder, dtype=dtype, device=device)
-    text = model.config.text_config
-    contestants: dict[str, Callable[[Sequence[list[int]]], tuple[float, float]]] = {}
-    engine = Engine(model, text.vocab_size, EngineOptions(reuse=False, max_rows=max(64, *args.rows)))
-    contestants["kimi_vl"] = lambda ids: run_engine(engine, ids, args.tokens)
-    if args.peer:
-        from kimi_vl.hf import KimiVLForConditionalGeneration
-
-        peer = KimiVLForConditionalGeneration.from_pretrained(folder, dtype=dtype, device_map=args.device)
-        peer.eval()
-        contestants["transformers"] = lambda ids: run_peer(peer, ids, args.tokens)
-    print(f"{shape}, {args.dtype}, {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print("| rows | context | who | first token s | step ms | tok/s | GB a step | GB/s | of read bandwidth |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    results = []
-    for rows in args.rows:
-        for context in args.context:
-            ids = prompts(rows, context, text.vocab_size)
-            taken: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
-            bandwidth = []
-            with counted_experts(model, rows) as counts:
-                run_engine(engine, ids, args.tokens)
-            distinct = statistics.mean(counts) if counts else None
-            for round_ in range(args.rounds + 1):
-                bandwidth.append(read_bandwidth(device))
-                for name, run in contestants.items():
-                    with torch.inference_mode():
-                        figures = run(ids)
-                    if round_:  # the first round warms up
-                        taken[name].append(figures)
-            nbytes, best = (
-                bytes_a_step(text, rows, context + args.tokens // 2, distinct, dtype.itemsize),
-                max(bandwidth),
-            )
-            for name, figures in taken.items():
-                first, step = (statistics.median(column) for column in zip(*figures, strict=True))
-                rate = nbytes / step
-                result = {
-                    "rows": rows,
-                    "context": context,
-                    "experts_read": distinct and round(distinct, 1),
-                    "who": name,
-                    "first_token_s": round(first, 4),
-                    "step_ms": round(step * 1e3, 2),
-                    "tokens_per_second": round(rows / step, 1),
-                    "gb_a_step": round(nbytes / 1e9, 3),
-                    "gb_per_second": round(rate / 1e9, 1),
-                    "of_read_bandwidth": round(rate / best, 3),
-                }
-                results.append(result)
-                print(
-                    f"| {rows} | {context} | {name} | {first:.3f} | {step * 1e3:.1f} | {rows / step:.1f} "
-                    f"| {nbytes / 1e9:.2f} | {rate / 1e9:.1f} | {rate / best:.0%} |",
-                    flush=True,
-                )
-    engine.close()
-    print(
-        json.dumps(
-            {
-                "shape": shape,
-                "dtype": args.dtype,
-                "device": args.device,
-                "cpu": platform.processor() or platform.machine(),
-                "cores": os.cpu_count(),
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "results": results,
-            }
-        )
-    )
-    return 0

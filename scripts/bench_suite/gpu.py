@@ -219,6 +219,7 @@ def decoder_against_float64(job: Job) -> None:
             for name, found in results.items()
         }
         job.check(f"{rows} rows, {new} new", errors["triton"] <= 1.25 * errors["torch"] + 2**-10, errors)
+        job.check(f"{rows} rows, {new} new, plain", errors["torch"] <= 0.03, errors["torch"])
 
 
 def engine_against_plain(job: Job) -> None:

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kimi_vl.kernels import TORCH, Ops, choose
+from kimi_vl.kernels import TORCH, Ops, choose, reference
+from kimi_vl.language import mixed_experts
 
 from .kernel_inputs import PUBLISHED, Call, Inputs, Widths
 
@@ -184,21 +185,8 @@ def grouped_mm(
     shared: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
     """:func:`kimi_vl.kernels.reference.moe` by torch's grouped product: rows sorted by expert, copied, and back."""
-    tokens, top_k = chosen.shape
-    multiply = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm")  # noqa: B009
-    experts, order = chosen.flatten().sort(stable=True)
-    ids = torch.arange(len(gate_up), device=chosen.device, dtype=experts.dtype)
-    ends = torch.searchsorted(experts, ids, right=True, out_int32=True)
-    gate, up = multiply(states[order // top_k], gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-    outputs = multiply(torch.nn.functional.silu(gate) * up, down.transpose(1, 2), offs=ends)
-    placed = torch.empty_like(outputs)
-    placed[order] = outputs
-    mixed = torch.einsum("tkh,tk->th", placed.view(tokens, top_k, -1).float(), weights).to(states.dtype)
-    if shared is None:
-        return mixed
-    gate, up, last = shared
-    linear = torch.nn.functional.linear
-    return mixed + linear(torch.nn.functional.silu(linear(states, gate)) * linear(states, up), last)
+    mixed = mixed_experts(states, chosen, weights, gate_up, down, grouped=True)
+    return mixed if shared is None else mixed + reference.mlp(states, *shared)
 
 
 def measure(case: Case, where: Machine, ops: Ops, host: bool, budget: float = 0.2, **more: Any) -> dict[str, Any]:

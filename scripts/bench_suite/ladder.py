@@ -88,9 +88,7 @@ def tokens(engine: Engine, rehearsal: bool) -> list[list[int]]:
         engine.submit(ids, [], room, guide)
         kept.append(guide)
     for guide in kept:
-        guide.over.wait()
-        if guide.error:
-            raise guide.error
+        guide.wait()
     engine.close()
     return [guide.tokens for guide in kept]
 
@@ -149,9 +147,7 @@ def _ask(engine: Engine, ids: Sequence[int], patches: Sequence[Patches], room: i
     """Seconds to the first token, and the tokens."""
     guide, began = _Keeper(room, decode.GREEDY), time.perf_counter()
     engine.submit(ids, patches, room, guide)
-    guide.over.wait()
-    if guide.error:
-        raise guide.error
+    guide.wait()
     return guide.times[0] - began, guide.tokens
 
 

@@ -47,6 +47,12 @@ class Client:
     def health(self) -> dict[str, Any]:
         return self._json("GET", "/health-check", timeout=5.0)[1]
 
+    def settle(self, seconds: float = 30) -> None:
+        """Wait until nothing runs: Cog frees its slot a moment after it has answered."""
+        deadline = time.monotonic() + seconds
+        while self.health()["status"] == "BUSY" and time.monotonic() < deadline:
+            time.sleep(0.005)
+
     def schema(self) -> dict[str, Any]:
         return self._json("GET", "/openapi.json", timeout=5.0)[1]
 

@@ -228,13 +228,6 @@ def held(server: Server) -> tuple[float, int]:
     return sum(map(int, sizes.split())) * 1024 / 1e6, threads
 
 
-def settle(client: Client, seconds: float = 10) -> None:
-    """Waits until nothing runs: Cog frees its slot a moment after it has answered."""
-    deadline = time.monotonic() + seconds
-    while client.health()["status"] == "BUSY" and time.monotonic() < deadline:
-        time.sleep(0.05)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/soak", description="Many requests of mixed kinds to one server.")
     parser.add_argument("--requests", type=int, default=1000, help="how many (1000)")
@@ -249,7 +242,7 @@ def main() -> int:
         soak = Soak(server, server.client, random.Random(options.seed))
         with contextlib.suppress(KeyboardInterrupt):  # what was seen until then is reported
             soak.run(options.requests, min(options.lines, options.requests))
-        settle(soak.client)
+        soak.client.settle()
         if not soak.samples:
             return 130
         if soak.done > soak.samples[-1].requests:

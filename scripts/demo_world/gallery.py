@@ -45,6 +45,11 @@ class Exhibit:
     tokens: tuple[int, ...]  # of each picture
     groups: Tensor  # (T, 4, C) bfloat16
 
+    @property
+    def talks(self) -> int:
+        """Conversations about it in a batch."""
+        return TALKS.get(self.task, OTHER_TALKS)
+
 
 @dataclass
 class LessonBatch:
@@ -108,8 +113,7 @@ class Teacher:
         self.rng, self.tokenizer = rng, tokenizer
         self.rooms: dict[tuple[int, int, int], list[Exhibit]] = defaultdict(list)
         for exhibit in exhibits:  # shared rows of a batch are of one length
-            talks = TALKS.get(exhibit.task, OTHER_TALKS)
-            self.rooms[len(exhibit.tokens), sum(exhibit.tokens), talks].append(exhibit)
+            self.rooms[len(exhibit.tokens), sum(exhibit.tokens), exhibit.talks].append(exhibit)
 
     def batches(self, text_first: int) -> Iterator[LessonBatch]:
         """Without an end: ``text_first`` batches without pictures, then all exhibits again and again."""
@@ -142,7 +146,7 @@ class Teacher:
         system = lessons.system_message(self.rng)
         shared, rows, shared_row = [], [], []
         for index, exhibit in enumerate(exhibits):
-            for _ in range(TALKS.get(exhibit.task, OTHER_TALKS)):
+            for _ in range(exhibit.talks):
                 talk = lessons.converse(self.rng, exhibit.task, exhibit.pictures, system)
                 prompt = chat.encode(self.tokenizer, talk.messages, exhibit.tokens)
                 begin = len(prompt) - prompt[::-1].index(self.tokenizer.special["<|media_end|>"])

@@ -6,7 +6,6 @@ No such request is a fault of the server, and what succeeds has the form that th
 from __future__ import annotations
 
 import copy
-import time
 from collections import Counter
 from typing import Any
 
@@ -17,7 +16,6 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance
 
-from cog_local.client import Client
 from cog_local.server import Server
 
 from .conftest import data_url, picture, worker_of
@@ -41,13 +39,6 @@ def bounded(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-def idle(client: Client) -> None:
-    """Waits until the server takes another request."""
-    deadline = time.monotonic() + 30
-    while client.health()["status"] == "BUSY" and time.monotonic() < deadline:
-        time.sleep(0.005)
-
-
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 def test_nothing_that_the_schema_allows_or_forbids_is_the_servers_fault(server: Server, mode: GenerationMode) -> None:
     client = server.client
@@ -68,7 +59,7 @@ def test_nothing_that_the_schema_allows_or_forbids_is_the_servers_fault(server: 
         inputs = case.body.get("input") if isinstance(case.body, dict) else None
         if isinstance(inputs, dict):
             inputs.setdefault("max_length_tokens", 12)  # thousands, left out
-        idle(client)
+        client.settle()
         response = case.call(base_url=f"http://{client.host}:{client.port}", timeout=120)
         statuses[response.status_code] += 1
         checks: list[Any] = [not_a_server_error]
@@ -78,7 +69,7 @@ def test_nothing_that_the_schema_allows_or_forbids_is_the_servers_fault(server: 
 
     worker = worker_of(server)
     one()
-    idle(client)
+    client.settle()
     assert client.health()["status"] == "READY"
     assert worker_of(server) == worker
     assert (200 if mode is GenerationMode.POSITIVE else 422) in statuses, statuses

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_suite import checkpoint
 from safetensors.torch import save_file
 
 from kimi_vl import language, loader, vision
@@ -20,52 +21,7 @@ from kimi_vl.projector import Projector
 
 ROOT = Path(__file__).parents[2]
 
-# The values of the published config.json (Instruct and Thinking).
-PUBLISHED = {
-    "model_type": "kimi_vl",
-    "media_placeholder_token_id": 163605,
-    "vision_config": {
-        "model_type": "moonvit",
-        "patch_size": 14,
-        "init_pos_emb_height": 64,
-        "init_pos_emb_width": 64,
-        "num_attention_heads": 16,
-        "num_hidden_layers": 27,
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "merge_kernel_size": [2, 2],
-    },
-    "text_config": {
-        "vocab_size": 163840,
-        "hidden_size": 2048,
-        "intermediate_size": 11264,
-        "moe_intermediate_size": 1408,
-        "num_hidden_layers": 27,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "q_lora_rank": None,
-        "kv_lora_rank": 512,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
-        "n_routed_experts": 64,
-        "n_shared_experts": 2,
-        "num_experts_per_tok": 6,
-        "first_k_dense_replace": 1,
-        "moe_layer_freq": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "topk_method": "noaux_tc",
-        "scoring_func": "sigmoid",
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 2.446,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 800000.0,
-        "rope_scaling": None,
-        "max_position_embeddings": 131072,
-    },
-}
+PUBLISHED = checkpoint.divided(1, 27, 27)
 
 
 def published_tensors() -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -29,6 +29,7 @@ from triton.runtime.errors import InterpreterError  # noqa: E402
 
 from kimi_vl import kernels  # noqa: E402
 from kimi_vl.kernels import reference, triton_mla, triton_moe, triton_norm  # noqa: E402
+from kimi_vl.language import mixed_experts  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TRITON = kernels.choose("cpu", "triton")
@@ -144,6 +145,16 @@ def test_experts(tokens: int, routing: str, shared: bool, plan: str, fences: Fen
     call = fenced(Inputs(ODD, dtype).moe(tokens, routing, shared), fences)
     found = distances(call.run(TRITON, plan=PLANS[plan]), call.twin())
     assert max(found) <= call.tolerance(dtype), found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(("tokens", "routing"), [(1, "random"), (2, "distinct"), (7, "same"), (30, "random")])
+def test_experts_without_kernels(tokens: int, routing: str, grouped: bool, dtype: torch.dtype, fences: Fences):
+    call = fenced(Inputs(ODD, dtype).moe(tokens, routing, shared=False), fences)
+    states, chosen, weights, gate_up, down, *_ = call.arguments
+    mixed = mixed_experts(states, chosen, weights, gate_up, down, grouped=grouped)
+    assert max(distances([mixed], call.twin())) <= call.tolerance(dtype)
 
 
 @pytest.mark.parametrize(("tokens", "plan"), [(33, "blocks of 16"), (70, "blocks of 64")])

@@ -1,0 +1,254 @@
+"""Who decodes for `scripts/bench latency`, `throughput` and `mixed`, each in a process of its own.
+
+One process for all would slow them down: two pools of threads that both want every core no longer wait for each other
+awake. A contestant reads a question a line and answers it in a line; those that have none to answer sleep.
+
+Only the standard library is imported before a contestant is known, so that one may live in another environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+NAMES = ("kimi_vl", "transformers", "vllm")
+ROOT = Path(__file__).parents[2]
+
+
+class Contestant(Protocol):
+    def decode(self, ids: Sequence[list[int]], room: int) -> dict[str, Any]:
+        """``room`` tokens after each of some prompts of one length: ``first``, seconds to the first token of the last
+        row, ``step``, seconds a token after that, and ``experts``, how many a layer read in a step, if that is known.
+        """
+        ...
+
+    def mixed(self, requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Requests that come all at once, each ``ids``, ``room`` and ``side``, the patches on a side of its picture
+        (0: none): ``seconds`` for all of them, and ``first``, seconds to the first token of each."""
+        ...
+
+
+class Process:
+    """A contestant as the one who asks sees it."""
+
+    def __init__(self, name: str, folder: Path, *, device: str, dtype: str, rows: int, threads: int, python: str = ""):
+        command = [python or sys.executable, "-P", "-m", f"{__package__}.contestants", name, str(folder)]
+        command += ["--device", device, "--dtype", dtype, "--rows", str(rows), "--threads", str(threads)]
+        self.name = name
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.version: str = self._answer()["version"]
+
+    def ask(self, question: str, *values: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([question, *values]) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"error: {self.name} ended with status {self._process.wait()}")
+        return json.loads(line)
+
+
+# ---------------------------------------------------------------------------------------------
+# In the process
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--rows", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    args = parser.parse_args()
+    # answers leave by a descriptor of their own: what libraries print goes elsewhere
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    make: Callable[[argparse.Namespace], tuple[str, Contestant]] = {
+        "kimi_vl": _kimi_vl,
+        "transformers": _transformers,
+        "vllm": _vllm,
+    }[args.name]
+    version, contestant = make(args)
+    print(json.dumps({"version": version}), file=answers, flush=True)
+    for line in sys.stdin:
+        question, *values = json.loads(line)
+        print(json.dumps(getattr(contestant, question)(*values)), file=answers, flush=True)
+    return 0
+
+
+def _picture(side: int) -> Any:
+    """Pixels (side * side, 3, 14, 14), float32."""
+    import numpy as np
+
+    return np.random.default_rng(side).uniform(-1, 1, (side * side, 3, 14, 14)).astype(np.float32)
+
+
+def _kimi_vl(args: argparse.Namespace) -> tuple[str, Contestant]:
+    import torch
+
+    from kimi_vl import __version__, loader
+    from kimi_vl.engine import Engine, EngineOptions, Patches
+
+    from . import decode
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    model = loader.load(args.folder, dtype=getattr(torch, args.dtype), device=torch.device(args.device))
+    options = EngineOptions(reuse=False, max_rows=args.rows, embedding_bytes=0)
+    engine = Engine(model, model.config.text_config.vocab_size, options)
+
+    class KimiVL:
+        def decode(self, ids: Sequence[list[int]], room: int) -> dict[str, Any]:
+            with decode.counted_experts(model, len(ids)) as counts:
+                first, step = decode.run_engine(engine, ids, room)
+            return {"first": first, "step": step, "experts": statistics.mean(counts) if counts else None}
+
+        def mixed(self, requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
+            asked = []
+            for request in requests:
+                side = request["side"]
+                pictures = [Patches(_picture(side), (side, side))] if side else []
+                asked.append((request["ids"], pictures, request["room"], decode.Clock(request["room"])))
+            began = time.perf_counter()
+            for request in asked:
+                engine.submit(*request)
+            clocks = [clock for *_, clock in asked]
+            for clock in clocks:
+                clock.wait()
+            seconds = max(clock.times[-1] for clock in clocks) - began
+            return {"seconds": seconds, "first": [clock.times[0] - began for clock in clocks]}
+
+    return __version__, KimiVL()
+
+
+def _transformers(args: argparse.Namespace) -> tuple[str, Contestant]:
+    import torch
+    import transformers
+
+    from kimi_vl.hf import KimiVLForConditionalGeneration
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    transformers.utils.logging.disable_progress_bar()
+    dtype = getattr(torch, args.dtype)
+    model = KimiVLForConditionalGeneration.from_pretrained(args.folder, dtype=dtype, device_map=args.device).eval()
+
+    class Moments:
+        """A streamer that notes when tokens come; the first call is the prompt's."""
+
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def put(self, _: Any) -> None:
+            self.times.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    class Transformers:
+        def decode(self, ids: Sequence[list[int]], room: int) -> dict[str, Any]:
+            first = self._seconds(ids, 1)
+            return {"first": first, "step": (self._seconds(ids, room) - first) / (room - 1), "experts": None}
+
+        def mixed(self, requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
+            """One after another: prompts with pictures cannot share a batch there without padding."""
+            began, first = time.perf_counter(), []
+            for request in requests:
+                side, moments = request["side"], Moments()
+                pixels = {}
+                if side:
+                    values = torch.from_numpy(_picture(side)).to(model.device)
+                    pixels = {"pixel_values": values, "image_grid_hws": torch.tensor([[side, side]])}
+                self._seconds([request["ids"]], request["room"], streamer=moments, **pixels)
+                first.append(moments.times[1] - began)
+            return {"seconds": time.perf_counter() - began, "first": first}
+
+        @torch.inference_mode()
+        def _seconds(self, ids: Sequence[list[int]], count: int, **more: Any) -> float:
+            inputs = torch.tensor(ids, device=model.device)
+            began = time.perf_counter()
+            mask, exactly = torch.ones_like(inputs), {"max_new_tokens": count, "min_new_tokens": count}
+            model.generate(input_ids=inputs, attention_mask=mask, do_sample=False, pad_token_id=0, **exactly, **more)
+            return time.perf_counter() - began
+
+    return transformers.__version__, Transformers()
+
+
+def _vllm(args: argparse.Namespace) -> tuple[str, Contestant]:
+    """Decodes text alone, as a model of DeepSeek-V3's kind, which is what the decoder is.
+
+    On a CPU it gets what its documentation advises: Intel's OpenMP, and every core, of which it would keep one free.
+    """
+    cores = args.threads or os.cpu_count() or 1
+    advised = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{cores - 1}", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+    advised["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
+    openmp = Path(sys.prefix, "lib", "libiomp5.so")
+    if openmp.exists():
+        advised["LD_PRELOAD"] = str(openmp)  # for the process that it starts
+    for name, value in advised.items():
+        os.environ.setdefault(name, value)
+    import vllm  # pyright: ignore[reportMissingImports]
+
+    model = vllm.LLM(
+        model=str(_decoder_alone(args.folder)),
+        skip_tokenizer_init=True,
+        dtype=args.dtype,
+        max_num_seqs=args.rows,
+        max_model_len=16384,
+        enable_prefix_caching=False,
+    )
+
+    class VLLM:
+        def decode(self, ids: Sequence[list[int]], room: int) -> dict[str, Any]:
+            first = self._seconds(ids, 1)
+            return {"first": first, "step": (self._seconds(ids, room) - first) / (room - 1), "experts": None}
+
+        def mixed(self, requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
+            raise NotImplementedError("its pictures are not measured")
+
+        def _seconds(self, ids: Sequence[list[int]], count: int) -> float:
+            exactly = vllm.SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
+            began = time.perf_counter()
+            model.generate([{"prompt_token_ids": row} for row in ids], exactly, use_tqdm=False)
+            return time.perf_counter() - began
+
+    return vllm.__version__, VLLM()
+
+
+def _decoder_alone(folder: Path) -> Path:
+    """The checkpoint's decoder as a checkpoint of its own, beside it; made once."""
+    from safetensors.torch import load_file, save_file
+
+    target = folder.with_name(f"{folder.name}-decoder")
+    if not (target / "config.json").exists():
+        target.mkdir(exist_ok=True)
+        for path in sorted(folder.glob("*.safetensors")):
+            tensors = {name.removeprefix("language_model."): value for name, value in load_file(path).items()}
+            tensors = {name: value for name, value in tensors.items() if name.startswith(("model.", "lm_head."))}
+            save_file(tensors, target / path.name, metadata={"format": "pt"})
+        text = json.loads((folder / "config.json").read_text(encoding="utf-8"))["text_config"]
+        kind = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "torch_dtype": "bfloat16"}
+        (target / "config.json").write_text(json.dumps(text | kind, indent=1), encoding="utf-8")
+    return target
+
+
+if __name__ == "__main__":
+    sys.exit(main())
