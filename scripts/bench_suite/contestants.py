@@ -1,7 +1,8 @@
 """Who decodes for `scripts/bench latency`, `throughput` and `mixed`, each in a process of its own.
 
 One process for all would slow them down: two pools of threads that both want every core no longer wait for each other
-awake. A contestant reads a question a line and answers it in a line; those that have none to answer sleep.
+awake. A contestant reads a question a line and answers it in a line; while it is not its turn it is stopped, since some
+wait for work with a core in use.
 
 Only the standard library is imported before a contestant is known, so that one may live in another environment.
 """
@@ -9,8 +10,10 @@ Only the standard library is imported before a contestant is known, so that one 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -43,18 +46,22 @@ class Process:
         command = [python or sys.executable, "-P", "-m", f"{__package__}.contestants", name, str(folder)]
         command += ["--device", device, "--dtype", dtype, "--rows", str(rows), "--threads", str(threads)]
         self.name = name
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # a group of its own, which takes in what a contestant starts
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0
+        )
         self.version: str = self._answer()["version"]
 
     def ask(self, question: str, *values: Any) -> dict[str, Any]:
         assert self._process.stdin is not None
+        os.killpg(self._process.pid, signal.SIGCONT)
         self._process.stdin.write(json.dumps([question, *values]) + "\n")
         self._process.stdin.flush()
         return self._answer()
 
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def _answer(self) -> dict[str, Any]:
@@ -62,6 +69,7 @@ class Process:
         line = self._process.stdout.readline()
         if not line:
             raise SystemExit(f"error: {self.name} ended with status {self._process.wait()}")
+        os.killpg(self._process.pid, signal.SIGSTOP)
         return json.loads(line)
 
 

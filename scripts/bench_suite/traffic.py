@@ -8,6 +8,7 @@ copy and of reading, operations a second of a large product.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -27,8 +28,8 @@ CACHE = Path(__file__).parents[2] / ".cache" / "bench"
 Result = dict[str, Any]
 
 
-class Round:
-    """The contestants and the ceilings of one run."""
+class Run:
+    """The contestants and the ceilings; the contestants end with the block."""
 
     def __init__(self, args: argparse.Namespace, most_rows: int):
         device = torch.device(args.device)
@@ -41,19 +42,15 @@ class Round:
         self.args, self.config = args, Config.from_directory(folder)
         self.machine = kernels.machine(device)
         self.reading = decode.read_bandwidth(device)
-        self.contestants = [
-            Process(
-                name,
-                folder,
-                device=args.device,
-                dtype=args.dtype,
-                rows=max(64, most_rows),
-                threads=args.threads,
-                python=args.vllm if name == "vllm" else "",
-            )
-            for name in ("kimi_vl", *args.peer)
-        ]
         self.results: list[Result] = []
+        common = {"device": args.device, "dtype": args.dtype, "rows": max(64, most_rows), "threads": args.threads}
+        self.contestants: list[Process] = []
+        with contextlib.ExitStack() as stack:
+            for name in ("kimi_vl", *args.peer):
+                one = Process(name, folder, python=args.vllm if name == "vllm" else "", **common)
+                stack.callback(one.kill)
+                self.contestants.append(one)
+            self._end = stack.pop_all()
         threads = args.threads or torch.get_num_threads()
         print(
             f"{self.shape}, {args.dtype}; {self.machine.name}, {threads} threads, torch {torch.__version__}, "
@@ -61,6 +58,12 @@ class Round:
             + f"\ncopy {self.machine.bytes_per_second / 1e9:.1f} GB/s, reading {self.reading / 1e9:.1f} GB/s, "
             f"bfloat16 product {self.machine.operations_per_second / 1e12:.2f} TFLOP/s\n"
         )
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.close()
 
     def ask(self, question: str, *values: Any) -> dict[str, list[dict[str, Any]]]:
         """Everybody's answers, round after round; a first round warms up and does not count."""
@@ -81,8 +84,6 @@ class Round:
         return round(100 * operations / seconds / self.machine.operations_per_second, 1)
 
     def finish(self, name: str) -> int:
-        for one in self.contestants:
-            one.close()
         summary = {
             "bench": name,
             "shape": self.shape,
@@ -109,9 +110,8 @@ def latency(arguments: list[str]) -> int:
 
 def throughput(arguments: list[str]) -> int:
     """Several requests at once, all alike."""
-    return _decoding(
-        "throughput", arguments, [1, 4, 16, 32, 64, 128] if torch.cuda.is_available() else [1, 4, 16], [128]
-    )
+    rows = [1, 4, 16, 32, 64, 128] if torch.cuda.is_available() else [1, 4, 16]
+    return _decoding("throughput", arguments, rows, [128])
 
 
 def _decoding(name: str, arguments: list[str], all_rows: list[int], contexts: list[int]) -> int:
@@ -120,8 +120,13 @@ def _decoding(name: str, arguments: list[str], all_rows: list[int], contexts: li
     parser.add_argument("--context", type=int, nargs="*", default=contexts, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of each request")
     args = _parsed(parser, arguments)
-    run = Round(args, max(args.rows))
-    text = run.config.text_config
+    with Run(args, max(args.rows)) as run:
+        _equal(run)
+        return run.finish(name)
+
+
+def _equal(run: Run) -> None:
+    args, text = run.args, run.config.text_config
     itemsize = getattr(torch, args.dtype).itemsize
     print("| rows | prompt | who | first token s | of GEMM | step ms | tok/s | GB a step | GB/s | of reading |")
     print("|---|---|---|---|---|---|---|---|---|---|")
@@ -154,7 +159,6 @@ def _decoding(name: str, arguments: list[str], all_rows: list[int], contexts: li
                     f"| {result['percent_of_reading']} % |",
                     flush=True,
                 )
-    return run.finish(name)
 
 
 def mixed(arguments: list[str]) -> int:
@@ -170,7 +174,13 @@ def mixed(arguments: list[str]) -> int:
         parser.error("--peer vllm: only decoding is measured there; try latency or throughput")
     if args.side < 8 or args.side % 8:
         parser.error("--side must be a multiple of 8")
-    run = Round(args, args.requests)
+    with Run(args, args.requests) as run:
+        _mixed(run)
+        return run.finish("mixed")
+
+
+def _mixed(run: Run) -> None:
+    args = run.args
     requests = mixture(run.config, args.requests, args.longest, args.side, args.tokens)
     least = least_seconds(run, requests)
     count, tokens = len(requests), sum(request["room"] for request in requests)
@@ -198,7 +208,6 @@ def mixed(arguments: list[str]) -> int:
             f"| {result['percent_of_ceiling']} % |",
             flush=True,
         )
-    return run.finish("mixed")
 
 
 def mixture(config: Config, count: int, longest: int, side: int, tokens: int) -> list[Result]:
@@ -218,7 +227,7 @@ def mixture(config: Config, count: int, longest: int, side: int, tokens: int) ->
     return requests
 
 
-def least_seconds(run: Round, requests: Sequence[Result]) -> float:
+def least_seconds(run: Run, requests: Sequence[Result]) -> float:
     """Every product of prompts and pictures at the speed of a large one, then all decoding together as long as it can,
     each step reading its weights once, of the experts no more than one token needs."""
     text = run.config.text_config

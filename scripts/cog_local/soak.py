@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import io
 import json
 import os
 import random
-import struct
 import subprocess
 import sys
 import time
 import uuid
-import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from cog_local.client import Client, RequestRefused
 from cog_local.server import ROOT, Server, interrupt_on_signals, model_environment, say
@@ -28,14 +29,9 @@ WARM_UP = 0.2
 
 def picture(colour: tuple[int, int, int], size: tuple[int, int] = (112, 84)) -> str:
     """A data URL of a PNG of one colour."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    rows = (b"\0" + bytes(colour) * size[0]) * size[1]
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0))
-    data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return "data:image/png;base64," + base64.b64encode(data).decode()
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 RED, BLUE = picture((255, 0, 0)), picture((0, 0, 255), (60, 200))
