@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -347,6 +348,9 @@ def main(arguments: Sequence[str]) -> int:
         (section,) = (section for section in SECTIONS if section.name == args.section)
         section.run(Job(args.lines, args.rehearse))
         return 0
+    missing = [name for name in ("torch", "triton", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        parser.error(f"{sys.executable} has no {' and no '.join(missing)}; name another Python by KIMI_VL_PYTHON")
     began, results = time.monotonic(), {}
     args.out.mkdir(parents=True, exist_ok=True)
     target = args.out / "results.json"
