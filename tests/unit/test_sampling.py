@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kimi_vl.errors import UserError
-from kimi_vl.sampling import Sampling, choose, draw, draw_together, sample, uniform, uniforms
+from kimi_vl.sampling import Sampling, choose, draw, draw_together, finite, sample, uniform, uniforms
 
 
 def reference(logits: list[float], temperature: float, top_p: float, top_k: int) -> dict[int, float]:
@@ -120,3 +120,10 @@ def test_rows_of_nan_give_an_id_and_leave_their_neighbours_alone():
     assert ((found >= 0) & (found < 40)).all()
     logits[1] = 0
     assert torch.equal(found[[0, 2]], choose(logits, *given, greedy_only=False, cut=True)[[0, 2]])
+
+
+def test_rows_that_hold_an_infinity_or_no_number_are_not_finite():
+    logits = torch.zeros(6, 1000)
+    for row, values in enumerate(([torch.inf], [-torch.inf], [torch.nan], [torch.inf, -torch.inf], [1e30, 1e30])):
+        logits[row, 7 : 7 + len(values)] = torch.tensor(values)
+    assert finite(logits).tolist() == [False, False, False, False, True, True]
