@@ -132,8 +132,9 @@ def _equal(run: Run) -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     for rows in args.rows:
         for context in args.context:
-            answers = run.ask("decode", decode.prompts(rows, context, text.vocab_size), args.tokens)
-            experts = statistics.mean(answer["experts"] for answer in answers["kimi_vl"])
+            ids = decode.prompts(rows, context, text.vocab_size)
+            experts = run.contestants[0].ask("count", ids, args.tokens)["experts"]
+            answers = run.ask("decode", ids, args.tokens)
             nbytes = decode.bytes_a_step(text, rows, context + args.tokens // 2, experts, itemsize)
             operations = rows * decode.prefill_operations(text, context)
             for who, given in answers.items():
@@ -147,7 +148,7 @@ def _equal(run: Run) -> None:
                     "step_ms": round(step * 1e3, 2),
                     "step_ms_range": [round(1e3 * pick(answer["step"] for answer in given), 2) for pick in (min, max)],
                     "tokens_per_second": round(rows / step, 1),
-                    "experts_read": round(experts, 1),
+                    "experts_read": experts and round(experts, 1),
                     "gb_a_step": round(nbytes / 1e9, 3),
                     "gb_per_s": round(nbytes / step / 1e9, 1),
                     "percent_of_reading": run.of_reading(nbytes, step),
@@ -200,7 +201,7 @@ def _mixed(run: Run) -> None:
             "tokens_per_second": round(tokens / seconds, 1),
             "first_token_s": round(median, 3),
             "last_first_token_s": round(latest, 3),
-            "percent_of_ceiling": round(100 * least / seconds, 1),
+            "percent_of_ceiling": round(100 * least / seconds, 2),
         }
         run.results.append(result)
         print(
