@@ -162,43 +162,40 @@ def _transformers(args: argparse.Namespace) -> tuple[str, Contestant]:
     dtype = getattr(torch, args.dtype)
     model = KimiVLForConditionalGeneration.from_pretrained(args.folder, dtype=dtype, device_map=args.device).eval()
 
-    class Moments:
-        """A streamer that notes when tokens come; the first call is the prompt's."""
+    class Moments(transformers.StoppingCriteria):
+        """Notes when tokens come, and stops nothing."""
 
         def __init__(self) -> None:
             self.times: list[float] = []
 
-        def put(self, _: Any) -> None:
+        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
             self.times.append(time.perf_counter())
-
-        def end(self) -> None:
-            pass
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     class Transformers:
         def decode(self, ids: Sequence[list[int]], room: int) -> dict[str, Any]:
-            first = self._seconds(ids, 1)
-            return {"first": first, "step": (self._seconds(ids, room) - first) / (room - 1)}
+            began = time.perf_counter()
+            times = self._times(ids, room)
+            return {"first": times[0] - began, "step": (times[-1] - times[0]) / (room - 1)}
 
         def mixed(self, requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
             """One after another: prompts with pictures cannot share a batch there without padding."""
             began, first = time.perf_counter(), []
             for request in requests:
-                side, moments = request["side"], Moments()
-                pixels = {}
+                side, pixels = request["side"], {}
                 if side:
                     values = torch.from_numpy(_picture(side)).to(model.device)
                     pixels = {"pixel_values": values, "image_grid_hws": torch.tensor([[side, side]])}
-                self._seconds([request["ids"]], request["room"], streamer=moments, **pixels)
-                first.append(moments.times[1] - began)
+                first.append(self._times([request["ids"]], request["room"], **pixels)[0] - began)
             return {"seconds": time.perf_counter() - began, "first": first}
 
         @torch.inference_mode()
-        def _seconds(self, ids: Sequence[list[int]], count: int, **more: Any) -> float:
-            inputs = torch.tensor(ids, device=model.device)
-            began = time.perf_counter()
-            mask, exactly = torch.ones_like(inputs), {"max_new_tokens": count, "min_new_tokens": count}
-            model.generate(input_ids=inputs, attention_mask=mask, do_sample=False, pad_token_id=0, **exactly, **more)
-            return time.perf_counter() - began
+        def _times(self, ids: Sequence[list[int]], count: int, **more: Any) -> list[float]:
+            inputs, moments = torch.tensor(ids, device=model.device), Moments()
+            more |= {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+            mask, noting = torch.ones_like(inputs), transformers.StoppingCriteriaList([moments])
+            model.generate(input_ids=inputs, attention_mask=mask, stopping_criteria=noting, **more)
+            return moments.times
 
     return transformers.__version__, Transformers()
 
