@@ -22,6 +22,7 @@ from torch import Tensor
 from kimi_vl import loader
 from kimi_vl.config import Config
 
+CACHE = Path(__file__).parents[2] / ".cache" / "bench"
 # The published config.json, but for the numbers of layers.
 PUBLISHED: dict[str, Any] = {
     "architectures": ["KimiVLForConditionalGeneration"],

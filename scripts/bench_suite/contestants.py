@@ -100,20 +100,13 @@ def main() -> int:
     return 0
 
 
-def _picture(side: int) -> Any:
-    """Pixels (side * side, 3, 14, 14), float32."""
-    import numpy as np
-
-    return np.random.default_rng(side).uniform(-1, 1, (side * side, 3, 14, 14)).astype(np.float32)
-
-
 def _kimi_vl(args: argparse.Namespace) -> tuple[str, Contestant]:
     import torch
 
     from kimi_vl import __version__, loader
-    from kimi_vl.engine import Engine, EngineOptions, Patches
+    from kimi_vl.engine import Engine, EngineOptions
 
-    from . import decode
+    from . import decode, ladder
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -135,8 +128,7 @@ def _kimi_vl(args: argparse.Namespace) -> tuple[str, Contestant]:
         def mixed(self, requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
             asked = []
             for request in requests:
-                side = request["side"]
-                pictures = [Patches(_picture(side), (side, side))] if side else []
+                pictures = [ladder.square_picture(request["side"])] if request["side"] else []
                 asked.append((request["ids"], pictures, request["room"], decode.Clock(request["room"])))
             began = time.perf_counter()
             for request in asked:
@@ -155,6 +147,8 @@ def _transformers(args: argparse.Namespace) -> tuple[str, Contestant]:
     import transformers
 
     from kimi_vl.hf import KimiVLForConditionalGeneration
+
+    from . import ladder
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -184,7 +178,7 @@ def _transformers(args: argparse.Namespace) -> tuple[str, Contestant]:
             for request in requests:
                 side, pixels = request["side"], {}
                 if side:
-                    values = torch.from_numpy(_picture(side)).to(model.device)
+                    values = torch.from_numpy(ladder.square_picture(side).pixel_values).to(model.device)
                     pixels = {"pixel_values": values, "image_grid_hws": torch.tensor([[side, side]])}
                 first.append(self._times([request["ids"]], request["room"], **pixels)[0] - began)
             return {"seconds": time.perf_counter() - began, "first": first}

@@ -66,6 +66,14 @@ def read_bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float:
     return nbytes / best
 
 
+def attention_weights(config: TextConfig) -> int:
+    """Values in the projections of one layer's attention."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    down = hidden * (heads * config.qk_head_dim + config.kv_lora_rank + config.qk_rope_head_dim)
+    up = config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
+    return down + up + heads * config.v_head_dim * hidden
+
+
 def bytes_a_step(
     config: TextConfig, rows: int, context: int, distinct: float | None = None, itemsize: int = 2
 ) -> float:
@@ -74,16 +82,13 @@ def bytes_a_step(
     ``distinct`` experts of a layer are read. Where nobody counted them: of E experts, of which a token takes K at
     random, E (1 - (1 - K/E)^rows) are expected.
     """
-    hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    hidden, layers = config.hidden_size, config.num_hidden_layers
     latent = config.kv_lora_rank + config.qk_rope_head_dim
-    attention = hidden * (heads * (config.qk_nope_head_dim + config.qk_rope_head_dim) + latent)
-    attention += config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
-    attention += heads * config.v_head_dim * hidden
     experts, chosen = config.n_routed_experts, config.num_experts_per_tok
     distinct = distinct or experts * (1 - (1 - chosen / experts) ** rows)
     expert = 3 * hidden * config.moe_intermediate_size
     sparse = layers - config.first_k_dense_replace
-    values = layers * attention + config.first_k_dense_replace * 3 * hidden * config.intermediate_size
+    values = layers * attention_weights(config) + config.first_k_dense_replace * 3 * hidden * config.intermediate_size
     values += sparse * ((distinct + config.n_shared_experts) * expert + experts * hidden)
     values += config.vocab_size * hidden + rows * context * layers * latent
     return itemsize * values
@@ -93,10 +98,8 @@ def prefill_operations(config: TextConfig, length: int) -> float:
     """Multiplications and additions of the decoder for a prompt of ``length`` tokens, its keys and values written out;
     the output head, which only the last token meets, left aside."""
     hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
-    key, value = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
-    attention = hidden * (heads * key + config.kv_lora_rank + config.qk_rope_head_dim)
-    attention += config.kv_lora_rank * heads * (config.qk_nope_head_dim + value) + heads * value * hidden
-    attention += heads * (key + value) * (length + 1) / 2
+    looked_at = (length + 1) / 2  # by a token, in the mean
+    attention = attention_weights(config) + heads * (config.qk_head_dim + config.v_head_dim) * looked_at
     dense = 3 * hidden * config.intermediate_size
     used = config.num_experts_per_tok + config.n_shared_experts
     sparse = 3 * hidden * config.moe_intermediate_size * used + hidden * config.n_routed_experts

@@ -137,7 +137,7 @@ def measure(rung: str, rehearsal: bool, device: str, report: Report, check: Chec
     running.close()
 
 
-def _picture(side: int) -> Patches:
+def square_picture(side: int) -> Patches:
     """``side`` by ``side`` patches: a quarter as many tokens."""
     pixels = np.random.default_rng(side).uniform(-1, 1, (side * side, 3, 14, 14)).astype(np.float32)
     return Patches(pixels, (side, side))
@@ -153,7 +153,7 @@ def _ask(engine: Engine, ids: Sequence[int], patches: Sequence[Patches], room: i
 
 def _smoke(engine: Engine, rehearsal: bool, check: Check) -> None:
     """A picture and words give tokens of the vocabulary, the same ones again."""
-    pad, picture = engine.model.config.media_placeholder_token_id, _picture(4 if rehearsal else 32)
+    pad, picture = engine.model.config.media_placeholder_token_id, square_picture(4 if rehearsal else 32)
     ids = [1, 2, 3, *[pad] * picture.tokens, 4, 5]
     found = [_ask(engine, ids, [picture], 3 if rehearsal else 16)[1] for _ in range(2)]
     inside = all(0 <= token < engine.model.config.text_config.vocab_size for token in found[0])
@@ -165,7 +165,7 @@ def _first_tokens(rung: str, engine: Engine, rehearsal: bool, report: Report) ->
     pad, vocabulary = engine.model.config.media_placeholder_token_id, engine.model.config.text_config.vocab_size
     length, side = (20, 4) if rehearsal else (4096, 64)
     (ids,) = decode.prompts(1, length, vocabulary)
-    picture = _picture(side)
+    picture = square_picture(side)
     for name, given, patches in (
         (f"{length} tokens", ids, []),
         (f"a picture of {picture.tokens} tokens", [1, 2, *[pad] * picture.tokens, 3], [picture]),

@@ -33,8 +33,6 @@ from kimi_vl import loader
 
 from . import checkpoint
 
-ROOT = Path(__file__).parents[2]
-CACHE = ROOT / ".cache" / "bench"
 _PIECE = 2**24
 
 # In the order of the table. Ceilings first; the loaders' memory is new, so the third is the one they can reach.
@@ -76,7 +74,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each contestant (default 5)")
     parser.add_argument("--threads", type=int, default=0, help="of our loader and of reading (default: the loader's)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="where the checkpoint is kept (default .cache/bench)")
+    parser.add_argument("--cache", type=Path, default=checkpoint.CACHE, help="where it is kept (default .cache/bench)")
     parser.add_argument("--one", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)

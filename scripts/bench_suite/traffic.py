@@ -24,7 +24,6 @@ from kimi_vl.config import Config
 from . import checkpoint, decode, kernels, vision
 from .contestants import NAMES, Process
 
-CACHE = Path(__file__).parents[2] / ".cache" / "bench"
 Result = dict[str, Any]
 
 
@@ -51,9 +50,9 @@ class Run:
                 stack.callback(one.kill)
                 self.contestants.append(one)
             self._end = stack.pop_all()
-        threads = args.threads or torch.get_num_threads()
+        self.threads = args.threads or torch.get_num_threads()
         print(
-            f"{self.shape}, {args.dtype}; {self.machine.name}, {threads} threads, torch {torch.__version__}, "
+            f"{self.shape}, {args.dtype}; {self.machine.name}, {self.threads} threads, torch {torch.__version__}, "
             + ", ".join(f"{one.name} {one.version}" for one in self.contestants)
             + f"\ncopy {self.machine.bytes_per_second / 1e9:.1f} GB/s, reading {self.reading / 1e9:.1f} GB/s, "
             f"bfloat16 product {self.machine.operations_per_second / 1e12:.2f} TFLOP/s\n"
@@ -91,7 +90,7 @@ class Run:
             "device": self.args.device,
             "machine": self.machine.name,
             "cores": os.cpu_count(),
-            "threads": self.args.threads or torch.get_num_threads(),
+            "threads": self.threads,
             "torch": torch.__version__,
             "versions": {one.name: one.version for one in self.contestants},
             "copy_gb_per_s": round(self.machine.bytes_per_second / 1e9, 1),
@@ -256,7 +255,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument("--divide", type=int, default=1, help="divide the published widths, for a quick look")
     parser.add_argument("--model", type=Path, help="a checkpoint folder instead of random weights")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--cache", type=Path, default=checkpoint.CACHE)
     return parser
 
 
