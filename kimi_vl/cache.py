@@ -99,9 +99,33 @@ class PagedCache:
         if pages:
             self.entries[:, torch.tensor(pages, device=self.entries.device)] = 0
 
-    def step(self, chunks: Sequence[Chunk]) -> PagedStep:
-        """For the new tokens of ``chunks``, one after another in one row (1, T); chunks of one token come first."""
-        return PagedStep(self, chunks)
+    def step(self, chunks: Sequence[Chunk]) -> Step:
+        """For the new tokens of ``chunks``, one after another; chunks of one token come first."""
+        size, device = self.page_size, self.entries.device
+        slots = [chunk.pages[at // size] * size + at % size for chunk in chunks for at in range(chunk.begin, chunk.end)]
+        positions = [at for chunk in chunks for at in range(chunk.begin, chunk.end)]
+        single = [chunk for chunk in chunks if chunk.end - chunk.begin == 1]
+        most = max((-(-chunk.end // size) for chunk in single), default=0)
+        table = [[*chunk.pages[:most], *[-1] * (most - len(chunk.pages))] for chunk in single]
+        longer, first = [], len(single)
+        for chunk in chunks[first:]:
+            count, mask = chunk.end - chunk.begin, None
+            if chunk.begin and not flash.usable(self.entries):
+                mask = torch.ones(count, chunk.end, dtype=torch.bool, device=device).tril(chunk.begin)  # (S, L)
+            own = torch.tensor(chunk.pages[: -(-chunk.end // size)], device=device)
+            longer.append(LongChunk(slice(first, first + count), own, chunk.end, mask))
+            first += count
+        return Step(
+            self.entries,
+            torch.tensor(positions, device=device),
+            torch.tensor(slots, device=device),
+            Rows(
+                torch.tensor(table, dtype=torch.int32, device=device).view(len(single), most),
+                torch.tensor([chunk.end for chunk in single], dtype=torch.int32, device=device),
+                size,
+            ),
+            longer,
+        )
 
 
 @dataclass(frozen=True)
@@ -123,61 +147,35 @@ class LongChunk:
     mask: Tensor | None  # (S, end); None: plainly causal, or that flash_attn needs none
 
 
-class PagedStep:
-    """Pages as the new tokens of one step see them: each those of its own sequence up to itself.
+@dataclass(frozen=True)
+class Rows:
+    """What each of B sequences looks at with its one new token."""
 
-    ``entries`` are those of all layers, ``positions`` (1, T), ``slots`` (T) page * page_size + place. The first tokens
-    are one of each of B rows, with a ``table`` (B, M) of their pages and ``lengths`` (B).
-    """
-
-    def __init__(self, cache: PagedCache, chunks: Sequence[Chunk]):
-        self.entries = cache.entries
-        size, device = cache.page_size, cache.entries.device
-        slots = [chunk.pages[at // size] * size + at % size for chunk in chunks for at in range(chunk.begin, chunk.end)]
-        self.positions = torch.tensor([[at for chunk in chunks for at in range(chunk.begin, chunk.end)]], device=device)
-        self.slots = torch.tensor(slots, device=device)  # (T,)
-        single = [chunk for chunk in chunks if chunk.end - chunk.begin == 1]
-        self._rows = len(single)
-        self._longest = max((chunk.end for chunk in single), default=0)
-        pages = -(-self._longest // size)
-        # rows are filled up with a page of their own, hidden by the mask: no row ever reads another's
-        table = [[*chunk.pages[:pages], *[chunk.pages[0]] * (pages - len(chunk.pages))] for chunk in single]
-        self.table = torch.tensor(table, dtype=torch.long, device=device)  # (B, M)
-        self.lengths = torch.tensor([chunk.end for chunk in single], dtype=torch.long, device=device)
-        self._mask = None
-        if any(chunk.end != self._longest for chunk in single):
-            slots = torch.arange(self._longest, device=device)
-            self._mask = (slots < self.lengths.unsqueeze(1))[:, None, None]  # (B, 1, 1, L)
-        self.longer: list[LongChunk] = []
-        first = self._rows
-        for chunk in chunks[self._rows :]:
-            count, mask = chunk.end - chunk.begin, None
-            if chunk.begin and not flash.usable(cache.entries):
-                mask = torch.ones(count, chunk.end, dtype=torch.bool, device=device).tril(chunk.begin)  # (S, L)
-            own = torch.tensor(chunk.pages[: -(-chunk.end // size)], device=device)
-            self.longer.append(LongChunk(slice(first, first + count), own, chunk.end, mask))
-            first += count
+    table: Tensor  # (B, M) int32, its pages in order; what stands behind those in use means nothing
+    lengths: Tensor  # (B) int32, how many entries there count, the new one among them
+    page_size: int
 
     @cached_property
-    def _seen(self) -> Tensor:
-        """Slots (B * L) that the rows look at: no more than those, since products would copy a part of whole pages."""
-        size = self.entries.shape[2]
-        slots = self.table.unsqueeze(-1) * size + torch.arange(size, device=self.table.device)  # (B, M, page_size)
-        return slots.flatten(1)[:, : self._longest].flatten()
+    def seen(self) -> tuple[Tensor, Tensor | None]:
+        """Slots (B, L) int64 of the entries, L being the greatest length, and which of them count, (B, L); None: all.
 
-    def at(self, positions: Tensor) -> PagedStep:
-        return self
+        Where one does not count, a row's first one stands again, so that no other is ever read. The host waits.
+        """
+        places = torch.arange(int(self.lengths.max()), device=self.table.device)  # (L)
+        pages = self.table[:, places // self.page_size].long()
+        slots = pages.clamp(min=0) * self.page_size + places % self.page_size  # (B, L)
+        if len(self.lengths) == 1:
+            return slots, None
+        counts = places < self.lengths.unsqueeze(1)
+        return slots.where(counts, slots[:, :1]), counts
 
-    def attend(self, layer: int, attention: Attention, q_nope: Tensor, q_rope: Tensor, entries: Tensor) -> Tensor:
-        pages = self.entries[layer]  # (pages, page_size, R+P)
-        pages.flatten(0, 1)[self.slots] = entries[0]
-        heads = []
-        if self._rows:
-            past = pages.flatten(0, 1).index_select(0, self._seen).unflatten(0, (self._rows, -1))  # (B, L, R+P)
-            q, r = (part[:, :, : self._rows].permute(2, 1, 0, 3) for part in (q_nope, q_rope))  # (B, N, 1, …)
-            heads.append(attention.absorbed(q, r, past, self._mask).permute(2, 1, 0, 3))  # (1, N, B, V)
-        for chunk in self.longer:
-            past = pages[chunk.pages].flatten(0, 1)[: chunk.end].unsqueeze(0)  # (1, L, R+P)
-            q, r = q_nope[:, :, chunk.tokens], q_rope[:, :, chunk.tokens]
-            heads.append(attention.expanded(q, r, past, chunk.mask))
-        return heads[0] if len(heads) == 1 else torch.cat(heads, dim=2)  # (1, N, T, V)
+
+@dataclass(frozen=True)
+class Step:
+    """New tokens as all layers see them: one of each of B rows, then those of longer chunks."""
+
+    entries: Tensor  # (layers, pages, page_size, R+P), written to
+    positions: Tensor  # (T) int64
+    slots: Tensor  # (T) int64, where each is remembered: page * page_size + place; a negative one is not
+    rows: Rows
+    longer: Sequence[LongChunk] = ()

@@ -136,13 +136,11 @@ class Engine:
             reuse=options.reuse,
         )
         ops, capture = kernels.choose(model.device), graphs.wanted()
-        self._decoder, self._static = model.language_model, None
-        if ops is not kernels.TORCH:
-            self._decoder = FusedDecoder(model.language_model, ops)
-            if capture and model.device.type == "cuda":
-                recorder = CudaGraphs(model.device)
-                self._static = StaticDecoder(model, self._decoder, self._cache, options.max_rows, recorder)
-                self._static.prepare()
+        self._decoder, self._static = FusedDecoder(model.language_model, ops), None
+        if ops.static and capture and model.device.type == "cuda":
+            recorder = CudaGraphs(model.device)
+            self._static = StaticDecoder(model, self._decoder, self._cache, options.max_rows, recorder)
+            self._static.prepare()
         self._embeddings = _Embeddings(options.embedding_bytes)
         self._tickets: dict[Request, Ticket] = {}
         self._new: deque[Ticket] = deque()
@@ -352,7 +350,7 @@ class Engine:
         ids = torch.tensor([[token for work in works for token in work.request.ids[work.begin : work.end]]])
         features = [feature for work in works for feature in self._features(work)]
         embeddings = model.embed(ids.to(model.device), torch.cat(features) if features else None)
-        states = self._decoder(embeddings, step.positions, step)[0]  # (T, H)
+        states = self._decoder.states(embeddings[0], step)  # (T, H)
         ends = torch.tensor([work.end - work.begin for work in works]).cumsum(0) - 1
         complete = torch.tensor([work.complete for work in works])
         return model.language_model.logits(states[ends[complete].to(model.device)])

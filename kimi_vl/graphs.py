@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from . import sampling
-from .cache import PagedCache
-from .fused import FusedDecoder, Step
+from .cache import PagedCache, Rows, Step
+from .fused import FusedDecoder
 from .model import KimiVL
 from .sampling import Sampling
 
@@ -167,7 +167,8 @@ class StaticDecoder:
         temperature, top_p, number = self._inputs[_INTEGERS:, :count].view(torch.float64)
         drawn, finite = self._outputs[:, :count]
         embeddings = self._model.embed(token.where(token >= 0, drawn))  # (B, H)
-        step = Step(self._cache.entries, position, slot, self._table[:count], length.int())
+        rows = Rows(self._table[:count], length.int(), self._cache.page_size)
+        step = Step(self._cache.entries, position, slot, rows)
         logits = self._model.language_model.logits(self._decoder.states(embeddings, step))  # (B, V)
         finite.copy_(sampling.finite(logits))
         drawn.copy_(

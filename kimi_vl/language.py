@@ -28,9 +28,9 @@ def project(states: Tensor, weight: Tensor) -> Tensor:
     """
     if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
         return F.linear(states, weight)
-    rows = states.reshape(-1, states.shape[-1])  # (T, I)
-    product = torch.mv(weight, rows[0]).unsqueeze(0) if rows.shape[0] == 1 else (weight @ rows.t()).t()
-    return product.view(*states.shape[:-1], weight.shape[0])
+    if states.numel() == states.shape[-1]:
+        return torch.mv(weight, states.flatten()).view(*states.shape[:-1], -1)
+    return (weight @ states.flatten(0, -2).t()).t().unflatten(0, states.shape[:-1])
 
 
 class Linear(nn.Linear):
@@ -188,36 +188,6 @@ class Gate(nn.Module):
         return chosen, weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.scaling
 
 
-def mixed_experts(
-    states: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, *, grouped: bool
-) -> Tensor:
-    """The weighted sum (T, H) over each token's experts, of tokens (T, H), choices and weights (T, K), and the weights
-    of all experts, (E, 2I, H) and (E, H, I).
-
-    ``grouped`` products find on the device where each expert's tokens end. Otherwise there is a product for each
-    expert in use, and the host waits to learn which those are.
-    """
-    count, choices = chosen.shape
-    experts, order = chosen.flatten().sort(stable=True)  # (T K), expert by expert
-    tokens = states[order // choices]
-    if grouped:
-        numbers = torch.arange(len(down), device=experts.device, dtype=experts.dtype)
-        ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)  # (E)
-        gate, up = F.grouped_mm(tokens, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)  # (T K, I)
-        outputs = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)  # (T K, H)
-    else:
-        parts = []
-        shares = torch.bincount(experts, minlength=len(down)).tolist()
-        for expert, own in enumerate(tokens.split(shares)):
-            if own.shape[0]:
-                gate, up = project(own, gate_up[expert]).chunk(2, dim=-1)  # (t, I)
-                parts.append(project(F.silu(gate) * up, down[expert]))  # (t, H)
-        outputs = torch.cat(parts)
-    # back in the order of the choices, and summed in it: the sum of a token does not depend on its company
-    mixed = outputs[order.argsort()].view(count, choices, -1)  # (T, K, H)
-    return (mixed.float() * weights.unsqueeze(-1)).sum(1).to(states.dtype)
-
-
 class Experts(nn.Module):
     """All routed experts of a layer in two tensors; rows of ``gate_up_proj`` are gate, then up."""
 
@@ -231,13 +201,13 @@ class Experts(nn.Module):
 
     def forward(self, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum over each token's experts: tokens (T, H), choices and weights (T, K), result (T, H)."""
-        grouped = states.is_cuda and self._groupable(states)
-        return mixed_experts(states, chosen, weights, self.gate_up_proj, self.down_proj, grouped=grouped)
-
-    def _groupable(self, states: Tensor) -> bool:
-        """What the grouped product is made for: bfloat16 in rows of 16 bytes, on an Ampere GPU or a later one."""
-        aligned = all(size % 8 == 0 for size in self.down_proj.shape[1:])
-        return aligned and states.dtype == torch.bfloat16 and torch.cuda.get_device_capability(states.device) >= (8, 0)
+        mixed = torch.zeros_like(states, dtype=weights.dtype)
+        for expert in chosen.unique().tolist():
+            tokens, places = (chosen == expert).nonzero(as_tuple=True)  # (t)
+            gate, up = project(states[tokens], self.gate_up_proj[expert]).chunk(2, dim=-1)  # (t, I)
+            outputs = project(F.silu(gate) * up, self.down_proj[expert])  # (t, H)
+            mixed = mixed.index_add(0, tokens, outputs.float() * weights[tokens, places].unsqueeze(-1))
+        return mixed.to(states.dtype)
 
 
 class MoE(nn.Module):

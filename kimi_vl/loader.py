@@ -5,12 +5,10 @@ Strict: every tensor the configuration calls for, of its shape, and none besides
 
 from __future__ import annotations
 
-import ctypes
 import io
 import json
 import logging
 import math
-import mmap
 import os
 import threading
 import time
@@ -27,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from . import memory
 from .config import Config
 from .errors import CheckpointError
 from .model import KimiVL
@@ -432,20 +431,5 @@ def _give_memory(model: KimiVL, device: torch.device) -> None:
     for module in model.modules():
         for name, value in list(module.named_parameters(recurse=False)):
             # not Module.to_empty: to make an empty tensor like one without memory, torch imports half a second of sympy
-            memory = torch.empty(value.shape, dtype=value.dtype, device=device)
-            setattr(module, name, torch.nn.Parameter(memory, requires_grad=False))
-    if device.type == "cpu":
-        _use_huge_pages(model)
-
-
-def _use_huge_pages(model: torch.nn.Module) -> None:
-    """Ask the system to back large parameters, still untouched, with pages of 2 MB where it has them."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for parameter in model.parameters():
-        begin = -(-parameter.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (parameter.data_ptr() + parameter.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if end - begin >= 2**21:
-            madvise(begin, end - begin, mmap.MADV_HUGEPAGE)  # advice: nothing is lost where it is not taken
+            empty = memory.empty(value.shape, value.dtype, device)
+            setattr(module, name, torch.nn.Parameter(empty, requires_grad=False))

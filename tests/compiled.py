@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from kimi_vl.cache import Rows
 from kimi_vl.kernels import triton_mla, triton_moe, triton_norm, triton_router
 
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -57,7 +58,7 @@ def call_all() -> None:
     slots = new(2, dtype=torch.int64)
     triton_mla.latent_write(new(2, 16, 192)[..., 128:], new(2, 576), new(512), cos, sin, entries, slots, 1e-6)
     table, lengths = new(2, 64, dtype=whole), new(2, dtype=whole)
-    triton_mla.mla_decode(new(2, 16, 576), entries, table, lengths, 0.07, 512)
+    triton_mla.mla_decode(new(2, 16, 576), entries, Rows(table, lengths, 32), 0.07, 512)
 
 
 def report(name: str, kernel: Any) -> str:

@@ -12,30 +12,48 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import reference
+from . import plain, reference
 
 VARIABLE = "KIMI_VL_KERNELS"
 
 
 @dataclass(frozen=True)
 class Ops:
-    """One implementation of every operation; :mod:`kimi_vl.kernels.reference` says what each computes."""
+    """One implementation of every operation; :mod:`kimi_vl.kernels.reference` says what each computes.
+
+    ``static`` ones never make the host wait, and leave tokens without a slot unwritten: what steps over buffers that
+    stay (:mod:`kimi_vl.graphs`) need.
+    """
 
     name: str
+    static: bool
     add_rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
     router: Callable[[Tensor, Tensor, Tensor, int, float], tuple[Tensor, Tensor]]
     moe: Callable[..., Tensor]
     latent_write: Callable[..., Tensor]
+    per_head: Callable[[Tensor, Tensor], Tensor]
     mla_decode: Callable[..., Tensor]
 
 
-TORCH = Ops(
-    "torch",
+REFERENCE = Ops(
+    "reference",
+    True,
     reference.add_rms_norm,
     reference.router,
     reference.moe,
     reference.latent_write,
+    reference.per_head,
     reference.mla_decode,
+)
+TORCH = Ops(
+    "torch",
+    False,
+    reference.add_rms_norm,
+    reference.router,
+    plain.moe,
+    plain.latent_write,
+    plain.per_head,
+    plain.mla_decode,
 )
 
 
@@ -62,9 +80,11 @@ def choose(device: torch.device | str, name: str | None = None) -> Ops:
         ) from error
     return Ops(
         "triton",
+        True,
         triton_norm.add_rms_norm,
         triton_router.router,
         triton_moe.moe,
         triton_mla.latent_write,
+        reference.per_head,
         triton_mla.mla_decode,
     )

@@ -1,4 +1,4 @@
-"""Each operation in plain PyTorch: what the kernels are held to, and what runs where there are none.
+"""Each operation in plain PyTorch: what every other implementation is held to.
 
 Written to be read beside the papers, not to be fast. Rounding is the published model's: norms and scores in float32,
 results in the dtype of the input. With float64 inputs everything is computed in float64, which makes these functions
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..cache import Rows
 from ..language import apply_rope
 
 # Shapes: T tokens, H hidden_size, E routed experts, K experts a token, I expert width, W shared experts' width,
@@ -100,16 +101,21 @@ def latent_write(
     return turned if out is None else out.copy_(turned)
 
 
-def mla_decode(
-    query: Tensor, entries: Tensor, table: Tensor, lengths: Tensor, scale: float, rank: int, splits: int = 0
-) -> Tensor:
+def per_head(states: Tensor, weight: Tensor) -> Tensor:
+    """(B, N, O) of ``states`` (B, N, I), each head by its own matrix of ``weight`` (N, I, O): into the latent space,
+    and out of it."""
+    return torch.bmm(states.transpose(0, 1), weight).transpose(0, 1)
+
+
+def mla_decode(query: Tensor, entries: Tensor, rows: Rows, scale: float, rank: int, splits: int = 0) -> Tensor:
     """Attention of one token a row over its pages, in the latent space: (B, N, R), R being ``rank``.
 
     ``query`` (B, N, R+P) holds the queries taken into the latent space, then their rotary part; ``entries``
-    (pages, page_size, R+P) of one layer; ``table`` (B, M) a row's pages in order, ``lengths`` (B) how many of the
-    entries there count. What stands in the table behind them is never looked at, nor is any entry behind them. A row
-    of length 0 gives zeros. ``splits`` is for kernels (DeepSeek-V2 report, section 2.1.2 and appendix C).
+    (pages, page_size, R+P) of one layer. Nothing behind a row's length is ever looked at, in its table or among its
+    entries. A row of length 0 gives zeros. ``splits`` is for kernels (DeepSeek-V2 report, section 2.1.2 and
+    appendix C).
     """
+    table, lengths = rows.table, rows.lengths
     past = entries[table.clamp(min=0).long()].flatten(1, 2)  # (B, L, R+P)
     seen = torch.arange(past.shape[1], device=past.device) < lengths.unsqueeze(1)  # (B, L)
     past = past.masked_fill(~seen.unsqueeze(-1), 0)  # a weight of 0 would let NaN through

@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..cache import Rows
+
 # Entries a program reads at least; fewer would cost more in partial sums than in entries.
 LEAST_SHARE = 64
 _PROGRAMS = 2  # for each multiprocessor
@@ -283,8 +285,7 @@ def default_splits(rows: int, head_blocks: int, capacity: int, multiprocessors: 
 def mla_decode(
     query: Tensor,
     entries: Tensor,
-    table: Tensor,
-    lengths: Tensor,
+    rows: Rows,
     scale: float,
     rank: int,
     splits: int = 0,
@@ -293,25 +294,26 @@ def mla_decode(
     """See :func:`kimi_vl.kernels.reference.mla_decode`.
 
     ``splits`` is how many programs share a row at most, 0 a number that suits the shapes; results differ with it by
-    rounding. ``table`` and ``lengths`` are int32.
+    rounding.
     """
-    rows, heads, width = query.shape
+    table, lengths = rows.table, rows.lengths
+    batch, heads, width = query.shape
     page_size, rope = entries.shape[1], width - rank
     if not entries.is_contiguous() or query.stride(-1) != 1 or table.stride(-1) != 1:
         raise ValueError("entries must be contiguous, and so the last dimension of queries and table")
-    out = torch.empty(rows, heads, rank, dtype=query.dtype, device=query.device)
-    if not rows:
+    out = torch.empty(batch, heads, rank, dtype=query.dtype, device=query.device)
+    if not batch:
         return out
     block_n = 16  # the least that tl.dot takes, and the heads of the published model
     head_blocks = -(-heads // block_n)
     tile = tile or (BFLOAT16 if query.itemsize == 2 else FLOAT32)
     if not splits:
-        splits = default_splits(rows, head_blocks, table.shape[1] * page_size, _multiprocessors(query.device))
+        splits = default_splits(batch, head_blocks, table.shape[1] * page_size, _multiprocessors(query.device))
     alone = splits == 1
-    partial = out if alone else torch.empty(rows, splits, heads, rank, dtype=torch.float32, device=query.device)
-    weight = out if alone else torch.empty(rows, splits, heads, dtype=torch.float32, device=query.device)
+    partial = out if alone else torch.empty(batch, splits, heads, rank, dtype=torch.float32, device=query.device)
+    weight = out if alone else torch.empty(batch, splits, heads, dtype=torch.float32, device=query.device)
     block_r = max(16, triton.next_power_of_2(rank))
-    _decode_shares[(rows, head_blocks, splits)](
+    _decode_shares[(batch, head_blocks, splits)](
         query,
         entries,
         table,
@@ -339,7 +341,7 @@ def mla_decode(
     )
     if not alone:
         block = min(128, block_r)
-        _decode_join[(rows, heads, -(-rank // block))](
+        _decode_join[(batch, heads, -(-rank // block))](
             partial,
             weight,
             lengths,

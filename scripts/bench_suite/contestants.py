@@ -120,8 +120,8 @@ def _kimi_vl(args: argparse.Namespace) -> tuple[str, Contestant]:
             return {"first": first, "step": step}
 
         def count(self, ids: Sequence[list[int]], room: int) -> dict[str, Any]:
-            """``experts``: how many a layer reads in a step, or none where kernels do not let it be seen."""
-            with decode.counted_experts(model, len(ids)) as counts:
+            """``experts``: how many a layer reads in a step, or none where graphs hide it."""
+            with decode.counted_experts(engine, len(ids)) as counts:
                 decode.run_engine(engine, ids, room)
             return {"experts": statistics.mean(counts) if counts else None}
 

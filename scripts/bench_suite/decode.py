@@ -9,14 +9,13 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from kimi_vl.config import TextConfig
 from kimi_vl.engine import Engine
-from kimi_vl.language import Gate
 from kimi_vl.sampling import Sampling
 
 GREEDY = Sampling(0, 1, 0, 0)
@@ -108,20 +107,22 @@ def prefill_operations(config: TextConfig, length: int) -> float:
 
 
 @contextmanager
-def counted_experts(model: nn.Module, rows: int) -> Iterator[list[int]]:
+def counted_experts(engine: Engine, rows: int) -> Iterator[list[int]]:
     """How many experts each layer reads in each step that decodes ``rows`` tokens, as long as the block runs."""
-    counts: list[int] = []
+    decoder, counts = engine._decoder, []
+    ops = decoder._ops
 
-    def count(_: nn.Module, __: Any, routed: tuple[torch.Tensor, torch.Tensor]) -> None:
-        if routed[0].shape[0] == rows:
-            counts.append(routed[0].unique().numel())
+    def router(states: torch.Tensor, *more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen, weights = ops.router(states, *more)
+        if len(states) == rows:
+            counts.append(chosen.unique().numel())
+        return chosen, weights
 
-    hooks = [part.register_forward_hook(count) for part in model.modules() if isinstance(part, Gate)]
+    decoder._ops = replace(ops, router=router)
     try:
         yield counts
     finally:
-        for hook in hooks:
-            hook.remove()
+        decoder._ops = ops
 
 
 def prompts(rows: int, length: int, vocabulary: int) -> list[list[int]]:

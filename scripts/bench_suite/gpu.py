@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,8 @@ def kernels_against_twins(job: Job) -> None:
             found = max(distances([result], call.twin()))
             job.check(f"mla_decode {splits} splits, {dtype}", found <= call.tolerance(dtype), found)
         # a fault that has to be seen, or the comparison is blind
-        faulty = with_arguments(call, lambda values: values.__setitem__(3, (values[3] - 1).clamp(min=0)))
+        shorter = replace(call.arguments[2], lengths=(call.arguments[2].lengths - 1).clamp(min=0))
+        faulty = with_arguments(call, lambda values, shorter=shorter: values.__setitem__(2, shorter))
         seen = max(distances(call.run(ops), faulty.twin()))
         job.check(f"a planted mistake is seen, {dtype}", seen > 3 * call.tolerance(dtype), seen)
 
@@ -168,9 +169,10 @@ def kernels_in_graphs(job: Job) -> None:
             job.check(f"moe {count} {routing}", found <= call.tolerance(torch.bfloat16), found)
     call, kept = inputs.mla_decode([3000, 2000, 900], 256), []
     replay = replayed(lambda: kept.append(call.run(ops)), torch.device(job.device))
-    whole = call.arguments[3].clone()
+    lengths = call.arguments[2].lengths
+    whole = lengths.clone()
     for length in (1, 64, 65, 900):
-        call.arguments[3].copy_(whole.clamp(max=length))
+        lengths.copy_(whole.clamp(max=length))
         replay()
         found = max(distances(kept[-1], call.twin()))
         job.check(f"mla_decode up to {length}", found <= call.tolerance(torch.bfloat16), found)
@@ -187,14 +189,14 @@ def decoder_against_float64(job: Job) -> None:
 
     from kimi_vl.cache import Chunk, PagedCache
     from kimi_vl.fused import FusedDecoder
-    from kimi_vl.kernels import choose
+    from kimi_vl.kernels import REFERENCE, choose
 
     from . import ladder
 
     config, device = ladder.config(job.rehearsal, text_layers=2, vocabulary=512), torch.device(job.device)
     half = ladder.random_model(config, device).language_model
-    exact = copy.deepcopy(half).double()
-    fused = FusedDecoder(half, choose(device, "triton"))
+    exact = FusedDecoder(copy.deepcopy(half).double(), REFERENCE)
+    plain, fused = (FusedDecoder(half, choose(device, name)) for name in ("torch", "triton"))
     generator, size = torch.Generator(job.device).manual_seed(1), 32
     context = 40 if job.rehearsal else 2048
     works = [(3, 1), (1, 9)] if job.rehearsal else [(1, 1), (32, 1), (128, 1), (1, 1000)]
@@ -203,16 +205,16 @@ def decoder_against_float64(job: Job) -> None:
         chunks = [Chunk(range(row * pages, (row + 1) * pages), context, context + new) for row in range(rows)]
         latent = config.text_config.kv_lora_rank + config.text_config.qk_rope_head_dim
         past = torch.randn(2, rows * pages, size, latent, generator=generator, device=device).bfloat16()
-        states = torch.randn(1, rows * new, config.text_config.hidden_size, generator=generator, device=device)
+        states = torch.randn(rows * new, config.text_config.hidden_size, generator=generator, device=device)
         states = states.bfloat16()
         results: dict[str, torch.Tensor] = {}
-        for name, decoder in (("float64", exact), ("torch", half), ("triton", fused)):
+        for name, decoder in (("float64", exact), ("torch", plain), ("triton", fused)):
             dtype = torch.float64 if name == "float64" else torch.bfloat16
             cache = PagedCache(config.text_config, rows * pages, size, dtype=dtype, device=device)
             cache.entries.copy_(past)
             step = cache.step(chunks)
             with torch.inference_mode():
-                results[name] = decoder(states.to(dtype), step.positions, step)[0].double()
+                results[name] = decoder.states(states.to(dtype), step).double()
         right = results.pop("float64")
         # the median token: near a tie of two experts a rounding may choose another, on either road
         errors = {

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kimi_vl.kernels import TORCH, Ops
+from kimi_vl.cache import Rows
+from kimi_vl.kernels import REFERENCE, Ops
 
 # Unit roundoffs: a rounding to bfloat16 (8 significant bits) is off by at most 2^-8 of the value. Float32 sums of
 # some thousand terms in an unknown order are off by some ten of its 2^-24.
@@ -65,7 +66,7 @@ class Call:
 
     def twin(self) -> tuple[Tensor, ...]:
         """The results in float64, of exactly the same inputs."""
-        return Call(self.op, _doubled(self.arguments), 0, self.written, self.options).run(TORCH)
+        return Call(self.op, _doubled(self.arguments), 0, self.written, self.options).run(REFERENCE)
 
     def tolerance(self, dtype: torch.dtype) -> float:
         if dtype == torch.bfloat16 and self.roundings:
@@ -229,7 +230,14 @@ class Inputs:
         query = self.normal(len(lengths), widths.heads, widths.rank + widths.rope)
         scale = 2 * (widths.rank + widths.rope) ** -0.5  # scores of a spread of 2: some entries clearly win
         counts = torch.tensor(lengths, dtype=torch.int32, device=self.device)
-        return Call("mla_decode", (query, entries, table.to(self.device), counts, scale, widths.rank), roundings=2)
+        rows = Rows(table.to(self.device), counts, size)
+        return Call("mla_decode", (query, entries, rows, scale, widths.rank), roundings=2)
+
+    def per_head(self, rows: int) -> Call:
+        """Out of the latent space; the weights are laid out the other way round, as the checkpoint has them."""
+        widths = self.widths
+        weight = self.normal(widths.heads, widths.nope, widths.rank, scale=widths.rank**-0.5).transpose(1, 2)
+        return Call("per_head", (self.normal(rows, widths.heads, widths.rank), weight), roundings=1)
 
 
 def with_arguments(call: Call, change: Callable[[list[Any]], None]) -> Call:

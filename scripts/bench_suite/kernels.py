@@ -10,7 +10,6 @@ unless the operation waits for the host, which the table then says.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import platform
 import statistics
@@ -21,17 +20,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from kimi_vl.kernels import TORCH, Ops, choose, reference
-from kimi_vl.language import mixed_experts
+from kimi_vl.cache import Rows
+from kimi_vl.kernels import TORCH, Ops, choose
 
 from .kernel_inputs import PUBLISHED, Call, Inputs, Widths
 
 COLD_BYTES = 256 << 20  # several times the caches of anything we know
 MOST_SETS = 512
 # what plain PyTorch does without asking the host anything
-_NO_HOST = ("add_rms_norm", "router", "mla_decode")
 
 
 @dataclass(frozen=True)
@@ -155,6 +152,14 @@ class Cases:
         values = 2 * tokens * (widths.rank + widths.rope) + 2 * tokens * widths.heads * widths.rope
         return Case("latent_write", f"{tokens} tokens", [self.inputs.latent_write(tokens)], 2 * values, 0)
 
+    def per_head(self, rows: int) -> Case:
+        """From the latent space to values, layer by layer."""
+        widths = self.widths
+        weights = 2 * widths.heads * widths.rank * widths.nope
+        calls = [self.inputs.per_head(rows) for _ in range(_sets(weights, self.cold))]
+        nbytes = weights + 2 * rows * widths.heads * (widths.rank + widths.nope)
+        return Case("per_head", f"{rows} rows", calls, nbytes, rows * weights)
+
     def mla_decode(self, rows: int, context: int) -> Case:
         """Pages in any order, each set its own; the table has room for twice the context."""
         widths, size = self.widths, self.widths.page_size
@@ -170,34 +175,21 @@ class Cases:
             table = torch.zeros(rows, 2 * pages, dtype=torch.int32, device=self.device)
             table[:, :pages] = own
             query = self.inputs.normal(rows, widths.heads, width)
-            calls.append(Call("mla_decode", (query, entries, table, lengths, scale, widths.rank), 2))
+            calls.append(Call("mla_decode", (query, entries, Rows(table, lengths, size), scale, widths.rank), 2))
         nbytes = read + 2 * rows * widths.heads * (width + widths.rank)
         operations = 2 * rows * context * widths.heads * (width + widths.rank)
         return Case("mla_decode", f"{rows} rows of {context}", calls, nbytes, operations)
 
 
-def grouped_mm(
-    states: Tensor,
-    chosen: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    shared: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> Tensor:
-    """:func:`kimi_vl.kernels.reference.moe` by torch's grouped product: rows sorted by expert, copied, and back."""
-    mixed = mixed_experts(states, chosen, weights, gate_up, down, grouped=True)
-    return mixed if shared is None else mixed + reference.mlp(states, *shared)
-
-
-def measure(case: Case, where: Machine, ops: Ops, host: bool, budget: float = 0.2, **more: Any) -> dict[str, Any]:
-    """One row of the table. ``host`` says that the operation waits for the host and cannot be in a graph."""
+def measure(case: Case, where: Machine, ops: Ops, budget: float = 0.2, **more: Any) -> dict[str, Any]:
+    """One row of the table."""
 
     def action() -> None:
         for call in case.calls:
             # not Call.run, which copies what is written to
             getattr(ops, call.op)(*call.arguments, **call.options, **more)
 
-    graph = where.device.type == "cuda" and not host
+    graph = where.device.type == "cuda"
     took = seconds(replayed(action, where.device) if graph else action, where.device, budget) / len(case.calls)
     return {
         "op": case.op,
@@ -239,6 +231,7 @@ def sizes(cases: Cases, cuda: bool, quick: bool) -> list[Callable[[], Case]]:
         made.append(lambda count=count: cases.add_rms_norm(count))
         made.append(lambda count=count: cases.router(count))
         made.append(lambda count=count: cases.latent_write(count))
+        made.append(lambda count=count: cases.per_head(count))
     made += [lambda pair=pair: cases.mla_decode(*pair) for pair in contexts]
     if cuda and not quick:
         made.append(lambda: cases.mla_decode(1, 32768))
@@ -246,14 +239,9 @@ def sizes(cases: Cases, cuda: bool, quick: bool) -> list[Callable[[], Case]]:
     return made
 
 
-def contenders(op: str, where: Machine) -> list[tuple[Ops, bool]]:
-    """Who computes an operation, and whether it waits for the host."""
-    listed = [(TORCH, op not in _NO_HOST)]
-    if op == "moe":
-        listed.append((dataclasses.replace(TORCH, name="grouped_mm", moe=grouped_mm), False))
-    if where.triton:
-        listed.append((choose(where.device, "triton"), False))
-    return listed
+def contenders(where: Machine) -> list[Ops]:
+    """Who computes an operation."""
+    return [TORCH, choose(where.device, "triton")] if where.triton else [TORCH]
 
 
 def bench(
@@ -262,9 +250,9 @@ def bench(
     """Measure everything; what fails is reported and does not stop the rest."""
     for make in sizes(cases, where.device.type == "cuda", quick):
         case = make()
-        for ops, host in contenders(case.op, where):
+        for ops in contenders(where):
             try:
-                report(measure(case, where, ops, host, budget))
+                report(measure(case, where, ops, budget))
             except Exception as error:
                 said = f"{type(error).__name__}: {error}".splitlines()[0]
                 report({"op": case.op, "size": case.size, "who": ops.name, "error": said[:200]})
@@ -279,7 +267,7 @@ def tune(where: Machine, cases: Cases, report: Callable[[dict[str, Any]], None],
 
     def attempt(case: Case, label: str, **more: Any) -> None:
         try:
-            report(measure(case, where, ops, False, 0.1, **more) | {"tile": label})
+            report(measure(case, where, ops, 0.1, **more) | {"tile": label})
         except Exception as error:
             said = f"{type(error).__name__}: {error}".splitlines()[0]
             report({"op": case.op, "size": case.size, "who": ops.name, "tile": label, "error": said[:200]})

@@ -6,6 +6,7 @@ beginning, and whatever happens to its neighbours.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import itertools
 import random
@@ -20,10 +21,11 @@ import numpy as np
 import pytest
 import torch
 
-from kimi_vl import loader
+from kimi_vl import kernels, loader
 from kimi_vl.cache import Chunk, PagedCache
 from kimi_vl.engine import Engine, EngineOptions, Patches, Ticket
 from kimi_vl.errors import UserError
+from kimi_vl.fused import FusedDecoder
 from kimi_vl.generation import Prompt, greedy
 from kimi_vl.model import KimiVL
 from kimi_vl.sampling import Sampling
@@ -412,8 +414,11 @@ def test_a_step_reads_the_context_in_use_and_not_the_capacity(model):
     read = []
     for pages in (20, 2000):
         step = PagedCache(text, pages, 8, dtype=torch.float32).step([Chunk([3, 1], 9, 10), Chunk([2], 4, 5)])
-        read.append((tuple(step.table.shape), step._longest))
-    assert read == [((2, 2), 10)] * 2
+        slots, counts = step.rows.seen
+        assert counts is not None
+        read.append((tuple(step.rows.table.shape), slots.tolist(), counts.sum(1).tolist()))
+    first = [*range(24, 32), 8, 9]
+    assert read == [((2, 2), [first, [*range(16, 21), *[16] * 5]], [10, 5])] * 2
 
 
 @torch.inference_mode()
@@ -422,7 +427,8 @@ def test_rows_of_different_lengths_read_no_page_but_their_own(model):
     cache.entries.fill_(float("nan"))
     cache.clear([3, 1, 5, 2])
     step = cache.step([Chunk([3, 1, 5], 17, 18), Chunk([2], 4, 5), Chunk([1, 2], 8, 12)])
-    states = model.language_model(model.embed(torch.tensor([ids_of(6)])), step.positions, step)
+    decoder = FusedDecoder(copy.deepcopy(model).language_model, kernels.TORCH)
+    states = decoder.states(model.embed(torch.tensor(ids_of(6))), step)
     assert torch.isfinite(states).all()
 
 

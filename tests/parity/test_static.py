@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import sys
+import threading
 import time
 import types
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kimi_vl import flash, graphs, kernels, loader, sampling, vision
-from kimi_vl.cache import Chunk, PagedCache
+from kimi_vl.cache import Chunk, LatentCache, PagedCache
 from kimi_vl.engine import Engine, EngineOptions
 from kimi_vl.fused import FusedDecoder
 from kimi_vl.graphs import StaticDecoder
@@ -54,7 +56,7 @@ def plain(model) -> Iterator[Engine]:
 def with_buffers(model: KimiVL, capture=None, options: EngineOptions = SMALL) -> Engine:
     """An engine that decodes as it does on a GPU, but for the graphs and the kernels."""
     engine, own = Engine(model, 1024, options), copy.deepcopy(model)
-    engine._decoder = decoder = FusedDecoder(own.language_model, kernels.TORCH)
+    engine._decoder = decoder = FusedDecoder(own.language_model, kernels.REFERENCE)
     engine._static = StaticDecoder(own, decoder, engine._cache, options.max_rows, capture)
     return engine
 
@@ -78,24 +80,39 @@ def ops(name: str) -> kernels.Ops:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("name", "dtype"), [("torch", "float32"), ("triton", "float32"), ("triton", "bfloat16")])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("torch", "float32"), ("torch", "bfloat16"), ("triton", "float32"), ("triton", "bfloat16")]
+)
 def test_the_fused_decoder_is_the_model(model, name, dtype):
     """Rows and chunks, with and without a past, in one step; the entries that are written are compared, too."""
     exact, half = copy.deepcopy(model).double(), copy.deepcopy(model).to(getattr(torch, dtype))
     text = model.config.text_config
     past = torch.randn(text.num_hidden_layers, 9, 8, text.kv_lora_rank + text.qk_rope_head_dim)
     chunks = [Chunk([7, 2, 4], 16, 17), Chunk([3], 4, 5), Chunk([5, 1], 6, 11), Chunk([0, 6], 0, 9)]
-    ids = torch.tensor([ids_of(16)])
+    ids = torch.tensor(ids_of(16))
 
-    def run(of: KimiVL, fused: bool) -> tuple[Tensor, Tensor]:
-        cache = PagedCache(text, 9, 8, dtype=of.dtype)
+    def fused() -> tuple[Tensor, Tensor]:
+        cache = PagedCache(text, 9, 8, dtype=half.dtype)
         cache.entries.copy_(past.bfloat16())
-        step = cache.step(chunks)
-        decoder = FusedDecoder(of.language_model, ops(name)) if fused else of.language_model
-        return decoder(of.embed(ids), step.positions, step)[0].double(), cache.entries.double()
+        states = FusedDecoder(copy.deepcopy(half).language_model, ops(name)).states(half.embed(ids), cache.step(chunks))
+        return states.double(), cache.entries.double()
 
-    wanted, beside = run(exact, False), run(half, False)
-    for found, plainly, right in zip(run(half, True), beside, wanted, strict=True):
+    def model_alone(of: KimiVL) -> tuple[Tensor, Tensor]:
+        """Each chunk by itself, in a plain cache that begins as its pages do."""
+        states, entries, first = [], past.bfloat16().double(), 0
+        for chunk in chunks:
+            cache, new = LatentCache(text, 1, 24, dtype=of.dtype), ids[first : first + chunk.end - chunk.begin]
+            own = entries[:, chunk.pages].flatten(1, 2)  # (layers, capacity, R+P)
+            cache._states[:, 0, : chunk.begin] = own[:, : chunk.begin].to(of.dtype)
+            positions = torch.arange(chunk.begin, chunk.end).unsqueeze(0)
+            states.append(of.language_model(of.embed(new.unsqueeze(0)), positions, cache)[0])
+            own[:, chunk.begin : chunk.end] = cache._states[:, 0, chunk.begin : chunk.end].double()
+            entries[:, chunk.pages] = own.unflatten(1, (-1, 8))
+            first += len(new)
+        return torch.cat(states).double(), entries
+
+    wanted, beside = model_alone(exact), model_alone(half)
+    for found, plainly, right in zip(fused(), beside, wanted, strict=True):
         away, allowed = (found - right).norm() / right.norm(), (plainly - right).norm() / right.norm()
         assert away <= 1.5 * allowed + 1e-6, (away, allowed)
         assert allowed > 1e-9  # float64 against itself would show nothing
@@ -107,16 +124,37 @@ def test_projections_are_joined_without_a_copy(model):
     decoder = FusedDecoder(own.language_model, kernels.TORCH)
     for name, value in own.state_dict().items():
         assert torch.equal(value, before[name])
-    attention = own.language_model.model.layers[0].self_attn
-    assert attention.q_proj.weight.data_ptr() == decoder._joined[0].data_ptr()
-    assert attention.kv_a_proj_with_mqa.weight.untyped_storage().data_ptr() == decoder._joined[0].data_ptr()
+    attention, joined = own.language_model.model.layers[0].self_attn, decoder._projections[0].joined
+    assert attention.q_proj.weight.data_ptr() == joined.data_ptr()
+    assert attention.kv_a_proj_with_mqa.weight.untyped_storage().data_ptr() == joined.untyped_storage().data_ptr()
+
+
+def test_the_caller_is_left_without_a_pool_of_threads(model):
+    """Each thread that has computed in parallel keeps one, and two of them slow each other down."""
+    widths = {"hidden_size": 512, "num_attention_heads": 8}
+    config = replace(model.config, text_config=replace(model.config.text_config, **widths))
+    left = []
+
+    def caller() -> None:
+        own = loader.empty_model(config).language_model.to_empty(device="cpu")
+        before = len(os.listdir("/proc/self/task"))
+        FusedDecoder(own, kernels.TORCH)
+        end = time.monotonic() + 5  # threads end a moment after they are waited for
+        while len(os.listdir("/proc/self/task")) > before and time.monotonic() < end:
+            time.sleep(0.01)
+        left.append(len(os.listdir("/proc/self/task")) - before)
+
+    thread = threading.Thread(target=caller)
+    thread.start()
+    thread.join()
+    assert left == [0]
 
 
 def test_the_engine_with_kernels_gives_the_same_tokens(model, plain, monkeypatch):
     ops("triton")
     monkeypatch.setenv(kernels.VARIABLE, "triton")
     engine = Engine(copy.deepcopy(model), 1024, SMALL)
-    assert isinstance(engine._decoder, FusedDecoder) and engine._static is None
+    assert engine._decoder._ops.name == "triton" and engine._static is None
     requests = [some_requests()[index] for index in (2, 6, 8)]
     sent = [send(engine, *request, room=4, sampling=SAMPLINGS[n])[0] for n, request in enumerate(requests)]
     found = [listener.result() for listener in sent]
@@ -134,7 +172,7 @@ def test_kernels_and_graphs_are_chosen_by_variables(model, monkeypatch):
             Engine(model, 1024, SMALL)
     monkeypatch.setenv(graphs.VARIABLE, "0")
     assert not graphs.wanted()
-    assert Engine(model, 1024, SMALL)._decoder is model.language_model
+    assert Engine(model, 1024, SMALL)._decoder._ops is kernels.TORCH
 
 
 # Steps over buffers that stay

@@ -18,7 +18,7 @@ from bench_suite import triton_on_cpu  # isort: skip
 assert triton_on_cpu.interpreter  # it comes before any kernel
 
 from bench_suite import checkpoint, gpu, kernels, vision  # noqa: E402
-from bench_suite.kernel_inputs import PUBLISHED, Inputs, Widths, distances  # noqa: E402
+from bench_suite.kernel_inputs import PUBLISHED, Widths  # noqa: E402
 
 from kimi_vl import graphs  # noqa: E402
 from kimi_vl import kernels as choices  # noqa: E402
@@ -46,28 +46,22 @@ def test_bytes_of_a_token():
 def test_attention_cases_use_pages_of_their_own():
     case = kernels.Cases(Widths(heads=1, rank=16, rope=8), torch.device("cpu"), 5e3).mla_decode(2, 40)
     assert len(case.calls) == 2  # 3,840 bytes each
-    pages = torch.cat([call.arguments[2][:, :2].flatten() for call in case.calls])
+    pages = torch.cat([call.arguments[2].table[:, :2].flatten() for call in case.calls])
     assert pages.unique().numel() == pages.numel() == len(case.calls[0].arguments[1])
-
-
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("routing", ["random", "same"])
-def test_grouped_products_compute_the_same(shared: bool, routing: str):
-    call = Inputs(TOY, torch.bfloat16).moe(9, routing, shared)
-    assert max(distances((kernels.grouped_mm(*call.arguments),), call.twin())) <= call.tolerance(torch.bfloat16)
 
 
 def test_a_failing_contender_is_a_line_and_no_end(monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object) -> None:
         raise NotImplementedError("not here\nand not there")
 
-    monkeypatch.setattr(kernels, "grouped_mm", fail)
+    broken = dataclasses.replace(choices.TORCH, name="broken", moe=fail)
+    monkeypatch.setattr(kernels, "contenders", lambda _: [broken, choices.TORCH])
     rows: list[dict[str, object]] = []
     where = kernels.Machine("toy", torch.device("cpu"), 1e9, 1e12, False)
     with torch.inference_mode():
         kernels.bench(where, kernels.Cases(TOY, where.device, 0), True, rows.append, budget=0)
     failed = [row for row in rows if "error" in row]
-    assert {row["who"] for row in failed} == {"grouped_mm"}
+    assert {(row["who"], row["op"]) for row in failed} == {("broken", "moe")}
     assert all("NotImplementedError: not here |" in kernels.row(row) for row in failed)
     assert "error" not in rows[rows.index(failed[0]) + 1]
 
@@ -78,9 +72,9 @@ def test_the_table_is_complete(capsys: pytest.CaptureFixture[str]):
     assert "no GPU" in first
     report = json.loads(last)
     assert {row["op"] for row in report["results"]} == {
-        "add_rms_norm", "router", "moe", "latent_write", "mla_decode",
+        "add_rms_norm", "router", "moe", "latent_write", "per_head", "mla_decode",
     }  # fmt: skip
-    assert {row["who"] for row in report["results"]} == {"torch", "grouped_mm"}
+    assert {row["who"] for row in report["results"]} == {"torch"}
     assert len([line for line in lines if line.startswith("|")]) == 2 + len(report["results"])
     for row in report["results"]:
         assert row["microseconds"] > 0

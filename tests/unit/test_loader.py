@@ -25,7 +25,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kimi_vl import loader
+from kimi_vl import loader, memory
 from kimi_vl.config import Config
 from kimi_vl.errors import CheckpointError
 from kimi_vl.model import KimiVL
@@ -429,20 +429,17 @@ def test_huge_pages_are_asked_for_inside_the_parameters_alone(monkeypatch):
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Library)
     monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 14, raising=False)
-    model = torch.nn.ParameterList()
-    for size in (5, 2**22 + 77, 2**20, 2**23):
-        model.append(torch.nn.Parameter(torch.empty(size, dtype=torch.uint8), requires_grad=False))
-    loader._use_huge_pages(model)
+    cpu, sizes = torch.device("cpu"), (5, 2**22 + 77, 2**20, 2**23)
+    large = [values for size in sizes if (values := memory.empty((size,), torch.uint8, cpu)).nbytes > 2**21]
     assert len(advised) == 2
-    large = sorted((p for p in model if p.nbytes > 2**21), key=lambda p: p.data_ptr())
-    for (begin, length), parameter in zip(sorted(advised), large, strict=True):
+    for (begin, length), values in zip(advised, large, strict=True):
         assert begin % mmap.PAGESIZE == length % mmap.PAGESIZE == 0
-        assert parameter.data_ptr() <= begin
-        assert begin + length <= parameter.data_ptr() + parameter.nbytes
-        assert length > parameter.nbytes - 2 * mmap.PAGESIZE
+        assert values.data_ptr() <= begin
+        assert begin + length <= values.data_ptr() + values.nbytes
+        assert length > values.nbytes - 2 * mmap.PAGESIZE
     advised.clear()
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
-    loader._use_huge_pages(model)
+    assert memory.empty((3, 2**22), torch.float32, cpu).shape == (3, 2**22)
     assert advised == []
 
 
