@@ -206,7 +206,7 @@ class Experts(nn.Module):
             tokens, places = (chosen == expert).nonzero(as_tuple=True)  # (t)
             gate, up = project(states[tokens], self.gate_up_proj[expert]).chunk(2, dim=-1)  # (t, I)
             outputs = project(F.silu(gate) * up, self.down_proj[expert])  # (t, H)
-            mixed = mixed.index_add(0, tokens, outputs.float() * weights[tokens, places].unsqueeze(-1))
+            mixed.index_add_(0, tokens, outputs.float() * weights[tokens, places].unsqueeze(-1))
         return mixed.to(states.dtype)
 
 
