@@ -64,7 +64,7 @@ class FusedDecoder:
         config, ops, rows = attention.config, self._ops, len(step.rows.lengths)
         heads, rank, nope = config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim
         width = rank + config.qk_rope_head_dim
-        both = project(normed, projections.joined).contiguous()  # (T, N (Q+P) + R+P)
+        both = project(normed, projections.joined).contiguous()  # (T, N (Q+P) + R+P); kernels take tokens in one piece
         query, kv_a = both.split((heads * config.qk_head_dim, width), dim=-1)
         query = query.unflatten(-1, (heads, -1))  # (T, N, Q+P)
         absorbed = torch.empty(len(normed), heads, width, dtype=normed.dtype, device=normed.device)

@@ -21,9 +21,9 @@ def _use_huge_pages(values: Tensor) -> None:
     """Ask the system to back large values, still untouched, with pages of 2 MB."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     begin = -(-values.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (values.data_ptr() + values.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if end - begin >= 2**21:
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         madvise(begin, end - begin, mmap.MADV_HUGEPAGE)  # advice: nothing is lost where it is not taken

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..cache import Rows
 from ..language import apply_rope, project
-from .reference import add_rms_norm
+from . import reference
 
 # Shapes as in `reference`; t tokens of one expert.
 
@@ -92,7 +92,7 @@ def latent_write(
     latent, key = kv_a.split((rank, kv_a.shape[-1] - rank), dim=-1)
     both = torch.cat((query_rope, key.unsqueeze(1)), dim=1)  # (T, N+1, P): turned together, in half as many calls
     turned = apply_rope(both, cos.unsqueeze(1), sin.unsqueeze(1))
-    _, normed = add_rms_norm(latent, None, norm_weight, eps)
+    _, normed = reference.add_rms_norm(latent, None, norm_weight, eps)
     entries.flatten(0, 1)[slots] = torch.cat((normed, turned[:, -1]), dim=-1)  # (T, R+P)
     queries = turned[:, :-1]
     return queries if out is None else out.copy_(queries)
@@ -100,7 +100,7 @@ def latent_write(
 
 def per_head(states: Tensor, weight: Tensor) -> Tensor:
     if len(states) > 1 or states.device.type != "cpu":
-        return torch.bmm(states.transpose(0, 1), weight).transpose(0, 1)
+        return reference.per_head(states, weight)
     # A batched product with one row takes twice as long as these sums of weighted rows of the matrices.
     heads, inner, _ = weight.shape
     rows = torch.arange(heads * inner).view(heads, inner)
