@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import graphs, kernels, sampling
+from . import graphs, kernels, memory, sampling
 from .cache import Chunk, PagedCache
 from .errors import UserError
 from .fused import FusedDecoder
@@ -478,6 +478,4 @@ def spare_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(max(free - (4 << 30), free // 4) * 0.9)
-    with open("/proc/meminfo") as file:
-        total = int(file.readline().split()[1]) << 10
-    return min(4 << 30, total // 10)
+    return min(4 << 30, memory.total() // 10)

@@ -28,11 +28,14 @@ class FusedDecoder:
 
     def __init__(self, model: LanguageModel, ops: Ops):
         self._model, self._ops = model, ops
-        attentions = [layer.self_attn for layer in model.model.layers if isinstance(layer, Layer)]
+        layers = [layer for layer in model.model.layers if isinstance(layer, Layer)]
+        downs = [layer.mlp.experts.down_proj for layer in layers if isinstance(layer.mlp, MoE)]
         # Not in the caller's thread: where it is left with a pool of OpenMP's threads, the engine's wait asleep for
         # each other, which costs a CPU half of its speed. This one's pool ends with it.
         with ThreadPoolExecutor(1) as pool:
-            self._projections = list(pool.map(_Projections, attentions))
+            self._projections = list(pool.map(_Projections, [layer.self_attn for layer in layers]))
+            besides = iter(pool.submit(ops.columns, downs).result())
+        self._besides = [next(besides) if isinstance(layer.mlp, MoE) else {} for layer in layers]
 
     def states(self, embeddings: Tensor, step: Step) -> Tensor:
         """Final states (T, H) of embeddings (T, H)."""
@@ -40,14 +43,15 @@ class FusedDecoder:
         config = decoder.config
         cos, sin = rope_tables(step.positions, config.qk_rope_head_dim, config.rope_theta, embeddings.dtype)  # (T, P)
         residual, delta = embeddings, None
-        for layer, projections, entries in zip(decoder.layers, self._projections, step.entries, strict=True):
+        parts = zip(decoder.layers, self._projections, self._besides, step.entries, strict=True)
+        for layer, projections, besides, entries in parts:
             assert isinstance(layer, Layer)
             norm = layer.input_layernorm
             residual, normed = ops.add_rms_norm(residual, delta, norm.weight, norm.eps)  # (T, H)
             delta = self._attend(layer.self_attn, projections, normed, cos, sin, entries, step)
             norm = layer.post_attention_layernorm
             residual, normed = ops.add_rms_norm(residual, delta, norm.weight, norm.eps)
-            delta = self._experts(layer.mlp, normed) if isinstance(layer.mlp, MoE) else layer.mlp(normed)
+            delta = self._experts(layer.mlp, normed, besides) if isinstance(layer.mlp, MoE) else layer.mlp(normed)
         return ops.add_rms_norm(residual, delta, decoder.norm.weight, decoder.norm.eps)[1]
 
     def _attend(
@@ -84,11 +88,11 @@ class FusedDecoder:
             parts.append(attention.expanded(q, r, past, chunk.mask)[0].transpose(0, 1).flatten(1))  # (S, N V)
         return attention.o_proj(parts[0] if len(parts) == 1 else torch.cat(parts))
 
-    def _experts(self, moe: MoE, normed: Tensor) -> Tensor:
+    def _experts(self, moe: MoE, normed: Tensor, besides: dict[str, Tensor]) -> Tensor:
         gate, experts, shared = moe.gate, moe.experts, moe.shared_experts
         chosen, weights = self._ops.router(normed, gate.weight, gate.e_score_correction_bias, gate.top_k, gate.scaling)
         always = shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight
-        return self._ops.moe(normed, chosen, weights, experts.gate_up_proj, experts.down_proj, always)
+        return self._ops.moe(normed, chosen, weights, experts.gate_up_proj, experts.down_proj, always, **besides)
 
 
 class _Projections:

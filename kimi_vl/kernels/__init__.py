@@ -6,7 +6,7 @@ Triton is imported only when it is chosen; nothing else of the package knows it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ class Ops:
     """One implementation of every operation; :mod:`kimi_vl.kernels.reference` says what each computes.
 
     ``static`` ones never make the host wait, and leave tokens without a slot unwritten: what steps over buffers that
-    stay (:mod:`kimi_vl.graphs`) need.
+    stay (:mod:`kimi_vl.graphs`) need. ``columns`` gives what ``moe`` takes besides, of the ``down_proj`` of each layer.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Ops:
     latent_write: Callable[..., Tensor]
     per_head: Callable[[Tensor, Tensor], Tensor]
     mla_decode: Callable[..., Tensor]
+    columns: Callable[[Sequence[Tensor]], list[dict[str, Tensor]]] = lambda downs: [{} for _ in downs]
 
 
 REFERENCE = Ops(
@@ -54,6 +55,7 @@ TORCH = Ops(
     plain.latent_write,
     plain.per_head,
     plain.mla_decode,
+    plain.columns,
 )
 
 

@@ -51,7 +51,7 @@ def test_attention_cases_use_pages_of_their_own():
 
 
 def test_a_failing_contender_is_a_line_and_no_end(monkeypatch: pytest.MonkeyPatch):
-    def fail(*_: object) -> None:
+    def fail(*_: object, **more: object) -> None:
         raise NotImplementedError("not here\nand not there")
 
     broken = dataclasses.replace(choices.TORCH, name="broken", moe=fail)

@@ -39,7 +39,7 @@ ALLOWED = {
     "pages": set(),
     "scheduler": {"pages"},
     "engine": {
-        "cache", "errors", "fused", "graphs", "kernels", "model", "pages", "sampling", "scheduler", "vision",
+        "cache", "errors", "fused", "graphs", "kernels", "memory", "model", "pages", "sampling", "scheduler", "vision",
     },
     "archive": {"errors"},
     "progress": set(),

@@ -28,7 +28,7 @@ from bench_suite.kernel_inputs import Call, Inputs, Widths, distance, distances,
 from torch import Tensor  # noqa: E402
 from triton.runtime.errors import InterpreterError  # noqa: E402
 
-from kimi_vl import kernels  # noqa: E402
+from kimi_vl import kernels, memory  # noqa: E402
 from kimi_vl.cache import Rows  # noqa: E402
 from kimi_vl.kernels import plain, reference, triton_mla, triton_moe, triton_norm  # noqa: E402
 
@@ -163,7 +163,9 @@ def test_experts(tokens: int, routing: str, shared: bool, plan: str, fences: Fen
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize(("tokens", "routing"), [(1, "random"), (2, "distinct"), (7, "same"), (30, "random")])
+@pytest.mark.parametrize(
+    ("tokens", "routing"), [(1, "random"), (2, "distinct"), (7, "same"), (30, "random"), (37, "same")]
+)
 def test_experts_without_kernels(
     tokens: int, routing: str, grouped: bool, dtype: torch.dtype, fences: Fences, monkeypatch: pytest.MonkeyPatch
 ):
@@ -171,6 +173,36 @@ def test_experts_without_kernels(
     call = fenced(Inputs(ODD, dtype).moe(tokens, routing, shared=tokens % 2 == 0), fences)
     found = distances(call.run(kernels.TORCH), call.twin())
     assert max(found) <= call.tolerance(dtype), found
+
+
+@pytest.mark.parametrize("cache", [1, 3 * 2 * ODD.hidden, plain._CACHE], ids=["a column", "a few", "all"])
+@pytest.mark.parametrize(("tokens", "routing"), [(1, "random"), (2, "distinct"), (3, "random")])
+def test_experts_by_columns(
+    tokens: int, routing: str, cache: int, fences: Fences, monkeypatch: pytest.MonkeyPatch, request
+):
+    """Few tokens, one after another and with experts in common; many tokens do not look at the columns."""
+    monkeypatch.setattr(plain, "_CACHE", cache)
+    plain._part.cache_clear()
+    request.addfinalizer(plain._part.cache_clear)
+    call = fenced(Inputs(ODD, torch.bfloat16).moe(tokens, routing), fences)
+    (besides,) = plain.columns([call.arguments[4]])
+    found = distances(call.run(kernels.TORCH, **besides), call.twin())
+    assert max(found) <= call.tolerance(torch.bfloat16), found
+    assert not call.run(kernels.TORCH, columns=besides["columns"] * torch.nan)[0].isfinite().any()
+    many = Inputs(ODD, torch.bfloat16).moe(7, "same")
+    assert many.run(kernels.TORCH, columns=besides["columns"] * torch.nan)[0].isfinite().all()
+
+
+def test_columns_are_kept_where_there_is_memory(monkeypatch: pytest.MonkeyPatch):
+    downs = [Inputs(ODD, torch.bfloat16, seed=seed).experts()[1] for seed in range(2)]
+    need = sum(down.nbytes for down in downs)
+    monkeypatch.setattr(memory, "available", lambda: 3 * need)
+    kept = plain.columns(downs)
+    assert all(torch.equal(each["columns"], down.mT) for each, down in zip(kept, downs, strict=True))
+    assert all(each["columns"].is_contiguous() for each in kept)
+    assert plain.columns([down.float() for down in downs]) == [{}, {}]
+    monkeypatch.setattr(memory, "available", lambda: 3 * need - 1)
+    assert plain.columns(downs) == [{}, {}]
 
 
 @pytest.mark.parametrize(("tokens", "plan"), [(33, "blocks of 16"), (70, "blocks of 64")])

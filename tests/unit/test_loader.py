@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import json
 import logging
-import mmap
 import os
 import random
 import re
@@ -25,7 +23,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kimi_vl import loader, memory
+from kimi_vl import loader
 from kimi_vl.config import Config
 from kimi_vl.errors import CheckpointError
 from kimi_vl.model import KimiVL
@@ -416,31 +414,6 @@ def test_loading_is_reported(tmp_path, odd_config, monkeypatch, caplog):
     assert len(slow) >= 2
     assert all(re.fullmatch(r"loading: \d+\.\d\d of \d+\.\d\d GB, \d+\.\d\d GB/s", line) for line in slow[:-1])
     assert slow[-1].startswith("loaded ")
-
-
-def test_huge_pages_are_asked_for_inside_the_parameters_alone(monkeypatch):
-    advised = []
-
-    class Library:
-        @staticmethod
-        def madvise(begin, length, advice):
-            advised.append((begin, length))
-            assert advice == 14
-
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library)
-    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 14, raising=False)
-    cpu, sizes = torch.device("cpu"), (5, 2**22 + 77, 2**20, 2**23)
-    large = [values for size in sizes if (values := memory.empty((size,), torch.uint8, cpu)).nbytes > 2**21]
-    assert len(advised) == 2
-    for (begin, length), values in zip(advised, large, strict=True):
-        assert begin % mmap.PAGESIZE == length % mmap.PAGESIZE == 0
-        assert values.data_ptr() <= begin
-        assert begin + length <= values.data_ptr() + values.nbytes
-        assert length > values.nbytes - 2 * mmap.PAGESIZE
-    advised.clear()
-    monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
-    assert memory.empty((3, 2**22), torch.float32, cpu).shape == (3, 2**22)
-    assert advised == []
 
 
 # ---------------------------------------------------------------------------------------------
