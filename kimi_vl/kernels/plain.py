@@ -37,8 +37,9 @@ def moe(
         outputs = _grouped(states, chosen, gate_up, down)
     else:
         outputs = _by_expert(states, chosen, gate_up, down, columns)
-    # summed in the order of the choices: the sum of a token does not depend on its company
-    routed = (outputs.float() * weights.unsqueeze(-1)).sum(1).to(states.dtype)  # (T, H)
+    # every part of an output has its expert's weight
+    weights = weights.repeat_interleave(outputs.shape[1] // weights.shape[1], dim=1).unsqueeze(1)  # (T, 1, n)
+    routed = torch.bmm(weights, outputs.to(weights.dtype)).squeeze(1).to(states.dtype)  # (T, H)
     if shared is None:
         return routed
     gate, up, back = shared
@@ -65,7 +66,10 @@ def _grouped(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> T
 
 
 def _by_expert(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor, columns: Tensor | None) -> Tensor:
-    """The same with products for each expert in use, after the host has waited to learn which those are."""
+    """The same with products for each expert in use, after the host has waited to learn which those are.
+
+    An output may come in several parts, one after another.
+    """
     count, choices = chosen.shape
     if count == 1:  # there is nothing to sort
         experts, order = chosen[0], None
@@ -82,7 +86,8 @@ def _by_expert(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor, co
     else:
         groups = inner.split([len(group) for group in groups])  # (t, I)
         outputs = torch.cat([_rounded(group, down[expert]) for group, expert in zip(groups, used, strict=True)])
-    return (outputs if order is None else outputs[order.argsort()]).view(count, choices, -1)
+    outputs = outputs if order is None else outputs[order.argsort()]
+    return outputs.view(count, -1, states.shape[-1])
 
 
 def _rounded(states: Tensor, weight: Tensor) -> Tensor:
@@ -103,7 +108,7 @@ def columns(downs: Sequence[Tensor]) -> list[dict[str, Tensor]]:
 
 
 def _sums_of_columns(inner: Tensor, experts: Tensor, columns: Tensor, *, distinct: bool) -> Tensor:
-    """float32 products (n, H) of ``inner`` (n, I) with the matrices of ``experts`` (n).
+    """Products of ``inner`` (n, I) with the matrices of ``experts`` (n), each in parts to be added: (n, parts, H).
 
     Weighted sums of columns, all of them in one call, are read up to 1.6 times as fast as a product for each matrix.
     A part of the columns at a time stays in a core's cache for the passes over it, and for other rows that need it:
@@ -119,7 +124,7 @@ def _sums_of_columns(inner: Tensor, experts: Tensor, columns: Tensor, *, distinc
     sums = F.embedding_bag(rows, columns.flatten(0, 1), mode="sum", per_sample_weights=inner)
     if order is not None:
         sums = sums[order.argsort()]
-    return sums.view(count, -1, width).sum(1, dtype=torch.float32)
+    return sums.view(count, -1, width)
 
 
 @functools.cache
