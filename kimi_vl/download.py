@@ -491,9 +491,10 @@ def _extract_with_python(url: str, remote: _Remote, tree: Path, progress: Progre
     tree.mkdir()
     try:
         with closing(body), tarfile.open(fileobj=body, mode="r|", bufsize=LARGEST_END) as archive:
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)  # not in Python 3.11 before 3.11.4
             for member in archive:
                 contents.add(member)
-                archive.extract(member, tree, set_attrs=False, filter="data")
+                archive.extract(member, tree, set_attrs=False)
             fault = end_fault(body.rest(archive.offset))
     except (tarfile.TarError, ValueError, OverflowError) as error:
         if isinstance(error, CheckpointError):
