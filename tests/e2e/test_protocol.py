@@ -195,19 +195,30 @@ def at_rest(thinking_server: Server) -> Iterator[None]:
     assert used == before
 
 
-def cancelled(client: Client, until: str, after: float = 0, **inputs: Any) -> list[dict[str, Any]]:
-    """The lines of a prediction that was cancelled ``after`` seconds from an event: ``start``, or such an output."""
+def until_at_work(server: Server, used: int) -> None:
+    """Until the worker has worked for a fifth of a second more than ``used``, so that it must be within ``predict``.
+
+    Cog loses what cancels a prediction in the milliseconds before.
+    """
+    deadline = time.monotonic() + 20
+    while ticks(server) < used + 20 and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def cancelled(server: Server, until: str, **inputs: Any) -> list[dict[str, Any]]:
+    """The lines of a prediction that was cancelled at an event: ``start``, or such an output."""
     name = uuid.uuid4().hex
     lines: list[dict[str, Any]] = []
     sent = False
-    with contextlib.closing(client.stream({**LONG, **inputs}, name)) as events:
+    used = ticks(server)
+    with contextlib.closing(server.client.stream({**LONG, **inputs}, name)) as events:
         for event in events:
             if event.name == "output":
                 lines += [json.loads(line) for line in event.data["chunk"].splitlines()]
             if not sent and (event.name == until or (lines and lines[-1]["type"] == until)):
                 sent = True
-                time.sleep(after)
-                assert client.cancel(name)
+                until_at_work(server, used)
+                assert server.client.cancel(name)
             if event.name == "completed":
                 assert event.data["status"] == "canceled"
     assert sent
@@ -215,26 +226,25 @@ def cancelled(client: Client, until: str, after: float = 0, **inputs: Any) -> li
 
 
 @pytest.mark.usefixtures("at_rest")
-def test_cancelling_while_the_prompt_is_read(thinker: Client) -> None:
-    # not at once: a cancellation in the first moment is at times lost before it reaches predict
-    assert cancelled(thinker, "start", after=1, prompt="word " * 40_000) == []
-    still_right(thinker)
+def test_cancelling_while_the_prompt_is_read(thinking_server: Server) -> None:
+    assert cancelled(thinking_server, "start", prompt="word " * 40_000) == []
+    still_right(thinking_server.client)
 
 
 @pytest.mark.usefixtures("at_rest")
-def test_cancelling_in_the_thinking(thinker: Client) -> None:
-    lines = cancelled(thinker, "reasoning")
+def test_cancelling_in_the_thinking(thinking_server: Server) -> None:
+    lines = cancelled(thinking_server, "reasoning")
     assert {line["type"] for line in lines} == {"reasoning"}
     thought = "".join(line["text"] for line in lines)
     assert spoken(100_000).startswith(thought)
-    still_right(thinker)
+    still_right(thinking_server.client)
 
 
 @pytest.mark.usefixtures("at_rest")
-def test_cancelling_in_the_answer(thinker: Client) -> None:
-    lines = cancelled(thinker, "answer", thinking_budget=30)
+def test_cancelling_in_the_answer(thinking_server: Server) -> None:
+    lines = cancelled(thinking_server, "answer", thinking_budget=30)
     assert [kind for kind, _ in itertools.groupby(line["type"] for line in lines)] == ["reasoning", "answer"]
-    still_right(thinker)
+    still_right(thinking_server.client)
 
 
 def test_cancelling_what_does_not_run(client: Client) -> None:
@@ -242,14 +252,13 @@ def test_cancelling_what_does_not_run(client: Client) -> None:
 
 
 @pytest.mark.usefixtures("at_rest")
-def test_a_caller_who_hangs_up_cancels(thinker: Client) -> None:
+def test_a_caller_who_hangs_up_cancels(thinking_server: Server, thinker: Client) -> None:
     """Without a stream too; the request would take many minutes, and the next one is not refused for half of one."""
+    used = ticks(thinking_server)
     connection = http.client.HTTPConnection(thinker.host, thinker.port, timeout=30)
     body = json.dumps({"input": {**LONG, "prompt": "Think long."}})
     connection.request("POST", "/predictions", body, {"Content-Type": "application/json"})
-    deadline = time.monotonic() + 20
-    while thinker.health()["status"] != "BUSY" and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until_at_work(thinking_server, used)
     assert thinker.health()["status"] == "BUSY"
     connection.close()
     still_right(thinker)
