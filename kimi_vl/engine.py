@@ -353,7 +353,7 @@ class Engine:
         states = self._decoder.states(embeddings[0], step)  # (T, H)
         ends = torch.tensor([work.end - work.begin for work in works]).cumsum(0) - 1
         complete = torch.tensor([work.complete for work in works])
-        return model.language_model.logits(states[ends[complete].to(model.device)])
+        return self._decoder.logits(states[ends[complete].to(model.device)])
 
     def _features(self, work: Work) -> list[Tensor]:
         """The image vectors (t, H) of the placeholders among a work's tokens."""

@@ -7,6 +7,7 @@ kernel that makes it. Knows no model but the decoder, and no request.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from . import memory
 from .cache import Step
 from .kernels import Ops
-from .language import LATENT_NORM_EPS, Attention, LanguageModel, Layer, MoE, project, rope_tables
+from .kernels.strips import mlp, project
+from .language import LATENT_NORM_EPS, Attention, LanguageModel, Layer, MoE, rope_tables
 
 # Shapes: T tokens, of which the first B are one of each row; H, N, R, P, Q, V as in the decoder.
 
@@ -29,13 +31,24 @@ class FusedDecoder:
     def __init__(self, model: LanguageModel, ops: Ops):
         self._model, self._ops = model, ops
         layers = [layer for layer in model.model.layers if isinstance(layer, Layer)]
-        downs = [layer.mlp.experts.down_proj for layer in layers if isinstance(layer.mlp, MoE)]
         # Not in the caller's thread: where it is left with a pool of OpenMP's threads, the engine's wait asleep for
         # each other, which costs a CPU half of its speed. This one's pool ends with it.
         with ThreadPoolExecutor(1) as pool:
             self._projections = list(pool.map(_Projections, [layer.self_attn for layer in layers]))
-            besides = iter(pool.submit(ops.columns, downs).result())
-        self._besides = [next(besides) if isinstance(layer.mlp, MoE) else {} for layer in layers]
+            self._laid_out = pool.submit(ops.lay_out, self._weights(layers)).result()
+
+    def _weights(self, layers: Sequence[Layer]) -> list[Tensor]:
+        """Those that every token needs, then those of the routed experts."""
+        always = [self._model.lm_head.weight]
+        some: list[Tensor] = []
+        for layer, projections in zip(layers, self._projections, strict=True):
+            always += [projections.joined, layer.self_attn.o_proj.weight]
+            if isinstance(layer.mlp, MoE):
+                always += layer.mlp.shared_experts.weights
+                some += [layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj]
+            else:
+                always += layer.mlp.weights
+        return always + some
 
     def states(self, embeddings: Tensor, step: Step) -> Tensor:
         """Final states (T, H) of embeddings (T, H)."""
@@ -43,16 +56,23 @@ class FusedDecoder:
         config = decoder.config
         cos, sin = rope_tables(step.positions, config.qk_rope_head_dim, config.rope_theta, embeddings.dtype)  # (T, P)
         residual, delta = embeddings, None
-        parts = zip(decoder.layers, self._projections, self._besides, step.entries, strict=True)
-        for layer, projections, besides, entries in parts:
+        for layer, projections, entries in zip(decoder.layers, self._projections, step.entries, strict=True):
             assert isinstance(layer, Layer)
             norm = layer.input_layernorm
             residual, normed = ops.add_rms_norm(residual, delta, norm.weight, norm.eps)  # (T, H)
             delta = self._attend(layer.self_attn, projections, normed, cos, sin, entries, step)
             norm = layer.post_attention_layernorm
             residual, normed = ops.add_rms_norm(residual, delta, norm.weight, norm.eps)
-            delta = self._experts(layer.mlp, normed, besides) if isinstance(layer.mlp, MoE) else layer.mlp(normed)
+            if isinstance(layer.mlp, MoE):
+                delta = self._experts(layer.mlp, normed)
+            else:
+                delta = mlp(normed, layer.mlp.weights, self._laid_out)
         return ops.add_rms_norm(residual, delta, decoder.norm.weight, decoder.norm.eps)[1]
+
+    def logits(self, states: Tensor) -> Tensor:
+        """float32 scores (T, vocab_size) of final states (T, H), row after row in memory."""
+        scores = project(states, self._model.lm_head.weight, self._laid_out)
+        return scores.to(torch.float32, memory_format=torch.contiguous_format)
 
     def _attend(
         self,
@@ -68,7 +88,8 @@ class FusedDecoder:
         config, ops, rows = attention.config, self._ops, len(step.rows.lengths)
         heads, rank, nope = config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim
         width = rank + config.qk_rope_head_dim
-        both = project(normed, projections.joined).contiguous()  # (T, N (Q+P) + R+P); kernels take tokens in one piece
+        # kernels take tokens in one piece
+        both = project(normed, projections.joined, self._laid_out).contiguous()  # (T, N (Q+P) + R+P)
         query, kv_a = both.split((heads * config.qk_head_dim, width), dim=-1)
         query = query.unflatten(-1, (heads, -1))  # (T, N, Q+P)
         absorbed = torch.empty(len(normed), heads, width, dtype=normed.dtype, device=normed.device)
@@ -86,13 +107,16 @@ class FusedDecoder:
             q, r = query[chunk.tokens, :, :nope], absorbed[chunk.tokens, :, rank:]  # (S, N, Q), (S, N, P)
             q, r = q.transpose(0, 1).unsqueeze(0), r.transpose(0, 1).unsqueeze(0)
             parts.append(attention.expanded(q, r, past, chunk.mask)[0].transpose(0, 1).flatten(1))  # (S, N V)
-        return attention.o_proj(parts[0] if len(parts) == 1 else torch.cat(parts))
+        states = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return project(states, attention.o_proj.weight, self._laid_out)
 
-    def _experts(self, moe: MoE, normed: Tensor, besides: dict[str, Tensor]) -> Tensor:
+    def _experts(self, moe: MoE, normed: Tensor) -> Tensor:
         gate, experts, shared = moe.gate, moe.experts, moe.shared_experts
         chosen, weights = self._ops.router(normed, gate.weight, gate.e_score_correction_bias, gate.top_k, gate.scaling)
-        always = shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight
-        return self._ops.moe(normed, chosen, weights, experts.gate_up_proj, experts.down_proj, always, **besides)
+        besides = {"laid_out": self._laid_out} if self._laid_out else {}
+        return self._ops.moe(
+            normed, chosen, weights, experts.gate_up_proj, experts.down_proj, shared.weights, **besides
+        )
 
 
 class _Projections:

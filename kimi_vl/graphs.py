@@ -169,7 +169,7 @@ class StaticDecoder:
         embeddings = self._model.embed(token.where(token >= 0, drawn))  # (B, H)
         rows = Rows(self._table[:count], length.int(), self._cache.page_size)
         step = Step(self._cache.entries, position, slot, rows)
-        logits = self._model.language_model.logits(self._decoder.states(embeddings, step))  # (B, V)
+        logits = self._decoder.logits(self._decoder.states(embeddings, step))  # (B, V)
         finite.copy_(sampling.finite(logits))
         drawn.copy_(
             sampling.choose(

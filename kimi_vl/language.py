@@ -168,6 +168,11 @@ class Mlp(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(states)) * self.up_proj(states))
 
+    @property
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of gate, up and down."""
+        return self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+
 
 class Gate(nn.Module):
     """The router: sigmoid scores choose experts with a correction bias, and weigh them without it."""

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import plain, reference
+from . import plain, reference, strips
+from .strips import Strips
 
 VARIABLE = "KIMI_VL_KERNELS"
 
@@ -22,7 +23,7 @@ class Ops:
     """One implementation of every operation; :mod:`kimi_vl.kernels.reference` says what each computes.
 
     ``static`` ones never make the host wait, and leave tokens without a slot unwritten: what steps over buffers that
-    stay (:mod:`kimi_vl.graphs`) need. ``columns`` gives what ``moe`` takes besides, of the ``down_proj`` of each layer.
+    stay (:mod:`kimi_vl.graphs`) need. ``lay_out`` makes of weights what products and ``moe`` may take in their place.
     """
 
     name: str
@@ -33,7 +34,7 @@ class Ops:
     latent_write: Callable[..., Tensor]
     per_head: Callable[[Tensor, Tensor], Tensor]
     mla_decode: Callable[..., Tensor]
-    columns: Callable[[Sequence[Tensor]], list[dict[str, Tensor]]] = lambda downs: [{} for _ in downs]
+    lay_out: Callable[[Sequence[Tensor]], dict[Tensor, Strips]] = lambda weights: {}
 
 
 REFERENCE = Ops(
@@ -55,7 +56,7 @@ TORCH = Ops(
     plain.latent_write,
     plain.per_head,
     plain.mla_decode,
-    plain.columns,
+    strips.lay_out,
 )
 
 

@@ -7,20 +7,23 @@ steps over buffers that stay: the host may wait here, and every token of :func:`
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import memory
+from .. import language
 from ..cache import Rows
-from ..language import apply_rope, project
+from ..language import apply_rope
 from . import reference
+from .strips import Strips, mlp
 
-# Shapes as in `reference`; t tokens of one expert.
+# Shapes as in `reference`.
 
-_CACHE = 3 << 19  # bytes: three quarters of a second-level cache of 2 MB
+_NONE: Mapping[Tensor, Strips] = MappingProxyType({})
 
 
 def moe(
@@ -30,20 +33,15 @@ def moe(
     gate_up: Tensor,
     down: Tensor,
     shared: tuple[Tensor, Tensor, Tensor] | None = None,
-    columns: Tensor | None = None,
+    laid_out: Mapping[Tensor, Strips] = _NONE,
 ) -> Tensor:
-    """``columns`` (E, I, H) hold ``down`` column by column, where it was worth it; see :func:`columns`."""
+    """``laid_out`` are strips of some of the weights; see :mod:`kimi_vl.kernels.strips`."""
     if _groupable(states, down):
         outputs = _grouped(states, chosen, gate_up, down)
     else:
-        outputs = _by_expert(states, chosen, gate_up, down, columns)
-    # every part of an output has its expert's weight
-    weights = weights.repeat_interleave(outputs.shape[1] // weights.shape[1], dim=1).unsqueeze(1)  # (T, 1, n)
-    routed = torch.bmm(weights, outputs.to(weights.dtype)).squeeze(1).to(states.dtype)  # (T, H)
-    if shared is None:
-        return routed
-    gate, up, back = shared
-    return routed + project(F.silu(project(states, gate)) * project(states, up), back)
+        outputs = _by_expert(states, chosen, gate_up, down, laid_out)
+    routed = torch.bmm(weights.unsqueeze(1), outputs.to(weights.dtype)).squeeze(1).to(states.dtype)  # (T, H)
+    return routed if shared is None else routed + mlp(states, shared, laid_out)
 
 
 def _groupable(states: Tensor, down: Tensor) -> bool:
@@ -65,77 +63,49 @@ def _grouped(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> T
     return outputs[order.argsort()].view(count, choices, -1)
 
 
-def _by_expert(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor, columns: Tensor | None) -> Tensor:
-    """The same with products for each expert in use, after the host has waited to learn which those are.
-
-    An output may come in several parts, one after another.
-    """
+def _by_expert(
+    states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor, laid_out: Mapping[Tensor, Strips]
+) -> Tensor:
+    """The same with products for each expert in use, after the host has waited to learn which those are."""
     count, choices = chosen.shape
     if count == 1:  # there is nothing to sort
-        experts, order = chosen[0], None
-        used, groups = experts.tolist(), states.expand(choices, -1).split(1)
+        experts, order, shares = chosen[0], None, [1] * choices
+        tokens = states.expand(choices, -1)
     else:
         experts, order = chosen.flatten().sort(stable=True)  # (T K), expert by expert
-        unique, shares = experts.unique_consecutive(return_counts=True)
-        used, groups = unique.tolist(), states[order // choices].split(shares.tolist())  # (t, H)
-    both = [_rounded(group, gate_up[expert]) for group, expert in zip(groups, used, strict=True)]
-    gate, up = torch.cat(both).chunk(2, dim=-1)
-    inner = F.silu(gate) * up  # (T K, I)
-    if columns is not None and len(inner) <= 2 * len(used):
-        outputs = _sums_of_columns(inner, experts, columns, distinct=len(used) == len(inner))
-    else:
-        groups = inner.split([len(group) for group in groups])  # (t, I)
-        outputs = torch.cat([_rounded(group, down[expert]) for group, expert in zip(groups, used, strict=True)])
+        shares = experts.unique_consecutive(return_counts=True)[1].tolist()
+        tokens = states[order // choices]
+    gate, up = _each(tokens, experts, shares, gate_up, laid_out.get(gate_up)).chunk(2, dim=-1)
+    outputs = _each(F.silu(gate) * up, experts, shares, down, laid_out.get(down))  # (T K, H)
     outputs = outputs if order is None else outputs[order.argsort()]
-    return outputs.view(count, -1, states.shape[-1])
+    return outputs.view(count, choices, -1)
+
+
+def _each(states: Tensor, experts: Tensor, shares: list[int], weight: Tensor, strips: Strips | None) -> Tensor:
+    """(n, O) of ``states`` (n, I), of which as many as each of ``shares`` says are one after another for one expert.
+
+    What an expert has to do for one token alone is done from its strips, in one call for all of them.
+    """
+    if strips is not None and len(shares) == len(states):
+        return strips.product(states, experts)
+    outputs = states.new_empty(len(states), weight.shape[1])
+    ends = itertools.accumulate(shares)
+    groups = [slice(end - share, end) for end, share in zip(ends, shares, strict=True)]
+    alone = [group.start for group in groups if group.stop - group.start == 1]
+    if strips is not None and alone:
+        groups = [group for group in groups if group.stop - group.start > 1]
+        outputs[alone] = strips.product(states[alone], experts[alone])
+    for group, expert in zip(groups, experts[[group.start for group in groups]].tolist(), strict=True):
+        outputs[group] = _rounded(states[group], weight[expert])
+    return outputs
 
 
 def _rounded(states: Tensor, weight: Tensor) -> Tensor:
-    """:func:`project` with the number of many rows rounded up: oneDNN compiles a product for each it has not met."""
+    """A product with the number of many rows rounded up: oneDNN compiles one for each it has not met."""
     count = len(states)
-    return project(F.pad(states, (0, 0, 0, -count % 16)), weight)[:count] if count > 16 else project(states, weight)
-
-
-def columns(downs: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-    """Each layer's ``down`` (E, H, I) a second time, column by column (E, I, H), for steps of few tokens.
-
-    That is for bfloat16 on a CPU, and where it takes no more than a third of the memory that is free.
-    """
-    worth = all(down.device.type == "cpu" and down.dtype == torch.bfloat16 for down in downs)
-    if not worth or 3 * sum(down.nbytes for down in downs) > memory.available():
-        return [{} for _ in downs]
-    return [{"columns": memory.like(down.transpose(1, 2))} for down in downs]
-
-
-def _sums_of_columns(inner: Tensor, experts: Tensor, columns: Tensor, *, distinct: bool) -> Tensor:
-    """Products of ``inner`` (n, I) with the matrices of ``experts`` (n), each in parts to be added: (n, parts, H).
-
-    Weighted sums of columns, all of them in one call, are read up to 1.6 times as fast as a product for each matrix.
-    A part of the columns at a time stays in a core's cache for the passes over it, and for other rows that need it:
-    those come next to each other, unless all experts are ``distinct``.
-    """
-    count, (_, most, width) = len(inner), columns.shape
-    size = _part(most, width * columns.itemsize)
-    rows = (experts.int().unsqueeze(1) * most + _numbers(most)).view(-1, size)  # (n I/size, size)
-    inner, order = inner.view(-1, size), None
-    if not distinct:
-        order = rows[:, 0].argsort()
-        rows, inner = rows[order], inner[order]
-    sums = F.embedding_bag(rows, columns.flatten(0, 1), mode="sum", per_sample_weights=inner)
-    if order is not None:
-        sums = sums[order.argsort()]
-    return sums.view(count, -1, width)
-
-
-@functools.cache
-def _part(count: int, nbytes: int) -> int:
-    """The greatest divisor of ``count`` such that as many times ``nbytes`` stay in a core's second-level cache."""
-    return max(size for size in range(1, count + 1) if count % size == 0 and size * nbytes <= max(_CACHE, nbytes))
-
-
-@functools.cache
-def _numbers(count: int) -> Tensor:
-    return torch.arange(count, dtype=torch.int32)
+    if count <= 16:
+        return language.project(states, weight)
+    return language.project(F.pad(states, (0, 0, 0, -count % 16)), weight)[:count]
 
 
 def latent_write(
@@ -157,6 +127,11 @@ def latent_write(
     entries.flatten(0, 1)[slots] = torch.cat((normed, turned[:, -1]), dim=-1)  # (T, R+P)
     queries = turned[:, :-1]
     return queries if out is None else out.copy_(queries)
+
+
+@functools.cache
+def _numbers(count: int) -> Tensor:
+    return torch.arange(count, dtype=torch.int32)
 
 
 def per_head(states: Tensor, weight: Tensor) -> Tensor:

@@ -244,6 +244,15 @@ def contenders(where: Machine) -> list[Ops]:
     return [TORCH, choose(where.device, "triton")] if where.triton else [TORCH]
 
 
+def laid_out(ops: Ops, call: Call) -> dict[str, Any]:
+    """What `moe` takes besides: on a CPU all calls have the same weights."""
+    if call.op != "moe":
+        return {}
+    gate_up, down, shared = call.arguments[3:]
+    made = ops.lay_out([gate_up, down, *(shared or ())])
+    return {"laid_out": made} if made else {}
+
+
 def bench(
     where: Machine, cases: Cases, quick: bool, report: Callable[[dict[str, Any]], None], budget: float = 0.2
 ) -> None:
@@ -252,9 +261,7 @@ def bench(
         case = make()
         for ops in contenders(where):
             try:
-                # on a CPU all calls have the same experts
-                besides = ops.columns([case.calls[0].arguments[4]])[0] if case.op == "moe" else {}
-                report(measure(case, where, ops, budget, **besides))
+                report(measure(case, where, ops, budget, **laid_out(ops, case.calls[0])))
             except Exception as error:
                 said = f"{type(error).__name__}: {error}".splitlines()[0]
                 report({"op": case.op, "size": case.size, "who": ops.name, "error": said[:200]})

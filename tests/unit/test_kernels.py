@@ -30,7 +30,7 @@ from triton.runtime.errors import InterpreterError  # noqa: E402
 
 from kimi_vl import kernels, memory  # noqa: E402
 from kimi_vl.cache import Rows  # noqa: E402
-from kimi_vl.kernels import plain, reference, triton_mla, triton_moe, triton_norm  # noqa: E402
+from kimi_vl.kernels import plain, reference, strips, triton_mla, triton_moe, triton_norm  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TRITON = kernels.choose("cpu", "triton")
@@ -42,6 +42,8 @@ DTYPES = [torch.float32, torch.bfloat16]
 ODD = Widths(
     hidden=88, experts=7, top_k=3, inner=24, shared=48, heads=3, rank=40, rope=12, nope=20, page_size=8, scaling=1.7
 )
+# A strip is some multiple of 16 wide, and has inputs for eight streams.
+EVEN = dataclasses.replace(ODD, hidden=80)
 WIDE_HEADS = Widths(hidden=64, heads=20, rank=64, rope=16, nope=16, page_size=32)
 REAL_FEW_EXPERTS = Widths(experts=2, top_k=1, shared=1408)
 
@@ -90,6 +92,13 @@ def fences(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fences]:
     monkeypatch.setattr(torch, "empty_like", lambda value: empty(value.shape, dtype=value.dtype))
     yield made
     assert made.whole()
+
+
+@pytest.fixture
+def anything_is_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that lacks the instructions or the memory, too."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(memory, "available", lambda: 2**40)
 
 
 def fenced(call: Call, fences: Fences) -> Call:
@@ -175,34 +184,71 @@ def test_experts_without_kernels(
     assert max(found) <= call.tolerance(dtype), found
 
 
-@pytest.mark.parametrize("cache", [1, 3 * 2 * ODD.hidden, plain._CACHE], ids=["a column", "a few", "all"])
-@pytest.mark.parametrize(("tokens", "routing"), [(1, "random"), (2, "distinct"), (3, "random")])
-def test_experts_by_columns(
-    tokens: int, routing: str, cache: int, fences: Fences, monkeypatch: pytest.MonkeyPatch, request
-):
-    """Few tokens, one after another and with experts in common; many tokens do not look at the columns."""
-    monkeypatch.setattr(plain, "_CACHE", cache)
-    plain._part.cache_clear()
-    request.addfinalizer(plain._part.cache_clear)
-    call = fenced(Inputs(ODD, torch.bfloat16).moe(tokens, routing), fences)
-    (besides,) = plain.columns([call.arguments[4]])
-    found = distances(call.run(kernels.TORCH, **besides), call.twin())
+@pytest.mark.parametrize("widest", [16, strips._WIDEST])
+@pytest.mark.parametrize("matrices", [None, [1], [3, 0, 3, 4, 2, 2, 1]], ids=str)
+def test_products_from_strips(matrices: list[int] | None, widest: int, fences: Fences, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(strips, "_WIDEST", widest)
+    inputs = Inputs(ODD, torch.bfloat16)
+    weight = fences.copy(inputs.normal(48, 24) if matrices is None else inputs.normal(5, 48, 24))
+    vectors = fences.copy(inputs.normal(len(matrices or [0]), 24))
+    numbers = None if matrices is None else torch.tensor(matrices)
+    found = strips.Strips(weight).product(vectors, numbers)
+    used = weight.unsqueeze(0) if numbers is None else weight[numbers]
+    right = (used.double() @ vectors.double().unsqueeze(-1)).squeeze(-1)
+    assert (found - right).abs().max() <= 2**-8 * right.abs().max()
+
+
+@pytest.mark.parametrize(("tokens", "routing"), [(1, "random"), (2, "distinct"), (3, "random"), (7, "random")])
+def test_experts_from_strips(tokens: int, routing: str, fences: Fences, anything_is_laid_out: None):
+    """What an expert does for one token alone comes from its strips, the rest from its rows."""
+    call = fenced(Inputs(EVEN, torch.bfloat16).moe(tokens, routing), fences)
+    chosen, *weights = call.arguments[1], call.arguments[3], call.arguments[4], *call.arguments[5]
+    found = distances(call.run(kernels.TORCH, laid_out=strips.lay_out(weights)), call.twin())
     assert max(found) <= call.tolerance(torch.bfloat16), found
-    assert not call.run(kernels.TORCH, columns=besides["columns"] * torch.nan)[0].isfinite().any()
-    many = Inputs(ODD, torch.bfloat16).moe(7, "same")
-    assert many.run(kernels.TORCH, columns=besides["columns"] * torch.nan)[0].isfinite().all()
+    unique, shares = chosen.unique(return_counts=True)
+    for poisoned in weights[:2]:
+        laid_out = strips.lay_out(weights)
+        kept = poisoned.clone()
+        poisoned[unique[shares == 1].long()] = torch.nan  # the strips have been made by now
+        assert call.run(kernels.TORCH, laid_out=laid_out)[0].isfinite().all()
+        poisoned.copy_(kept)
+        poisoned[unique[shares > 1].long()] = torch.nan
+        laid_out[poisoned] = strips.Strips(poisoned)
+        poisoned.copy_(kept)
+        assert call.run(kernels.TORCH, laid_out=laid_out)[0].isfinite().all()
+        poisoned.fill_(torch.nan)
+        laid_out[poisoned] = strips.Strips(poisoned)
+        poisoned.copy_(kept)
+        assert bool(call.run(kernels.TORCH, laid_out=laid_out)[0].isnan().any()) == bool((shares == 1).any())
 
 
-def test_columns_are_kept_where_there_is_memory(monkeypatch: pytest.MonkeyPatch):
-    downs = [Inputs(ODD, torch.bfloat16, seed=seed).experts()[1] for seed in range(2)]
-    need = sum(down.nbytes for down in downs)
-    monkeypatch.setattr(memory, "available", lambda: 3 * need)
-    kept = plain.columns(downs)
-    assert all(torch.equal(each["columns"], down.mT) for each, down in zip(kept, downs, strict=True))
-    assert all(each["columns"].is_contiguous() for each in kept)
-    assert plain.columns([down.float() for down in downs]) == [{}, {}]
-    monkeypatch.setattr(memory, "available", lambda: 3 * need - 1)
-    assert plain.columns(downs) == [{}, {}]
+def test_an_mlp_of_one_token_alone_is_from_strips(anything_is_laid_out: None):
+    inputs = Inputs(EVEN, torch.bfloat16)
+    weights = inputs.shared_experts()
+    laid_out = strips.lay_out(weights)
+    for tokens in (1, 2):
+        states = inputs.normal(tokens, EVEN.hidden)
+        right = reference.mlp(states.double(), *(weight.double() for weight in weights))
+        assert distance(strips.mlp(states, weights, laid_out), right) <= 2**-7
+    for weight in weights:
+        laid_out[weight] = strips.Strips(weight * torch.nan)
+    assert strips.mlp(states, weights, laid_out).isfinite().all()
+    assert strips.mlp(states[:1], weights, laid_out).isnan().all()
+
+
+def test_weights_are_laid_out_as_far_as_there_is_memory(monkeypatch: pytest.MonkeyPatch, anything_is_laid_out: None):
+    weights = [Inputs(EVEN, torch.bfloat16).normal(32, 16) for _ in range(3)]
+
+    def laid_out(spare: int, these: list[Tensor] = weights) -> list[Tensor]:
+        monkeypatch.setattr(memory, "available", lambda: 3 * spare)
+        return list(strips.lay_out(these))
+
+    one = weights[0].nbytes
+    assert [len(laid_out(spare)) for spare in (0, one - 1, one, 3 * one - 1, 3 * one)] == [0, 0, 1, 2, 3]
+    assert laid_out(one)[0] is weights[0]
+    assert laid_out(9 * one, [weights[0].float(), weights[1][:31], weights[1][:, :15], weights[2]]) == [weights[2]]
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert laid_out(9 * one) == []
 
 
 @pytest.mark.parametrize(("tokens", "plan"), [(33, "blocks of 16"), (70, "blocks of 64")])

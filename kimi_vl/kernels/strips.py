@@ -1,0 +1,108 @@
+"""Matrices a second time, laid out for products with one vector on a CPU, whose speed is that of reading them.
+
+A core reads memory half as fast again from eight places at once as from one. So a matrix (O, I) is cut into strips of
+some of its rows, and a strip holds these input by input, (I, width). The part of a product that belongs to a strip is a
+sum of its lines, weighted by the vector, and one call of torch's takes all such sums, of several matrices too: it is
+told which lines to add in which order. Knows matrices and vectors alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import language, memory
+
+# Shapes: E matrices of O rows and I inputs, each in S strips; n vectors.
+
+STREAMS = 8
+_WIDEST = 384  # as many sums stay in registers
+
+
+class Strips:
+    """``weight``, (E, O, I) or one matrix (O, I), strip by strip."""
+
+    @torch.no_grad()
+    def __init__(self, weight: Tensor):
+        matrices = weight if weight.dim() == 3 else weight.unsqueeze(0)
+        count, outputs, self._inputs = matrices.shape
+        width = _width(weight)
+        assert width
+        self._strips = outputs // width
+        shape = (count, self._strips, self._inputs, width)
+        lines = memory.empty(shape, weight.dtype, weight.device)
+        for strips, matrix in zip(lines, matrices, strict=True):
+            strips.copy_(matrix.view(self._strips, width, -1).transpose(1, 2))
+        self._table = lines.flatten(0, 2)  # (E S I, width)
+
+    def product(self, vectors: Tensor, matrices: Tensor | None = None) -> Tensor:
+        """(n, O) of ``vectors`` (n, I), each by one of ``matrices`` (n), their numbers; None: by the only one."""
+        count = len(vectors)
+        lines = _lines(self._strips, self._inputs)
+        if matrices is not None:
+            lines = (matrices.int().unsqueeze(1) * len(lines) + lines).flatten()  # (n S I)
+        weights = vectors.view(count, STREAMS, -1).transpose(1, 2).reshape(count, 1, -1)  # in the order of the lines
+        weights = weights.expand(-1, self._strips, -1).reshape(-1)
+        begins = _begins(count * self._strips, self._inputs)
+        # torch.nn.functional's would check again what is right here, for as long as a small operation takes
+        sums = torch.embedding_bag(self._table, lines, begins, mode=0, per_sample_weights=weights)[0]
+        return sums.view(count, -1)
+
+
+def lay_out(weights: Sequence[Tensor]) -> dict[Tensor, Strips]:
+    """Strips of as many of ``weights``, the first first, as take no more than a third of the memory that is free.
+
+    That is for bfloat16 on a CPU that has AVX-512, which torch's sums are made for.
+    """
+    spare, made = memory.available() // 3, {}
+    for weight in weights:
+        if not _usable(weight):
+            continue
+        spare -= weight.nbytes
+        if spare < 0:
+            break
+        made[weight] = Strips(weight)
+    return made
+
+
+def project(states: Tensor, weight: Tensor, laid_out: Mapping[Tensor, Strips]) -> Tensor:
+    """:func:`kimi_vl.language.project` of ``states`` (T, I), from strips where there is one vector and they exist."""
+    strips = laid_out.get(weight) if len(states) == 1 else None
+    return language.project(states, weight) if strips is None else strips.product(states)
+
+
+def mlp(states: Tensor, weights: tuple[Tensor, Tensor, Tensor], laid_out: Mapping[Tensor, Strips]) -> Tensor:
+    """down(silu(gate x) * up x) of ``states`` (T, H); ``weights`` are those of gate, up and down."""
+    gate, up, down = weights
+    inner = F.silu(project(states, gate, laid_out)) * project(states, up, laid_out)
+    return project(inner, down, laid_out)
+
+
+def _usable(weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return False
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and _width(weight) > 0
+
+
+def _width(weight: Tensor) -> int:
+    """Of strips: the greatest that fits, in whole registers; 0 where none does."""
+    outputs, inputs = weight.shape[-2:]
+    fitting = [width for width in range(16, _WIDEST + 1, 16) if outputs % width == 0]
+    return max(fitting, default=0) if inputs % STREAMS == 0 else 0
+
+
+@functools.cache
+def _lines(strips: int, inputs: int) -> Tensor:
+    """The lines of one matrix's strips in the order in which they are read: one from each stream, in turns."""
+    inner = torch.arange(inputs, dtype=torch.int32).view(STREAMS, -1).t().flatten()
+    return (_begins(strips, inputs).unsqueeze(1) + inner).flatten()
+
+
+@functools.cache
+def _begins(count: int, size: int) -> Tensor:
+    """Where each of ``count`` sums of ``size`` lines begins."""
+    return torch.arange(0, count * size, size, dtype=torch.int32)
