@@ -42,7 +42,7 @@ class FusedDecoder:
         always = [self._model.lm_head.weight]
         some: list[Tensor] = []
         for layer, projections in zip(layers, self._projections, strict=True):
-            always += [projections.joined, layer.self_attn.o_proj.weight]
+            always += [projections.joined, projections.to_key, projections.to_value, layer.self_attn.o_proj.weight]
             if isinstance(layer.mlp, MoE):
                 always += layer.mlp.shared_experts.weights
                 some += [layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj]
@@ -99,9 +99,9 @@ class FusedDecoder:
         )  # fmt: skip
         parts: list[Tensor] = []
         if rows:
-            absorbed[:rows, :, :rank] = ops.per_head(query[:rows, :, :nope], projections.to_key)  # (B, N, R)
+            absorbed[:rows, :, :rank] = self._per_head(query[:rows, :, :nope], projections.to_key)  # (B, N, R)
             mixed = ops.mla_decode(absorbed[:rows], entries, step.rows, attention.scale, rank)  # (B, N, R)
-            parts.append(ops.per_head(mixed, projections.to_value).flatten(1))  # (B, N V)
+            parts.append(self._per_head(mixed, projections.to_value).flatten(1))  # (B, N V)
         for chunk in step.longer:
             past = entries[chunk.pages].flatten(0, 1)[: chunk.end].unsqueeze(0)  # (1, L, R+P)
             q, r = query[chunk.tokens, :, :nope], absorbed[chunk.tokens, :, rank:]  # (S, N, Q), (S, N, P)
@@ -109,6 +109,10 @@ class FusedDecoder:
             parts.append(attention.expanded(q, r, past, chunk.mask)[0].transpose(0, 1).flatten(1))  # (S, N V)
         states = parts[0] if len(parts) == 1 else torch.cat(parts)
         return project(states, attention.o_proj.weight, self._laid_out)
+
+    def _per_head(self, states: Tensor, weight: Tensor) -> Tensor:
+        strips = self._laid_out.get(weight) if len(states) == 1 else None
+        return self._ops.per_head(states, weight) if strips is None else strips.product(states[0]).unsqueeze(0)
 
     def _experts(self, moe: MoE, normed: Tensor) -> Tensor:
         gate, experts, shared = moe.gate, moe.experts, moe.shared_experts
@@ -123,8 +127,8 @@ class _Projections:
     """An attention's projections as a step needs them.
 
     ``joined`` (N (Q+P) + R+P, H) is those of queries and entries, which read the same input; the model's own weights
-    become parts of it, so that it takes no memory of its own. ``to_key`` (N, Q, R) and ``to_value`` (N, R, V) are the
-    halves of ``kv_b_proj``, head by head.
+    become parts of it, so that it takes no memory of its own. ``to_key`` (N, R, Q) and ``to_value`` (N, V, R) are the
+    halves of ``kv_b_proj``, head by head, the first of them turned.
     """
 
     @torch.no_grad()
@@ -138,6 +142,7 @@ class _Projections:
             projection.weight.data = part.copy_(projection.weight)
         up = attention.kv_b_proj.weight.view(config.num_attention_heads, -1, config.kv_lora_rank)  # (N, Q+V, R)
         to_key, to_value = up.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
-        self.to_key, self.to_value = to_key, to_value.transpose(1, 2)
+        halves = to_key, to_value.transpose(1, 2)
         if weight.device.type == "cpu":  # where a product would copy them, each time
-            self.to_key, self.to_value = self.to_key.contiguous(), self.to_value.contiguous()
+            halves = tuple(half.contiguous() for half in halves)
+        self.to_key, self.to_value = (half.transpose(1, 2) for half in halves)

@@ -54,7 +54,7 @@ TORCH = Ops(
     reference.router,
     plain.moe,
     plain.latent_write,
-    plain.per_head,
+    reference.per_head,
     plain.mla_decode,
     strips.lay_out,
 )

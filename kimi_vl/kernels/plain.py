@@ -6,7 +6,6 @@ steps over buffers that stay: the host may wait here, and every token of :func:`
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -127,20 +126,6 @@ def latent_write(
     entries.flatten(0, 1)[slots] = torch.cat((normed, turned[:, -1]), dim=-1)  # (T, R+P)
     queries = turned[:, :-1]
     return queries if out is None else out.copy_(queries)
-
-
-@functools.cache
-def _numbers(count: int) -> Tensor:
-    return torch.arange(count, dtype=torch.int32)
-
-
-def per_head(states: Tensor, weight: Tensor) -> Tensor:
-    if len(states) > 1 or states.device.type != "cpu":
-        return reference.per_head(states, weight)
-    # A batched product with one row takes twice as long as these sums of weighted rows of the matrices.
-    heads, inner, _ = weight.shape
-    rows = _numbers(heads * inner).view(heads, inner)
-    return F.embedding_bag(rows, weight.flatten(0, 1), mode="sum", per_sample_weights=states[0]).unsqueeze(0)
 
 
 def mla_decode(query: Tensor, entries: Tensor, rows: Rows, scale: float, rank: int, splits: int = 0) -> Tensor:

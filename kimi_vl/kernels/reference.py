@@ -102,9 +102,9 @@ def latent_write(
 
 
 def per_head(states: Tensor, weight: Tensor) -> Tensor:
-    """(B, N, O) of ``states`` (B, N, I), each head by its own matrix of ``weight`` (N, I, O): into the latent space,
+    """(B, N, O) of ``states`` (B, N, I), each head by its own matrix of ``weight`` (N, O, I): into the latent space,
     and out of it."""
-    return torch.bmm(states.transpose(0, 1), weight).transpose(0, 1)
+    return torch.bmm(states.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
 
 
 def mla_decode(query: Tensor, entries: Tensor, rows: Rows, scale: float, rank: int, splits: int = 0) -> Tensor:

@@ -1,9 +1,9 @@
 """Matrices a second time, laid out for products with one vector on a CPU, whose speed is that of reading them.
 
 A core reads memory half as fast again from eight places at once as from one. So a matrix (O, I) is cut into strips of
-some of its rows, and a strip holds these input by input, (I, width). The part of a product that belongs to a strip is a
-sum of its lines, weighted by the vector, and one call of torch's takes all such sums, of several matrices too: it is
-told which lines to add in which order. Knows matrices and vectors alone.
+some of its rows, and a strip has a line of these for each input, in eight streams: input i is in stream i % 8. The part
+of a product that belongs to a strip is the sum of its lines, weighted by the vector, and one call of torch's takes all
+such sums, of several matrices too. Knows matrices and vectors alone.
 """
 
 from __future__ import annotations
@@ -29,28 +29,29 @@ class Strips:
     @torch.no_grad()
     def __init__(self, weight: Tensor):
         matrices = weight if weight.dim() == 3 else weight.unsqueeze(0)
-        count, outputs, self._inputs = matrices.shape
+        self._matrices, outputs, self._inputs = matrices.shape
         width = _width(weight)
         assert width
         self._strips = outputs // width
-        shape = (count, self._strips, self._inputs, width)
+        shape = (self._matrices, self._strips, STREAMS, self._inputs // STREAMS, width)
         lines = memory.empty(shape, weight.dtype, weight.device)
         for strips, matrix in zip(lines, matrices, strict=True):
-            strips.copy_(matrix.view(self._strips, width, -1).transpose(1, 2))
-        self._table = lines.flatten(0, 2)  # (E S I, width)
+            parts = matrix.unflatten(1, (-1, STREAMS)).unflatten(0, (-1, width))  # (S, width, I/8, 8)
+            strips.copy_(parts.permute(0, 3, 2, 1))
+        self._lines = lines.flatten(0, 3)  # (E S I, width)
 
     def product(self, vectors: Tensor, matrices: Tensor | None = None) -> Tensor:
-        """(n, O) of ``vectors`` (n, I), each by one of ``matrices`` (n), their numbers; None: by the only one."""
-        count = len(vectors)
-        lines = _lines(self._strips, self._inputs)
-        if matrices is not None:
-            lines = (matrices.int().unsqueeze(1) * len(lines) + lines).flatten()  # (n S I)
-        weights = vectors.view(count, STREAMS, -1).transpose(1, 2).reshape(count, 1, -1)  # in the order of the lines
-        weights = weights.expand(-1, self._strips, -1).reshape(-1)
-        begins = _begins(count * self._strips, self._inputs)
+        """(n, O) of ``vectors`` (n, I), each by one of ``matrices`` (n), their numbers; None: by all, in order."""
+        if matrices is None:
+            numbers = _in_turns(self._matrices * self._strips, self._inputs)
+        else:
+            own = _in_turns(self._strips, self._inputs)
+            numbers = (matrices.int().unsqueeze(1) * len(own) + own).flatten()  # (n S I)
+        weights = vectors.unsqueeze(1).expand(-1, self._strips, -1).reshape(-1)  # (n S I)
+        begins = _begins(len(vectors) * self._strips, self._inputs)
         # torch.nn.functional's would check again what is right here, for as long as a small operation takes
-        sums = torch.embedding_bag(self._table, lines, begins, mode=0, per_sample_weights=weights)[0]
-        return sums.view(count, -1)
+        sums = torch.embedding_bag(self._lines, numbers, begins, mode=0, per_sample_weights=weights)[0]
+        return sums.view(len(vectors), -1)
 
 
 def lay_out(weights: Sequence[Tensor]) -> dict[Tensor, Strips]:
@@ -96,10 +97,10 @@ def _width(weight: Tensor) -> int:
 
 
 @functools.cache
-def _lines(strips: int, inputs: int) -> Tensor:
-    """The lines of one matrix's strips in the order in which they are read: one from each stream, in turns."""
-    inner = torch.arange(inputs, dtype=torch.int32).view(STREAMS, -1).t().flatten()
-    return (_begins(strips, inputs).unsqueeze(1) + inner).flatten()
+def _in_turns(strips: int, inputs: int) -> Tensor:
+    """Numbers of the lines of some strips, input after input, and so from one stream after another."""
+    own = torch.arange(inputs, dtype=torch.int32).view(STREAMS, -1).t().flatten()
+    return (_begins(strips, inputs).unsqueeze(1) + own).flatten()
 
 
 @functools.cache

@@ -234,9 +234,9 @@ class Inputs:
         return Call("mla_decode", (query, entries, rows, scale, widths.rank), roundings=2)
 
     def per_head(self, rows: int) -> Call:
-        """Out of the latent space; the weights are laid out the other way round, as the checkpoint has them."""
+        """Out of the latent space, by weights that are laid out as the checkpoint has them."""
         widths = self.widths
-        weight = self.normal(widths.heads, widths.nope, widths.rank, scale=widths.rank**-0.5).transpose(1, 2)
+        weight = self.normal(widths.heads, widths.nope, widths.rank, scale=widths.rank**-0.5)
         return Call("per_head", (self.normal(rows, widths.heads, widths.rank), weight), roundings=1)
 
 
