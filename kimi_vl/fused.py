@@ -16,7 +16,7 @@ from torch import Tensor
 from . import memory
 from .cache import Step
 from .kernels import Ops
-from .kernels.strips import mlp, project
+from .kernels.strips import Experts, mlp, project
 from .language import LATENT_NORM_EPS, Attention, LanguageModel, Layer, MoE, rope_tables
 
 # Shapes: T tokens, of which the first B are one of each row; H, N, R, P, Q, V as in the decoder.
@@ -35,20 +35,18 @@ class FusedDecoder:
         # each other, which costs a CPU half of its speed. This one's pool ends with it.
         with ThreadPoolExecutor(1) as pool:
             self._projections = list(pool.map(_Projections, [layer.self_attn for layer in layers]))
-            self._laid_out = pool.submit(ops.lay_out, self._weights(layers)).result()
+            self._laid_out = pool.submit(ops.lay_out, *self._weights(layers)).result()
 
-    def _weights(self, layers: Sequence[Layer]) -> list[Tensor]:
-        """Those that every token needs, then those of the routed experts."""
-        always = [self._model.lm_head.weight]
-        some: list[Tensor] = []
+    def _weights(self, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Experts]]:
+        """What products read, apart from experts, and these."""
+        weights, experts = [self._model.lm_head.weight], []
         for layer, projections in zip(layers, self._projections, strict=True):
-            always += [projections.joined, projections.to_key, projections.to_value, layer.self_attn.o_proj.weight]
+            weights += [projections.joined, projections.to_key, projections.to_value, layer.self_attn.o_proj.weight]
             if isinstance(layer.mlp, MoE):
-                always += layer.mlp.shared_experts.weights
-                some += [layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj]
+                experts.append(_experts(layer.mlp))
             else:
-                always += layer.mlp.weights
-        return always + some
+                weights += layer.mlp.weights
+        return weights, experts
 
     def states(self, embeddings: Tensor, step: Step) -> Tensor:
         """Final states (T, H) of embeddings (T, H)."""
@@ -115,12 +113,14 @@ class FusedDecoder:
         return self._ops.per_head(states, weight) if strips is None else strips.product(states[0]).unsqueeze(0)
 
     def _experts(self, moe: MoE, normed: Tensor) -> Tensor:
-        gate, experts, shared = moe.gate, moe.experts, moe.shared_experts
+        gate = moe.gate
         chosen, weights = self._ops.router(normed, gate.weight, gate.e_score_correction_bias, gate.top_k, gate.scaling)
         besides = {"laid_out": self._laid_out} if self._laid_out else {}
-        return self._ops.moe(
-            normed, chosen, weights, experts.gate_up_proj, experts.down_proj, shared.weights, **besides
-        )
+        return self._ops.moe(normed, chosen, weights, *_experts(moe), **besides)
+
+
+def _experts(moe: MoE) -> Experts:
+    return moe.experts.gate_up_proj, moe.experts.down_proj, moe.shared_experts.weights
 
 
 class _Projections:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import plain, reference, strips
-from .strips import Strips
+from .strips import Experts, Strips
 
 VARIABLE = "KIMI_VL_KERNELS"
 
@@ -34,7 +34,7 @@ class Ops:
     latent_write: Callable[..., Tensor]
     per_head: Callable[[Tensor, Tensor], Tensor]
     mla_decode: Callable[..., Tensor]
-    lay_out: Callable[[Sequence[Tensor]], dict[Tensor, Strips]] = lambda weights: {}
+    lay_out: Callable[[Sequence[Tensor], Sequence[Experts]], dict[Tensor, Strips]] = lambda weights, experts: {}
 
 
 REFERENCE = Ops(

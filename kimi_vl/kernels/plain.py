@@ -34,13 +34,24 @@ def moe(
     shared: tuple[Tensor, Tensor, Tensor] | None = None,
     laid_out: Mapping[Tensor, Strips] = _NONE,
 ) -> Tensor:
-    """``laid_out`` are strips of some of the weights; see :mod:`kimi_vl.kernels.strips`."""
+    """``laid_out`` are strips of some of the weights; see :func:`kimi_vl.kernels.strips.lay_out`."""
+    if len(states) == 1 and gate_up in laid_out and down in laid_out:
+        return _of_one(states, chosen, weights, laid_out[gate_up], laid_out[down], len(down))
     if _groupable(states, down):
         outputs = _grouped(states, chosen, gate_up, down)
     else:
         outputs = _by_expert(states, chosen, gate_up, down, laid_out)
     routed = torch.bmm(weights.unsqueeze(1), outputs.to(weights.dtype)).squeeze(1).to(states.dtype)  # (T, H)
     return routed if shared is None else routed + mlp(states, shared, laid_out)
+
+
+def _of_one(states: Tensor, chosen: Tensor, weights: Tensor, gate_up: Strips, down: Strips, routed: int) -> Tensor:
+    """All of it for one token, to whom the shared experts, behind ``routed`` others, are as those that it chose."""
+    shared = torch.arange(routed, down.count, dtype=chosen.dtype)
+    experts, weights = torch.cat((chosen[0], shared)), F.pad(weights[0], (0, len(shared)), value=1.0)  # (n)
+    gate, up = gate_up.product(states.expand(len(experts), -1), experts).chunk(2, dim=-1)  # (n, I)
+    outputs = down.product(F.silu(gate) * up, experts)  # (n, H)
+    return (weights @ outputs.to(weights.dtype)).unsqueeze(0).to(states.dtype)
 
 
 def _groupable(states: Tensor, down: Tensor) -> bool:

@@ -9,7 +9,7 @@ such sums, of several matrices too. Knows matrices and vectors alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,17 +24,16 @@ _WIDEST = 384  # as many sums stay in registers
 
 
 class Strips:
-    """``weight``, (E, O, I) or one matrix (O, I), strip by strip."""
+    """Some ``matrices`` (O, I), strip by strip."""
 
     @torch.no_grad()
-    def __init__(self, weight: Tensor):
-        matrices = weight if weight.dim() == 3 else weight.unsqueeze(0)
-        self._matrices, outputs, self._inputs = matrices.shape
-        width = _width(weight)
+    def __init__(self, matrices: Sequence[Tensor]):
+        outputs, self._inputs = matrices[0].shape
+        width = _width(outputs, self._inputs)
         assert width
-        self._strips = outputs // width
-        shape = (self._matrices, self._strips, STREAMS, self._inputs // STREAMS, width)
-        lines = memory.empty(shape, weight.dtype, weight.device)
+        self.count, self._strips = len(matrices), outputs // width
+        shape = (self.count, self._strips, STREAMS, self._inputs // STREAMS, width)
+        lines = memory.empty(shape, matrices[0].dtype, matrices[0].device)
         for strips, matrix in zip(lines, matrices, strict=True):
             parts = matrix.unflatten(1, (-1, STREAMS)).unflatten(0, (-1, width))  # (S, width, I/8, 8)
             strips.copy_(parts.permute(0, 3, 2, 1))
@@ -43,7 +42,7 @@ class Strips:
     def product(self, vectors: Tensor, matrices: Tensor | None = None) -> Tensor:
         """(n, O) of ``vectors`` (n, I), each by one of ``matrices`` (n), their numbers; None: by all, in order."""
         if matrices is None:
-            numbers = _in_turns(self._matrices * self._strips, self._inputs)
+            numbers = _in_turns(self.count * self._strips, self._inputs)
         else:
             own = _in_turns(self._strips, self._inputs)
             numbers = (matrices.int().unsqueeze(1) * len(own) + own).flatten()  # (n S I)
@@ -54,20 +53,40 @@ class Strips:
         return sums.view(len(vectors), -1)
 
 
-def lay_out(weights: Sequence[Tensor]) -> dict[Tensor, Strips]:
-    """Strips of as many of ``weights``, the first first, as take no more than a third of the memory that is free.
+Experts = tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]
+"""What ``moe`` is given: ``gate_up``, ``down``, ``shared``."""
 
-    That is for bfloat16 on a CPU that has AVX-512, which torch's sums are made for.
+
+def lay_out(weights: Sequence[Tensor], experts: Sequence[Experts]) -> dict[Tensor, Strips]:
+    """Strips of as much as takes no more than a third of the memory that is free, the first first.
+
+    Each of ``weights`` (O, I) or (E, O, I) has its own. Those of ``experts`` are found under ``gate_up`` and ``down``;
+    behind the routed ones are the shared, as so many of the same width, so that a call is for all of them. That is for
+    bfloat16 on a CPU that has AVX-512, which torch's sums are made for.
     """
     spare, made = memory.available() // 3, {}
-    for weight in weights:
+    for weight, matrices in _groups(weights, experts):
         if not _usable(weight):
             continue
-        spare -= weight.nbytes
+        spare -= sum(matrix.nbytes for matrix in matrices)
         if spare < 0:
             break
-        made[weight] = Strips(weight)
+        made[weight] = Strips(matrices)
     return made
+
+
+def _groups(weights: Sequence[Tensor], experts: Sequence[Experts]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Which matrices are laid out together, and under what they are found."""
+    for weight in weights:
+        yield weight, [weight] if weight.dim() == 2 else [*weight]
+    for gate_up, down, shared in experts:
+        width, firsts, seconds = down.shape[-1], [], []
+        if shared is not None:
+            gate, up, back = shared
+            firsts = [torch.cat(both) for both in zip(gate.split(width), up.split(width), strict=True)]
+            seconds = [*back.split(width, dim=1)]
+        yield gate_up, [*gate_up, *firsts]
+        yield down, [*down, *seconds]
 
 
 def project(states: Tensor, weight: Tensor, laid_out: Mapping[Tensor, Strips]) -> Tensor:
@@ -86,12 +105,12 @@ def mlp(states: Tensor, weights: tuple[Tensor, Tensor, Tensor], laid_out: Mappin
 def _usable(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
         return False
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and _width(weight) > 0
-
-
-def _width(weight: Tensor) -> int:
-    """Of strips: the greatest that fits, in whole registers; 0 where none does."""
     outputs, inputs = weight.shape[-2:]
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and _width(outputs, inputs) > 0
+
+
+def _width(outputs: int, inputs: int) -> int:
+    """Of strips: the greatest that fits, in whole registers; 0 where none does."""
     fitting = [width for width in range(16, _WIDEST + 1, 16) if outputs % width == 0]
     return max(fitting, default=0) if inputs % STREAMS == 0 else 0
 

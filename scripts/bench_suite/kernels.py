@@ -248,8 +248,7 @@ def laid_out(ops: Ops, call: Call) -> dict[str, Any]:
     """What `moe` takes besides: on a CPU all calls have the same weights."""
     if call.op != "moe":
         return {}
-    gate_up, down, shared = call.arguments[3:]
-    made = ops.lay_out([gate_up, down, *(shared or ())])
+    made = ops.lay_out([], [call.arguments[3:]])
     return {"laid_out": made} if made else {}
 
 

@@ -192,7 +192,7 @@ def test_products_from_strips(matrices: list[int] | None, widest: int, fences: F
     weight = fences.copy(inputs.normal(48, 24) if matrices is None else inputs.normal(5, 48, 24))
     vectors = fences.copy(inputs.normal(len(matrices or [0]), 24))
     numbers = None if matrices is None else torch.tensor(matrices)
-    found = strips.Strips(weight).product(vectors, numbers)
+    found = strips.Strips([weight] if numbers is None else [*weight]).product(vectors, numbers)
     used = weight.unsqueeze(0) if numbers is None else weight[numbers]
     right = (used.double() @ vectors.double().unsqueeze(-1)).squeeze(-1)
     assert (found - right).abs().max() <= 2**-8 * right.abs().max()
@@ -202,36 +202,38 @@ def test_products_from_strips(matrices: list[int] | None, widest: int, fences: F
 def test_experts_from_strips(tokens: int, routing: str, fences: Fences, anything_is_laid_out: None):
     """What an expert does for one token alone comes from its strips, the rest from its rows."""
     call = fenced(Inputs(EVEN, torch.bfloat16).moe(tokens, routing), fences)
-    chosen, *weights = call.arguments[1], call.arguments[3], call.arguments[4], *call.arguments[5]
-    found = distances(call.run(kernels.TORCH, laid_out=strips.lay_out(weights)), call.twin())
+    chosen, experts = call.arguments[1], call.arguments[3:]
+    found = distances(call.run(kernels.TORCH, laid_out=strips.lay_out([], [experts])), call.twin())
     assert max(found) <= call.tolerance(torch.bfloat16), found
     unique, shares = chosen.unique(return_counts=True)
-    for poisoned in weights[:2]:
-        laid_out = strips.lay_out(weights)
-        kept = poisoned.clone()
-        poisoned[unique[shares == 1].long()] = torch.nan  # the strips have been made by now
-        assert call.run(kernels.TORCH, laid_out=laid_out)[0].isfinite().all()
-        poisoned.copy_(kept)
-        poisoned[unique[shares > 1].long()] = torch.nan
-        laid_out[poisoned] = strips.Strips(poisoned)
-        poisoned.copy_(kept)
-        assert call.run(kernels.TORCH, laid_out=laid_out)[0].isfinite().all()
-        poisoned.fill_(torch.nan)
-        laid_out[poisoned] = strips.Strips(poisoned)
-        poisoned.copy_(kept)
-        assert bool(call.run(kernels.TORCH, laid_out=laid_out)[0].isnan().any()) == bool((shares == 1).any())
+    for weight in experts[:2]:
+
+        def poisoned(which: Tensor | slice, in_strips: bool, weight: Tensor = weight) -> Tensor:
+            """The result with some experts' matrices poisoned in their strips or in their rows."""
+            kept, laid_out = weight.clone(), strips.lay_out([], [experts])
+            weight[which] = torch.nan
+            laid_out = strips.lay_out([], [experts]) if in_strips else laid_out
+            if in_strips:
+                weight.copy_(kept)
+            (result,) = call.run(kernels.TORCH, laid_out=laid_out)
+            weight.copy_(kept)
+            return result
+
+        assert poisoned(unique[shares == 1].long(), in_strips=False).isfinite().all()
+        assert poisoned(unique[shares > 1].long(), in_strips=True).isfinite().all()
+        assert bool(poisoned(slice(None), in_strips=True).isnan().any()) == bool((shares == 1).any())
 
 
 def test_an_mlp_of_one_token_alone_is_from_strips(anything_is_laid_out: None):
     inputs = Inputs(EVEN, torch.bfloat16)
     weights = inputs.shared_experts()
-    laid_out = strips.lay_out(weights)
+    laid_out = strips.lay_out(weights, [])
     for tokens in (1, 2):
         states = inputs.normal(tokens, EVEN.hidden)
         right = reference.mlp(states.double(), *(weight.double() for weight in weights))
         assert distance(strips.mlp(states, weights, laid_out), right) <= 2**-7
     for weight in weights:
-        laid_out[weight] = strips.Strips(weight * torch.nan)
+        laid_out[weight] = strips.Strips([weight * torch.nan])
     assert strips.mlp(states, weights, laid_out).isfinite().all()
     assert strips.mlp(states[:1], weights, laid_out).isnan().all()
 
@@ -241,7 +243,7 @@ def test_weights_are_laid_out_as_far_as_there_is_memory(monkeypatch: pytest.Monk
 
     def laid_out(spare: int, these: list[Tensor] = weights) -> list[Tensor]:
         monkeypatch.setattr(memory, "available", lambda: 3 * spare)
-        return list(strips.lay_out(these))
+        return list(strips.lay_out(these, []))
 
     one = weights[0].nbytes
     assert [len(laid_out(spare)) for spare in (0, one - 1, one, 3 * one - 1, 3 * one)] == [0, 0, 1, 2, 3]
