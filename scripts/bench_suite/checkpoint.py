@@ -99,15 +99,21 @@ def ready(cache: Path, nbytes: float) -> Checkpoint:
     return _made(cache, *_configuration(nbytes))
 
 
-def with_layers(cache: Path, text_layers: int, vision_blocks: int = 1, divisor: int = 1) -> Checkpoint:
+def with_layers(
+    cache: Path, text_layers: int, vision_blocks: int = 1, divisor: int = 1, vocabulary: int = 0
+) -> Checkpoint:
     """A bfloat16 checkpoint with so many layers, from ``cache`` where it was made before; widths as published, or
-    divided by ``divisor``."""
-    return _made(cache, divisor, divided(divisor, text_layers, vision_blocks))
+    divided by ``divisor``, and as many ids as ``vocabulary`` says."""
+    values = divided(divisor, text_layers, vision_blocks)
+    return _made(cache, divisor, with_vocabulary(values, vocabulary) if vocabulary else values)
 
 
 def _made(cache: Path, divisor: int, values: dict[str, Any]) -> Checkpoint:
     text, vision = values["text_config"]["num_hidden_layers"], values["vision_config"]["num_hidden_layers"]
-    folder = cache / f"checkpoint-{'published' if divisor == 1 else f'div{divisor}'}-{text}-{vision}"
+    ids = values["text_config"]["vocab_size"]
+    fewer = ids < PUBLISHED["text_config"]["vocab_size"] // divisor
+    name = f"checkpoint-{'published' if divisor == 1 else f'div{divisor}'}-{text}-{vision}"
+    folder = cache / (f"{name}-{ids}" if fewer else name)
     config = json.dumps(values, indent=1)
     if not (folder.exists() and (folder / "config.json").read_text(encoding="utf-8") == config):
         shutil.rmtree(folder, ignore_errors=True)  # of another version of this file
@@ -121,6 +127,7 @@ def _made(cache: Path, divisor: int, values: dict[str, Any]) -> Checkpoint:
             shutil.rmtree(part, ignore_errors=True)
     widths = "published widths" if divisor == 1 else f"published widths / {divisor}"
     shape = f"{widths}, {text} of {_TEXT_LAYERS} text layers, {vision} of {_VISION_BLOCKS} vision blocks"
+    shape += f", a vocabulary of {ids:,}" if fewer else ""
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return Checkpoint(folder, shape, size)
 
@@ -151,11 +158,14 @@ def divided(divisor: int, text_layers: int, vision_blocks: int) -> dict[str, Any
     for name in ("init_pos_emb_height", "init_pos_emb_width"):
         vision[name] = max(4, vision[name] // divisor)
     text["num_hidden_layers"], vision["num_hidden_layers"] = text_layers, vision_blocks
-    # special tokens are the vocabulary's last 256, in the published order
-    values["media_placeholder_token_id"] = text["vocab_size"] - 235
-    for name, from_the_end in (("bos_token_id", 256), ("eos_token_id", 255), ("pad_token_id", 1)):
-        text[name] = text["vocab_size"] - from_the_end
-    return values
+    return with_vocabulary(values, text["vocab_size"])
+
+
+def with_vocabulary(values: dict[str, Any], size: int) -> dict[str, Any]:
+    """The same configuration with so many ids, of which the last 256 are special tokens in the published order."""
+    special = {name: size - end for name, end in (("bos_token_id", 256), ("eos_token_id", 255), ("pad_token_id", 1))}
+    text = values["text_config"] | special | {"vocab_size": size}
+    return values | {"text_config": text, "media_placeholder_token_id": size - 235}
 
 
 def _size(values: dict[str, Any]) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -55,12 +55,19 @@ class Clock:
 
 
 def read_bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float:
-    """Bytes a second of reading memory: the best of several sums over ``nbytes``."""
+    """Bytes a second of reading memory: the best of several sums over ``nbytes``, on a CPU in one stream a core and in
+    eight, which are faster."""
     values = torch.ones(nbytes // 4, device=device)
+    ways: list[Callable[[], Any]] = [lambda: values.sum().item()]
+    if device.type == "cpu":
+        lines = values.view(torch.bfloat16).view(-1, 256)
+        numbers = torch.arange(len(lines), dtype=torch.int32).view(8, -1).t().flatten()
+        begins = torch.arange(0, len(lines), 2048, dtype=torch.int32)
+        ways.append(lambda: torch.embedding_bag(lines, numbers, begins, mode=0))
     best = float("inf")
-    for _ in range(5):
+    for way in 5 * ways:
         began = time.perf_counter()
-        values.sum().item()
+        way()
         best = min(best, time.perf_counter() - began)
     return nbytes / best
 

@@ -38,14 +38,7 @@ def config(rehearsal: bool, text_layers: int = 27, vision_blocks: int = 1, vocab
     values = checkpoint.divided(16 if rehearsal else 1, layers, vision_blocks)
     if rehearsal:
         values["text_config"] |= {"n_routed_experts": 8, "num_experts_per_tok": 3}
-    return Config.from_dict(with_vocabulary(values, vocabulary) if vocabulary else values)
-
-
-def with_vocabulary(values: dict[str, Any], size: int) -> dict[str, Any]:
-    """The same configuration with fewer ids, where words are not what is measured."""
-    special = {name: size - end for name, end in (("bos_token_id", 256), ("eos_token_id", 255), ("pad_token_id", 1))}
-    text = values["text_config"] | special | {"vocab_size": size}
-    return values | {"text_config": text, "media_placeholder_token_id": size - 235}
+    return Config.from_dict(checkpoint.with_vocabulary(values, vocabulary) if vocabulary else values)
 
 
 @torch.no_grad()

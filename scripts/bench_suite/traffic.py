@@ -36,7 +36,7 @@ class Run:
         if args.model:
             folder, self.shape = args.model, str(args.model)
         else:
-            made = checkpoint.with_layers(args.cache, layers, args.blocks, divisor=args.divide)
+            made = checkpoint.with_layers(args.cache, layers, args.blocks, args.divide, args.vocabulary)
             folder, self.shape = made.folder, made.shape
         self.args, self.config = args, Config.from_directory(folder)
         self.machine = kernels.machine(device)
@@ -253,6 +253,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument("--peer", nargs="*", default=[], choices=NAMES[1:], help="who else decodes the same weights")
     parser.add_argument("--vllm", default="", metavar="PYTHON", help="the Python that vLLM is installed for")
     parser.add_argument("--divide", type=int, default=1, help="divide the published widths, for a quick look")
+    parser.add_argument("--vocabulary", type=int, default=0, help="fewer ids than published, for less memory")
     parser.add_argument("--model", type=Path, help="a checkpoint folder instead of random weights")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--cache", type=Path, default=checkpoint.CACHE)
@@ -263,6 +264,8 @@ def _parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.N
     args = parser.parse_args(arguments)
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
+    if args.vocabulary and not 512 <= args.vocabulary <= checkpoint.PUBLISHED["text_config"]["vocab_size"]:
+        parser.error("--vocabulary is 512 or more, and not more than published")
     if "vllm" in args.peer and (args.model or not args.vllm):
         parser.error("--peer vllm needs --vllm and weights made here")
     return args

@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
     if any(side < 2 or side % 2 for side in sides):
         parser.error("--sides must be even")
     values = checkpoint.divided(args.divide, 1, args.blocks or (27 if device.type == "cuda" else 3))
-    config = Config.from_dict(ladder.with_vocabulary(values, 512))
+    config = Config.from_dict(checkpoint.with_vocabulary(values, 512))
     model, where = ladder.random_model(config, device, dtype), kernels.machine(device)
     attention = "flash_attn" if flash.usable(torch.empty(0, dtype=dtype, device=device)) else "torch"
     vision = config.vision_config
