@@ -98,16 +98,15 @@ def _each(states: Tensor, experts: Tensor, shares: list[int], weight: Tensor, st
     """
     if strips is not None and len(shares) == len(states):
         return strips.product(states, experts)
-    outputs = states.new_empty(len(states), weight.shape[1])
-    ends = itertools.accumulate(shares)
-    groups = [slice(end - share, end) for end, share in zip(ends, shares, strict=True)]
-    alone = [group.start for group in groups if group.stop - group.start == 1]
+    places = [end - 1 for end in itertools.accumulate(shares)]
+    alone = [place for place, share in zip(places, shares, strict=True) if share == 1]
+    done: dict[int, Tensor] = {}
     if strips is not None and alone:
-        groups = [group for group in groups if group.stop - group.start > 1]
-        outputs[alone] = strips.product(states[alone], experts[alone])
-    for group, expert in zip(groups, experts[[group.start for group in groups]].tolist(), strict=True):
-        outputs[group] = _rounded(states[group], weight[expert])
-    return outputs
+        done = dict(zip(alone, strips.product(states[alone], experts[alone]).split(1), strict=True))
+    groups = zip(places, states.split(shares), experts[places].tolist(), strict=True)
+    return torch.cat(
+        [done[place] if place in done else _rounded(group, weight[expert]) for place, group, expert in groups]
+    )
 
 
 def _rounded(states: Tensor, weight: Tensor) -> Tensor:
