@@ -20,11 +20,6 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return values
 
 
-def like(values: Tensor) -> Tensor:
-    """A copy, row after row in memory."""
-    return empty(tuple(values.shape), values.dtype, values.device).copy_(values)
-
-
 def total() -> int:
     """Bytes of the machine's memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -58,7 +58,7 @@ Experts = tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]
 
 
 def lay_out(weights: Sequence[Tensor], experts: Sequence[Experts]) -> dict[Tensor, Strips]:
-    """Strips of as much as takes no more than a third of the memory that is free, the first first.
+    """Strips of what takes no more than a third of the memory that is free, the first first.
 
     Each of ``weights`` (O, I) or (E, O, I) has its own. Those of ``experts`` are found under ``gate_up`` and ``down``;
     behind the routed ones are the shared, as so many of the same width, so that a call is for all of them. That is for
@@ -66,12 +66,10 @@ def lay_out(weights: Sequence[Tensor], experts: Sequence[Experts]) -> dict[Tenso
     """
     spare, made = memory.available() // 3, {}
     for weight, matrices in _groups(weights, experts):
-        if not _usable(weight):
-            continue
-        spare -= sum(matrix.nbytes for matrix in matrices)
-        if spare < 0:
-            break
-        made[weight] = Strips(matrices)
+        nbytes = sum(matrix.nbytes for matrix in matrices)
+        if _usable(weight) and nbytes <= spare:
+            spare -= nbytes
+            made[weight] = Strips(matrices)
     return made
 
 

@@ -106,6 +106,14 @@ def test_bytes_of_one_row_are_its_active_parameters(tmp_path):
     assert bytes_a_step(text, 1, 100) == pytest.approx(2 * (active + latents))
 
 
+def test_a_checkpoint_with_fewer_ids_is_one_of_its_own(tmp_path):
+    whole, fewer = (checkpoint.with_layers(tmp_path, 2, divisor=16, vocabulary=ids) for ids in (0, 512))
+    assert whole.folder != fewer.folder and fewer.shape == whole.shape + ", a vocabulary of 512"
+    config = loader.load(fewer.folder).config
+    assert config.text_config.vocab_size == 512 and config.media_placeholder_token_id == 512 - 235
+    assert fewer.nbytes < whole.nbytes
+
+
 def test_many_rows_read_all_experts_and_no_more():
     text = published(27)
     assert bytes_a_step(text, 1000, 0) == pytest.approx(bytes_a_step(text, 1, 0, distinct=text.n_routed_experts))

@@ -248,6 +248,7 @@ def test_weights_are_laid_out_as_far_as_there_is_memory(monkeypatch: pytest.Monk
     one = weights[0].nbytes
     assert [len(laid_out(spare)) for spare in (0, one - 1, one, 3 * one - 1, 3 * one)] == [0, 0, 1, 2, 3]
     assert laid_out(one)[0] is weights[0]
+    assert laid_out(one, [torch.cat(weights), weights[1], weights[2]])[0] is weights[1], "the first does not fit"
     assert laid_out(9 * one, [weights[0].float(), weights[1][:31], weights[1][:, :15], weights[2]]) == [weights[2]]
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert laid_out(9 * one) == []
