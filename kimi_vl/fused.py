@@ -15,8 +15,7 @@ from torch import Tensor
 
 from . import memory
 from .cache import Step
-from .kernels import Ops
-from .kernels.strips import Experts, mlp, project
+from .kernels import Experts, Ops, mlp, project
 from .language import LATENT_NORM_EPS, Attention, LanguageModel, Layer, MoE, rope_tables
 
 # Shapes: T tokens, of which the first B are one of each row; H, N, R, P, Q, V as in the decoder.

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from . import plain, reference, strips
-from .strips import Experts, Strips
+from .strips import Experts, Strips, mlp, project
+
+__all__ = ["REFERENCE", "TORCH", "VARIABLE", "Experts", "Ops", "choose", "mlp", "project"]
 
 VARIABLE = "KIMI_VL_KERNELS"
 
