@@ -1,5 +1,15 @@
-"""For all tests: Triton decides when it is imported, by whomever, whether kernels are interpreted."""
+"""For all tests: Triton decides when it is imported, by whomever, whether kernels are interpreted; and what machines
+differ in."""
 
 import os
 
+import pytest
+
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def anything_is_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights have strips on a machine that lacks the instructions or the memory, too."""
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr("kimi_vl.memory.available", lambda: 2**40)

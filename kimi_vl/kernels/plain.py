@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import language
 from ..cache import Rows
-from ..language import apply_rope
+from ..language import apply_rope, project
 from . import reference
 from .strips import Strips, mlp
 
@@ -110,11 +109,9 @@ def _each(states: Tensor, experts: Tensor, shares: list[int], weight: Tensor, st
 
 
 def _rounded(states: Tensor, weight: Tensor) -> Tensor:
-    """A product with the number of many rows rounded up: oneDNN compiles one for each it has not met."""
+    """:func:`project` with the number of many rows rounded up: oneDNN compiles a product for each it has not met."""
     count = len(states)
-    if count <= 16:
-        return language.project(states, weight)
-    return language.project(F.pad(states, (0, 0, 0, -count % 16)), weight)[:count]
+    return project(F.pad(states, (0, 0, 0, -count % 16)), weight)[:count] if count > 16 else project(states, weight)
 
 
 def latent_write(

@@ -67,7 +67,7 @@ def lay_out(weights: Sequence[Tensor], experts: Sequence[Experts]) -> dict[Tenso
     spare, made = memory.available() // 3, {}
     for weight, matrices in _groups(weights, experts):
         nbytes = sum(matrix.nbytes for matrix in matrices)
-        if _usable(weight) and nbytes <= spare:
+        if nbytes <= spare:
             spare -= nbytes
             made[weight] = Strips(matrices)
     return made
@@ -75,16 +75,15 @@ def lay_out(weights: Sequence[Tensor], experts: Sequence[Experts]) -> dict[Tenso
 
 def _groups(weights: Sequence[Tensor], experts: Sequence[Experts]) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Which matrices are laid out together, and under what they are found."""
-    for weight in weights:
+    for weight in filter(_usable, weights):
         yield weight, [weight] if weight.dim() == 2 else [*weight]
     for gate_up, down, shared in experts:
-        width, firsts, seconds = down.shape[-1], [], []
-        if shared is not None:
-            gate, up, back = shared
-            firsts = [torch.cat(both) for both in zip(gate.split(width), up.split(width), strict=True)]
-            seconds = [*back.split(width, dim=1)]
-        yield gate_up, [*gate_up, *firsts]
-        yield down, [*down, *seconds]
+        width = down.shape[-1]
+        if _usable(gate_up):
+            both = zip(*(weight.split(width) for weight in shared[:2]), strict=True) if shared else ()
+            yield gate_up, [*gate_up, *map(torch.cat, both)]
+        if _usable(down):
+            yield down, [*down, *(shared[2].split(width, dim=1) if shared else ())]
 
 
 def project(states: Tensor, weight: Tensor, laid_out: Mapping[Tensor, Strips]) -> Tensor:

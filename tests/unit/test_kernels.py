@@ -94,13 +94,6 @@ def fences(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fences]:
     assert made.whole()
 
 
-@pytest.fixture
-def anything_is_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine that lacks the instructions or the memory, too."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(memory, "available", lambda: 2**40)
-
-
 def fenced(call: Call, fences: Fences) -> Call:
     return with_arguments(call, lambda values: values.__setitem__(slice(None), fences.copy(tuple(values))))
 
@@ -212,8 +205,8 @@ def test_experts_from_strips(tokens: int, routing: str, fences: Fences, anything
             """The result with some experts' matrices poisoned in their strips or in their rows."""
             kept, laid_out = weight.clone(), strips.lay_out([], [experts])
             weight[which] = torch.nan
-            laid_out = strips.lay_out([], [experts]) if in_strips else laid_out
             if in_strips:
+                laid_out = strips.lay_out([], [experts])
                 weight.copy_(kept)
             (result,) = call.run(kernels.TORCH, laid_out=laid_out)
             weight.copy_(kept)
