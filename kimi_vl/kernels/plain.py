@@ -21,6 +21,7 @@ from .strips import Strips, mlp
 
 # Shapes as in `reference`.
 
+_FEW = 16  # tokens that are taken as columns
 _NONE: Mapping[Tensor, Strips] = MappingProxyType({})
 
 
@@ -38,19 +39,62 @@ def moe(
         return _of_one(states, chosen, weights, laid_out[gate_up], laid_out[down], len(down))
     if _groupable(states, down):
         outputs = _grouped(states, chosen, gate_up, down)
+    elif 1 < len(states) <= _FEW and states.device.type == "cpu" and states.dtype == torch.bfloat16:
+        outputs = _of_few(states, chosen, gate_up, down, laid_out)
     else:
-        outputs = _by_expert(states, chosen, gate_up, down, laid_out)
+        outputs = _by_expert(states, chosen, gate_up, down)
     routed = torch.bmm(weights.unsqueeze(1), outputs.to(weights.dtype)).squeeze(1).to(states.dtype)  # (T, H)
-    return routed if shared is None else routed + mlp(states, shared, laid_out)
+    return routed if shared is None else (routed + mlp(states, shared, laid_out)).contiguous()
 
 
 def _of_one(states: Tensor, chosen: Tensor, weights: Tensor, gate_up: Strips, down: Strips, routed: int) -> Tensor:
     """All of it for one token, to whom the shared experts, behind ``routed`` others, are as those that it chose."""
     shared = torch.arange(routed, down.count, dtype=chosen.dtype)
     experts, weights = torch.cat((chosen[0], shared)), F.pad(weights[0], (0, len(shared)), value=1.0)  # (n)
-    gate, up = gate_up.product(states.expand(len(experts), -1), experts).chunk(2, dim=-1)  # (n, I)
-    outputs = down.product(F.silu(gate) * up, experts)  # (n, H)
+    outputs = _from_strips(states.expand(len(experts), -1), experts, gate_up, down)  # (n, H)
     return (weights @ outputs.to(weights.dtype)).unsqueeze(0).to(states.dtype)
+
+
+def _of_few(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor, laid_out: Mapping[Tensor, Strips]) -> Tensor:
+    """Outputs (T, K, H) by way of columns, as products with the weight first have them.
+
+    What experts have to do for one token alone is done from strips where they exist, for all of these at once.
+    """
+    places: dict[int, list[int]] = {}  # of experts in ``chosen``, read row by row
+    for place, expert in enumerate(chosen.flatten().tolist()):
+        places.setdefault(expert, []).append(place)
+    least = 2 if gate_up in laid_out and down in laid_out else 1
+    several = {expert: own for expert, own in places.items() if len(own) >= least}
+    alone = {expert: own for expert, own in places.items() if len(own) < least}
+    order = torch.tensor([*itertools.chain(*several.values(), *alone.values())])  # (T K), those of ``several`` first
+    tokens = states[order // chosen.shape[1]]  # (T K, H)
+    count = len(order) - len(alone)
+    gate, up = _each(tokens[:count].t(), several, gate_up).chunk(2)  # (I, n)
+    outputs = _each(F.silu(gate) * up, several, down)  # (H, n)
+    if alone:
+        experts = chosen.flatten()[order[count:]]
+        others = _from_strips(tokens[count:], experts, laid_out[gate_up], laid_out[down])
+        outputs = torch.cat((outputs, others.t()), dim=1)
+    return outputs.t()[order.argsort()].unflatten(0, chosen.shape)
+
+
+def _each(columns: Tensor, places: Mapping[int, list[int]], weight: Tensor) -> Tensor:
+    """(O, n) of ``columns`` (I, n), of which each expert has as many side by side as it has ``places``."""
+    shares = [len(own) for own in places.values()]
+    products = columns.new_empty(weight.shape[1], columns.shape[1])
+    parts = zip(places, columns.split(shares, 1), products.split(shares, 1), strict=True)
+    for expert, own, product in parts:
+        if own.shape[1] > 1:
+            torch.mm(weight[expert], own, out=product)
+        else:
+            product.copy_(project(own.t(), weight[expert]).t())
+    return products
+
+
+def _from_strips(states: Tensor, experts: Tensor, gate_up: Strips, down: Strips) -> Tensor:
+    """(n, H) of ``states`` (n, H), each by one of ``experts`` (n)."""
+    gate, up = gate_up.product(states, experts).chunk(2, dim=-1)  # (n, I)
+    return down.product(F.silu(gate) * up, experts)
 
 
 def _groupable(states: Tensor, down: Tensor) -> bool:
@@ -72,46 +116,21 @@ def _grouped(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> T
     return outputs[order.argsort()].view(count, choices, -1)
 
 
-def _by_expert(
-    states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor, laid_out: Mapping[Tensor, Strips]
-) -> Tensor:
-    """The same with products for each expert in use, after the host has waited to learn which those are."""
-    count, choices = chosen.shape
-    if count == 1:  # there is nothing to sort
-        experts, order, shares = chosen[0], None, [1] * choices
-        tokens = states.expand(choices, -1)
-    else:
-        experts, order = chosen.flatten().sort(stable=True)  # (T K), expert by expert
-        shares = experts.unique_consecutive(return_counts=True)[1].tolist()
-        tokens = states[order // choices]
-    gate, up = _each(tokens, experts, shares, gate_up, laid_out.get(gate_up)).chunk(2, dim=-1)
-    outputs = _each(F.silu(gate) * up, experts, shares, down, laid_out.get(down))  # (T K, H)
-    outputs = outputs if order is None else outputs[order.argsort()]
-    return outputs.view(count, choices, -1)
+def _by_expert(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The same expert by expert, after the host has waited to learn which are in use."""
+    experts, order = chosen.flatten().sort(stable=True)  # (T K)
+    numbers, shares = (part.tolist() for part in experts.unique_consecutive(return_counts=True))
+    groups = states[order // chosen.shape[1]].split(shares)
+    outputs = [_expert(group, gate_up[number], down[number]) for group, number in zip(groups, numbers, strict=True)]
+    return torch.cat(outputs)[order.argsort()].view(*chosen.shape, -1)
 
 
-def _each(states: Tensor, experts: Tensor, shares: list[int], weight: Tensor, strips: Strips | None) -> Tensor:
-    """(n, O) of ``states`` (n, I), of which as many as each of ``shares`` says are one after another for one expert.
-
-    What an expert has to do for one token alone is done from its strips, in one call for all of them.
-    """
-    if strips is not None and len(shares) == len(states):
-        return strips.product(states, experts)
-    places = [end - 1 for end in itertools.accumulate(shares)]
-    alone = [place for place, share in zip(places, shares, strict=True) if share == 1]
-    done: dict[int, Tensor] = {}
-    if strips is not None and alone:
-        done = dict(zip(alone, strips.product(states[alone], experts[alone]).split(1), strict=True))
-    groups = zip(places, states.split(shares), experts[places].tolist(), strict=True)
-    return torch.cat(
-        [done[place] if place in done else _rounded(group, weight[expert]) for place, group, expert in groups]
-    )
-
-
-def _rounded(states: Tensor, weight: Tensor) -> Tensor:
-    """:func:`project` with the number of many rows rounded up: oneDNN compiles a product for each it has not met."""
+def _expert(states: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """(n, H) of one expert. Many rows are rounded up: oneDNN compiles a product for each number it has not met."""
     count = len(states)
-    return project(F.pad(states, (0, 0, 0, -count % 16)), weight)[:count] if count > 16 else project(states, weight)
+    rows = F.pad(states, (0, 0, 0, -count % 16)) if count > 16 else states
+    gate, up = project(rows, gate_up).chunk(2, dim=-1)  # (n, I)
+    return project(F.silu(gate) * up, down)[:count]
 
 
 def latent_write(

@@ -166,7 +166,8 @@ def test_experts(tokens: int, routing: str, shared: bool, plan: str, fences: Fen
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize(
-    ("tokens", "routing"), [(1, "random"), (2, "distinct"), (7, "same"), (30, "random"), (37, "same")]
+    ("tokens", "routing"),
+    [(1, "random"), (2, "distinct"), (7, "random"), (7, "same"), (16, "same"), (30, "random"), (37, "same")],
 )
 def test_experts_without_kernels(
     tokens: int, routing: str, grouped: bool, dtype: torch.dtype, fences: Fences, monkeypatch: pytest.MonkeyPatch
@@ -334,6 +335,23 @@ def test_a_spoilt_token_spoils_only_itself(plan: str):
     (spoilt,) = call.run(TRITON, plan=PLANS[plan])
     assert spoilt[1].isnan().all()
     assert torch.equal(spoilt[[0, 2, 3]], clean[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("laid_out", [False, True])
+@pytest.mark.parametrize(("tokens", "routing"), [(4, "same"), (4, "random"), (20, "random")])
+def test_a_spoilt_token_spoils_only_itself_without_kernels(
+    tokens: int, routing: str, laid_out: bool, dtype: torch.dtype, anything_is_laid_out: None
+):
+    call = Inputs(EVEN, dtype).moe(tokens, routing)
+    experts = call.arguments[3:]
+    options = {"laid_out": strips.lay_out([], [experts])} if laid_out else {}
+    (clean,) = call.run(kernels.TORCH, **options)
+    call.arguments[0][1] = float("nan")
+    (spoilt,) = call.run(kernels.TORCH, **options)
+    others = [token for token in range(tokens) if token != 1]
+    assert spoilt[1].isnan().all()
+    assert torch.equal(spoilt[others], clean[others])
 
 
 # The router
