@@ -44,7 +44,7 @@ def moe(
     else:
         outputs = _by_expert(states, chosen, gate_up, down)
     routed = torch.bmm(weights.unsqueeze(1), outputs.to(weights.dtype)).squeeze(1).to(states.dtype)  # (T, H)
-    return routed if shared is None else (routed + mlp(states, shared, laid_out)).contiguous()
+    return routed if shared is None else routed + mlp(states, shared, laid_out)
 
 
 def _of_one(states: Tensor, chosen: Tensor, weights: Tensor, gate_up: Strips, down: Strips, routed: int) -> Tensor:
@@ -56,16 +56,16 @@ def _of_one(states: Tensor, chosen: Tensor, weights: Tensor, gate_up: Strips, do
 
 
 def _of_few(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor, laid_out: Mapping[Tensor, Strips]) -> Tensor:
-    """Outputs (T, K, H) by way of columns, as products with the weight first have them.
+    """Outputs (T, K, H) of the experts; tokens stay columns, as products with the weight first have them.
 
     What experts have to do for one token alone is done from strips where they exist, for all of these at once.
     """
     places: dict[int, list[int]] = {}  # of experts in ``chosen``, read row by row
     for place, expert in enumerate(chosen.flatten().tolist()):
         places.setdefault(expert, []).append(place)
-    least = 2 if gate_up in laid_out and down in laid_out else 1
-    several = {expert: own for expert, own in places.items() if len(own) >= least}
-    alone = {expert: own for expert, own in places.items() if len(own) < least}
+    strips = gate_up in laid_out and down in laid_out
+    alone = {expert: own for expert, own in places.items() if strips and len(own) == 1}
+    several = {expert: own for expert, own in places.items() if expert not in alone}
     order = torch.tensor([*itertools.chain(*several.values(), *alone.values())])  # (T K), those of ``several`` first
     tokens = states[order // chosen.shape[1]]  # (T K, H)
     count = len(order) - len(alone)
@@ -82,8 +82,7 @@ def _each(columns: Tensor, places: Mapping[int, list[int]], weight: Tensor) -> T
     """(O, n) of ``columns`` (I, n), of which each expert has as many side by side as it has ``places``."""
     shares = [len(own) for own in places.values()]
     products = columns.new_empty(weight.shape[1], columns.shape[1])
-    parts = zip(places, columns.split(shares, 1), products.split(shares, 1), strict=True)
-    for expert, own, product in parts:
+    for expert, own, product in zip(places, columns.split(shares, 1), products.split(shares, 1), strict=True):
         if own.shape[1] > 1:
             torch.mm(weight[expert], own, out=product)
         else:
@@ -117,7 +116,7 @@ def _grouped(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> T
 
 
 def _by_expert(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The same expert by expert, after the host has waited to learn which are in use."""
+    """The same expert by expert, after the host has waited to learn which are in use, for any number of tokens."""
     experts, order = chosen.flatten().sort(stable=True)  # (T K)
     numbers, shares = (part.tolist() for part in experts.unique_consecutive(return_counts=True))
     groups = states[order // chosen.shape[1]].split(shares)
