@@ -35,7 +35,7 @@ def moe(
     laid_out: Mapping[Tensor, Strips] = _NONE,
 ) -> Tensor:
     """``laid_out`` are strips of some of the weights; see :func:`kimi_vl.kernels.strips.lay_out`."""
-    if len(states) == 1 and gate_up in laid_out and down in laid_out:
+    if len(states) == 1 and gate_up in laid_out:
         return _of_one(states, chosen, weights, laid_out[gate_up], laid_out[down], len(down))
     if _groupable(states, down):
         outputs = _grouped(states, chosen, gate_up, down)
@@ -63,8 +63,7 @@ def _of_few(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor, laid_
     places: dict[int, list[int]] = {}  # of experts in ``chosen``, read row by row
     for place, expert in enumerate(chosen.flatten().tolist()):
         places.setdefault(expert, []).append(place)
-    strips = gate_up in laid_out and down in laid_out
-    alone = {expert: own for expert, own in places.items() if strips and len(own) == 1}
+    alone = {expert: own for expert, own in places.items() if len(own) == 1 and gate_up in laid_out}
     several = {expert: own for expert, own in places.items() if expert not in alone}
     order = torch.tensor([*itertools.chain(*several.values(), *alone.values())])  # (T K), those of ``several`` first
     tokens = states[order // chosen.shape[1]]  # (T K, H)

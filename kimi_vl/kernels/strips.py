@@ -65,25 +65,24 @@ def lay_out(weights: Sequence[Tensor], experts: Sequence[Experts]) -> dict[Tenso
     bfloat16 on a CPU that has AVX-512, which torch's sums are made for.
     """
     spare, made = memory.available() // 3, {}
-    for weight, matrices in _groups(weights, experts):
-        nbytes = sum(matrix.nbytes for matrix in matrices)
+    for group in _groups(weights, experts):
+        nbytes = sum(matrix.nbytes for matrices in group.values() for matrix in matrices)
         if nbytes <= spare:
             spare -= nbytes
-            made[weight] = Strips(matrices)
+            made |= {weight: Strips(matrices) for weight, matrices in group.items()}
     return made
 
 
-def _groups(weights: Sequence[Tensor], experts: Sequence[Experts]) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Which matrices are laid out together, and under what they are found."""
+def _groups(weights: Sequence[Tensor], experts: Sequence[Experts]) -> Iterator[dict[Tensor, list[Tensor]]]:
+    """What is of use together only: which matrices are laid out as one, under what they are found."""
     for weight in filter(_usable, weights):
-        yield weight, [weight] if weight.dim() == 2 else [*weight]
+        yield {weight: [weight] if weight.dim() == 2 else [*weight]}
     for gate_up, down, shared in experts:
-        width = down.shape[-1]
-        if _usable(gate_up):
+        if _usable(gate_up) and _usable(down):
+            width = down.shape[-1]
             both = zip(*(weight.split(width) for weight in shared[:2]), strict=True) if shared else ()
-            yield gate_up, [*gate_up, *map(torch.cat, both)]
-        if _usable(down):
-            yield down, [*down, *(shared[2].split(width, dim=1) if shared else ())]
+            others = shared[2].split(width, dim=1) if shared else ()
+            yield {gate_up: [*gate_up, *map(torch.cat, both)], down: [*down, *others]}
 
 
 def project(states: Tensor, weight: Tensor, laid_out: Mapping[Tensor, Strips]) -> Tensor:

@@ -248,6 +248,16 @@ def test_weights_are_laid_out_as_far_as_there_is_memory(monkeypatch: pytest.Monk
     assert laid_out(9 * one) == []
 
 
+def test_both_matrices_of_experts_are_laid_out_or_none(monkeypatch: pytest.MonkeyPatch, anything_is_laid_out: None):
+    experts = Inputs(EVEN, torch.bfloat16).moe(1).arguments[3:]
+    gate_up, down, shared = experts
+    all_bytes = sum(weight.nbytes for weight in (gate_up, down, *shared))
+    for spare, count in ((all_bytes - 1, 0), (all_bytes, 2)):
+        monkeypatch.setattr(memory, "available", lambda spare=spare: 3 * spare)
+        assert len(strips.lay_out([], [experts])) == count
+    assert strips.lay_out([], [(gate_up, down[..., :15], None)]) == {}
+
+
 @pytest.mark.parametrize(("tokens", "plan"), [(33, "blocks of 16"), (70, "blocks of 64")])
 def test_an_expert_with_more_rows_than_a_block(tokens: int, plan: str, fences: Fences):
     call = fenced(Inputs(ODD, torch.float32).moe(tokens, "same"), fences)
