@@ -116,6 +116,8 @@ def _grouped(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> T
 
 def _by_expert(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """The same expert by expert, after the host has waited to learn which are in use, for any number of tokens."""
+    if len(states) == 1:  # there is nothing to sort
+        return torch.stack([_expert(states, gate_up[number], down[number]) for number in chosen[0].tolist()], dim=1)
     experts, order = chosen.flatten().sort(stable=True)  # (T K)
     numbers, shares = (part.tolist() for part in experts.unique_consecutive(return_counts=True))
     groups = states[order // chosen.shape[1]].split(shares)
