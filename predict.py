@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from cog import AsyncConcatenateIterator, BasePredictor, ConcatenateIterator, Input, Path, streaming
 
 import kimi_vl
+from kimi_vl import parameters
 from kimi_vl.errors import UserError
 from kimi_vl.events import Answer, Done, Event, Reasoning
 
@@ -116,13 +117,13 @@ class Predictor(BasePredictor):
             events = self.pipeline.stream(
                 chat,
                 chat_images,
-                temperature=float(temperature),
-                top_p=float(top_p),
-                top_k=_integer("top_k", top_k),
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
                 max_length_tokens=_token_limit(max_length_tokens, max_tokens, max_new_tokens),
-                thinking_budget=_optional_integer("thinking_budget", thinking_budget),
+                thinking_budget=thinking_budget,
                 stop_sequences=_split_stop_sequences(stop_sequences),
-                seed=_optional_integer("seed", seed),
+                seed=seed,
                 deadline=_deadline(),
             )
             # Cancelling raises inside the loop; closing the stream is what makes the model stop.
@@ -198,13 +199,13 @@ class ConcurrentPredictor(BasePredictor):
             events = self.pipeline.astream(
                 chat,
                 chat_images,
-                temperature=float(temperature),
-                top_p=float(top_p),
-                top_k=_integer("top_k", top_k),
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
                 max_length_tokens=_token_limit(max_length_tokens, max_tokens, max_new_tokens),
-                thinking_budget=_optional_integer("thinking_budget", thinking_budget),
+                thinking_budget=thinking_budget,
                 stop_sequences=_split_stop_sequences(stop_sequences),
-                seed=_optional_integer("seed", seed),
+                seed=seed,
                 deadline=_deadline(),
             )
             async with contextlib.aclosing(events):
@@ -351,22 +352,11 @@ def _decode_data_url(url: str) -> bytes:
         raise UserError("E_MESSAGES_INVALID", "the data URL of an image is not valid base64.") from None
 
 
-def _integer(name: str, value: Any) -> int:
-    """JSON has one kind of number, so 2.0 passes for an integer and arrives as a float."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
-        raise UserError("E_PARAMETER", f"{name} must be a whole number.")
-    return int(value)
-
-
-def _optional_integer(name: str, value: Any) -> int | None:
-    return None if value is None else _integer(name, value)
-
-
 def _token_limit(max_length_tokens: Any, max_tokens: Any, max_new_tokens: Any) -> int:
     """One limit out of the three names it goes by."""
-    limit = _integer("max_length_tokens", max_length_tokens)
+    limit = parameters.integer("max_length_tokens", max_length_tokens, 1, parameters.MAX_LENGTH_TOKENS)
     given = {
-        _integer(name, value)
+        parameters.integer(name, value, 1, parameters.MAX_LENGTH_TOKENS)
         for name, value in (("max_tokens", max_tokens), ("max_new_tokens", max_new_tokens))
         if value is not None
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import math
 import queue
 import secrets
 import time
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from . import chat, images, loader, weights
+from . import chat, images, loader, parameters, weights
 from .engine import Engine, EngineOptions, Patches, Ticket
 from .errors import UserError
 from .events import Answer, ClosedBy, Done, Event, FinishReason, Reasoning, Usage
@@ -32,7 +33,6 @@ from .tokenizer import TextStream, Tokenizer
 
 ImageSource = bytes | str | Path | Image.Image
 Deliver = Callable[[Event | Exception], None]
-MAX_LENGTH_TOKENS = 131_072
 POLL_S = 0.05  # an exception that is raised in a waiting thread from outside is seen this soon
 
 
@@ -148,17 +148,19 @@ class Pipeline:
         top_k: int = 0,
         max_length_tokens: int = 8192,
         thinking_budget: int | None = None,
-        stop_sequences: Sequence[str] = (),
+        stop_sequences: Sequence[str] | str | None = (),
         seed: int | None = None,
         deadline: float | None = None,
     ) -> Ticket:
         """Send a request whose events (or error, which ends it) are delivered by the engine's thread."""
         began = time.monotonic()
         sampling = Sampling(temperature, top_p, top_k, secrets.randbelow(2**31) if seed is None else seed)
-        if not 1 <= max_length_tokens <= MAX_LENGTH_TOKENS:
-            raise UserError("E_PARAMETER", f"max_length_tokens must be from 1 to {MAX_LENGTH_TOKENS}; change it.")
-        if thinking_budget is not None and thinking_budget < 0:
-            raise UserError("E_PARAMETER", "thinking_budget must be at least 0; change it.")
+        max_length_tokens = parameters.integer("max_length_tokens", max_length_tokens, 1, parameters.MAX_LENGTH_TOKENS)
+        if thinking_budget is not None:
+            thinking_budget = parameters.integer("thinking_budget", thinking_budget, 0)
+        if deadline is not None and deadline != math.inf:
+            deadline = parameters.number("deadline", deadline, 0)
+        stops = StopSequences(parameters.texts("stop_sequences", stop_sequences))
         ids, patches, begun = self._prompt(messages, images)
         context = self.model.config.text_config.max_position_embeddings
         room = min(max_length_tokens, context - len(ids))
@@ -167,7 +169,7 @@ class Pipeline:
                 "E_PROMPT_TOO_LONG",
                 f"the prompt takes {len(ids)} tokens of {context}; shorten it or send fewer images.",
             )
-        text = _OutputText(self.tokenizer, StopSequences(stop_sequences), begun or "")
+        text = _OutputText(self.tokenizer, stops, begun or "")
         guide = _Guide(
             self.tokenizer,
             sampling,

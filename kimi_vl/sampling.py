@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from . import parameters
 
-MAX_SEED = 2**64 - 1
 LEAST_TEMPERATURE = 1e-4  # below it the likeliest token is all that is left, and a division by it may not be finite
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; values outside their bounds raise :class:`UserError` (E_PARAMETER).
+    """How tokens are drawn; values of other types or outside their bounds raise
+    :class:`~kimi_vl.errors.UserError` (E_PARAMETER).
 
     ``temperature`` 0 (or next to it, or ``top_p`` 0, or ``top_k`` 1) takes the most likely token. ``top_k`` 0 is off.
     The same ``seed`` gives the same draws.
@@ -32,10 +32,14 @@ class Sampling:
     seed: int
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0, 2)
-        _check("top_p", self.top_p, 0, 1)
-        _check("top_k", self.top_k, 0, None)
-        _check("seed", self.seed, 0, MAX_SEED)
+        checked = {
+            "temperature": parameters.number("temperature", self.temperature, 0, 2),
+            "top_p": parameters.number("top_p", self.top_p, 0, 1),
+            "top_k": parameters.integer("top_k", self.top_k, 0, parameters.MAX_TOP_K),
+            "seed": parameters.integer("seed", self.seed, 0, parameters.MAX_SEED),
+        }
+        for name, value in checked.items():  # as Python's own numbers, whatever type they came in
+            object.__setattr__(self, name, value)
 
     @property
     def greedy(self) -> bool:
@@ -45,12 +49,6 @@ class Sampling:
     def cuts(self) -> bool:
         """Whether only some of the likelier tokens are drawn among."""
         return not self.greedy and (self.top_p < 1 or self.top_k > 0)
-
-
-def _check(name: str, value: float, low: float, high: float | None) -> None:
-    if not (value >= low and (high is None or value <= high)):
-        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise UserError("E_PARAMETER", f"{name} must be {bounds}; change it.")
 
 
 def sample(logits: Tensor, sampling: Sampling, position: int) -> int:

@@ -15,7 +15,7 @@ import pytest
 import predict
 from cog_local import schema
 from cog_local.server import ROOT, Server
-from kimi_vl import images, sampling, stops
+from kimi_vl import images, parameters, stops
 
 from .test_server import METRICS
 
@@ -164,7 +164,7 @@ def test_the_limits_are_those_that_hold() -> None:
         f"| images in a request | {images.MAX_IMAGES} |",
         f"{images.MAX_BYTES // 2**20} MiB; {images.MAX_PIXELS // 10**6} million pixels; {images.MAX_SIDE:,} pixels a",
         f"{stops.MAX_SEQUENCES}, of {stops.MAX_CHARACTERS:,} characters each",
-        f"below 2^{sampling.MAX_SEED.bit_length()}",
+        f"below 2^{parameters.MAX_SEED.bit_length()}",
         f"{predict.DEFAULT_DEADLINE_S:,.0f} (`KIMI_VL_DEADLINE_S`)",
     ):
         assert limit in table

@@ -34,7 +34,8 @@ ALLOWED = {
     "graphs": {"cache", "fused", "model", "sampling"},
     "model": {"config", "language", "projector", "vision"},
     "loader": {"config", "errors", "memory", "model"},
-    "sampling": {"errors"},
+    "parameters": {"errors"},
+    "sampling": {"parameters"},
     "generation": {"cache", "model", "vision"},
     "pages": set(),
     "scheduler": {"pages"},
@@ -48,8 +49,8 @@ ALLOWED = {
     "verify": {"errors", "loader", "progress"},
     "weights": {"download", "errors", "hub", "verify"},
     "pipeline": {
-        "chat", "engine", "errors", "events", "images", "loader", "model", "repetition", "sampling", "stops",
-        "tokenizer", "weights",
+        "chat", "engine", "errors", "events", "images", "loader", "model", "parameters", "repetition", "sampling",
+        "stops", "tokenizer", "weights",
     },
     "hf": {"chat", "config", "errors", "images", "loader", "tokenizer"},
 }  # fmt: skip

@@ -408,13 +408,6 @@ def test_parameters_reach_the_pipeline() -> None:
     assert (given["thinking_budget"], given["seed"], given["stop_sequences"]) == (0, 0, ("END",))
 
 
-def test_whole_floats_are_integers() -> None:
-    given = parameters(top_k=2.0, seed=4.0, max_length_tokens=16.0, thinking_budget=8.0)
-    assert all(type(given[name]) is int for name in ("top_k", "seed", "max_length_tokens", "thinking_budget"))
-    assert refusal(prompt="hi", top_k=2.5) == "E_PARAMETER: top_k must be a whole number."
-    assert refusal(prompt="hi", seed=float("inf")).startswith("E_PARAMETER: ")
-
-
 @pytest.mark.parametrize(
     ("inputs", "limit"),
     [
