@@ -1,6 +1,8 @@
 """The decoder's operations behind one table: plain PyTorch everywhere, Triton on a GPU where it is asked for.
 
-Triton is imported only when it is chosen; nothing else of the package knows it.
+Triton is imported only when it is chosen; nothing else of the package knows it. Kernels name the integers that differ
+from step to step as ``do_not_specialize``: Triton compiles a kernel once more for an integer that is 1 and for one that
+16 divides, which would happen while requests are served.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def _share(length, splits, LEAST: tl.constexpr, BLOCK_L: tl.constexpr):
     return tl.maximum(tl.cdiv(tl.cdiv(length, splits), BLOCK_L) * BLOCK_L, LEAST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row", "splits"])
 def _decode_shares(
     query,
     entries,
@@ -230,7 +230,7 @@ def _decode_shares(
             tl.store(weight + place, top + tl.log2(total), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _decode_join(
     partial,
     weight,
@@ -352,7 +352,7 @@ def mla_decode(
             BLOCK_R=block,
             BLOCK_L=tile.entries,
             LEAST=LEAST_SHARE,
-            BLOCK_S=min(_JOINED, triton.next_power_of_2(splits)),
+            BLOCK_S=_JOINED,
             num_warps=4,
         )
     return out

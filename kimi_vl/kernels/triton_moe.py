@@ -168,7 +168,7 @@ def _pair_down(
 # In blocks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "blocks"])
 def _group(
     chosen,
     order,
@@ -229,7 +229,7 @@ def _group(
             tl.store(owner + block, expert, mask=block < blocks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["nobody"])
 def _block_gate_up(
     states,
     order,
@@ -275,7 +275,7 @@ def _block_gate_up(
     tl.store(target, result, mask=real[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["nobody"])
 def _block_down(
     hidden,
     order,

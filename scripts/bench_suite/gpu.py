@@ -84,7 +84,7 @@ def describe_machine(job: Job) -> None:
 
 
 def _widths(job: Job, **more: int) -> Any:
-    from .kernel_inputs import Widths
+    from kimi_vl.kernels.inputs import Widths
 
     if not job.rehearsal:
         return Widths(**more)
@@ -96,8 +96,7 @@ def kernels_against_twins(job: Job) -> None:
     import torch
 
     from kimi_vl.kernels import choose
-
-    from .kernel_inputs import Call, Inputs, distances, routed_alike, with_arguments
+    from kimi_vl.kernels.inputs import Call, Inputs, distances, routed_alike, with_arguments
 
     ops = choose(job.device, "triton")
     # uninitialised memory is filled with NaN
@@ -148,8 +147,8 @@ def kernels_in_graphs(job: Job) -> None:
     import torch
 
     from kimi_vl.kernels import choose
+    from kimi_vl.kernels.inputs import Inputs, distances
 
-    from .kernel_inputs import Inputs, distances
     from .kernels import replayed
 
     if job.rehearsal:

@@ -23,8 +23,7 @@ import torch
 
 from kimi_vl.cache import Rows
 from kimi_vl.kernels import TORCH, Ops, choose
-
-from .kernel_inputs import PUBLISHED, Call, Inputs, Widths
+from kimi_vl.kernels.inputs import PUBLISHED, Call, Inputs, Widths
 
 COLD_BYTES = 256 << 20  # several times the caches of anything we know
 MOST_SETS = 512

@@ -24,13 +24,13 @@ assert triton_on_cpu.interpreter  # it comes before any kernel
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from bench_suite.kernel_inputs import Call, Inputs, Widths, distance, distances, routed_alike, with_arguments  # noqa: E402
 from torch import Tensor  # noqa: E402
 from triton.runtime.errors import InterpreterError  # noqa: E402
 
 from kimi_vl import kernels, memory  # noqa: E402
 from kimi_vl.cache import Rows  # noqa: E402
 from kimi_vl.kernels import plain, reference, strips, triton_mla, triton_moe, triton_norm  # noqa: E402
+from kimi_vl.kernels.inputs import Call, Inputs, Widths, distance, distances, routed_alike, with_arguments  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TRITON = kernels.choose("cpu", "triton")

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kimi_vl.cache import Rows
-from kimi_vl.kernels import REFERENCE, Ops
+from ..cache import Rows
+from . import REFERENCE, Ops
 
 # Unit roundoffs: a rounding to bfloat16 (8 significant bits) is off by at most 2^-8 of the value. Float32 sums of
 # some thousand terms in an unknown order are off by some ten of its 2^-24.
