@@ -28,6 +28,13 @@ def tree_of(cache: Path, name: str) -> Path:
     return cache / f"models--{name.replace('/', '--')}"
 
 
+def repository_of(folder: Path) -> str:
+    """The repository whose snapshot ``folder`` is, as the client's tree records it; empty for any other folder."""
+    snapshots = folder.resolve().parent
+    kind, _, name = snapshots.parent.name.partition("--")
+    return name.replace("--", "/", 1) if snapshots.name == "snapshots" and kind == "models" else ""
+
+
 def snapshot(tree: Path, revision: str) -> Path | None:
     """The folder of ``revision`` (empty: the main branch) as far as it is in ``tree``."""
     try:

@@ -41,14 +41,17 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     options: EngineOptions | None = None,
+    thinks: bool | None = None,
 ) -> Pipeline:
     """A pipeline for ``model``: a published name, ``demo``, ``auto``, or a directory (see :mod:`kimi_vl.weights`).
 
-    ``device`` None takes a CUDA GPU if there is one; ``dtype`` None is bfloat16 there and float32 on a CPU. Raises
-    :class:`~kimi_vl.errors.CheckpointError` naming what is wrong with the files.
+    ``device`` None takes a CUDA GPU if there is one; ``dtype`` None is bfloat16 there and float32 on a CPU; ``thinks``
+    None is what :func:`kimi_vl.weights.thinks` knows of the model. Raises :class:`~kimi_vl.errors.CheckpointError`
+    naming what is wrong with the files.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     directory = weights.resolve(model, has_gpu=chosen.type == "cuda")
+    thinks = weights.thinks(model, directory) if thinks is None else thinks
     network = loader.load(
         directory, dtype=dtype or (torch.bfloat16 if chosen.type == "cuda" else torch.float32), device=chosen
     )
@@ -56,7 +59,7 @@ def load(
         network,
         Tokenizer.from_directory(directory),
         ImageOptions.from_directory(directory),
-        thinks="instruct" not in f"{model} {directory}".lower(),
+        thinks=thinks,
         options=options,
     )
 

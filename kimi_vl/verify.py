@@ -45,9 +45,10 @@ class DamagedError(CheckpointError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """Hashes from outside of the folder. ``digest`` is of the manifest's own file."""
+    """Hashes from outside of the folder. ``digest`` is of the manifest's own file, ``model`` what was asked for."""
 
     digest: str
+    model: str
     revision: str
     files: Mapping[str, tuple[int, str]]
 
@@ -57,7 +58,7 @@ class Manifest:
             content = path.read_bytes()
             data = json.loads(content)
             files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in data["files"].items()}
-            revision = str(data.get("revision") or "")
+            model, revision = (str(data.get(name) or "") for name in ("model", "revision"))
         except OSError as error:
             raise CheckpointError(
                 f"{path}: the manifest cannot be read ({error.strerror}); check KIMI_VL_MANIFEST"
@@ -68,7 +69,7 @@ class Manifest:
             ) from None
         if not files or not all(_SHA256.fullmatch(digest) for _, digest in files.values()):
             raise CheckpointError(f"{path}: lists no files, or one without its SHA-256; write the manifest anew")
-        return cls(hashlib.sha256(content).hexdigest(), revision, files)
+        return cls(hashlib.sha256(content).hexdigest(), model, revision, files)
 
 
 def checkpoint_folder(root: Path) -> Path:

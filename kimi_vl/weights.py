@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import re
@@ -31,6 +32,16 @@ ARCHIVES = {"thinking": "models--moonshotai--Kimi-VL-A3B-Thinking.tar"}
 REPOSITORIES = {
     "thinking-2506": "moonshotai/Kimi-VL-A3B-Thinking-2506",
     "instruct": "moonshotai/Kimi-VL-A3B-Instruct",
+}
+# Every published name and repository id, and whether that model writes thinking before its answer. Their files do
+# not say: configuration, chat template and generation settings are the same.
+_THINKS = {
+    "thinking": True,
+    "moonshotai/kimi-vl-a3b-thinking": True,
+    "thinking-2506": True,
+    "moonshotai/kimi-vl-a3b-thinking-2506": True,
+    "instruct": False,
+    "moonshotai/kimi-vl-a3b-instruct": False,
 }
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")
 # Of the files beside an entry: none may be taken for another entry.
@@ -69,6 +80,36 @@ def resolve(model: str, *, has_gpu: bool, cache: str | Path | None = None) -> Pa
         f"model {download.redact(model)!r} is neither one of {names}, nor a directory, a Hugging Face repository id "
         "or an https URL; set KIMI_VL_MODEL to one of these"
     )
+
+
+def thinks(model: str, folder: Path) -> bool:
+    """Whether the checkpoint in ``folder``, asked for as ``model``, writes thinking before its answer.
+
+    ``KIMI_VL_THINKING`` (``on`` or ``off``) decides; then the first that is a published name or repository id of
+    ``model``, the manifest's model, the repository of the Hub cache that ``folder`` is in, and ``_name_or_path`` in
+    ``config.json``. A checkpoint that none of these names thinks. What a folder of one's own is called says nothing.
+    """
+    setting = os.environ.get("KIMI_VL_THINKING", "")
+    if setting not in ("", "on", "off"):
+        raise CheckpointError(f"KIMI_VL_THINKING={setting}: must be 'on' or 'off', or not be set")
+    if setting:
+        return setting == "on"
+    manifest = _manifest(model)
+    asked = "" if Path(model).is_dir() else model
+    for name in (asked, manifest.model if manifest else "", hub.repository_of(folder), _origin(folder)):
+        known = _THINKS.get(name.partition("@")[0].lower())
+        if known is not None:
+            return known
+    return True
+
+
+def _origin(folder: Path) -> str:
+    """What the checkpoint was made from, as its ``config.json`` says; empty where it does not."""
+    try:
+        name = json.loads((folder / "config.json").read_bytes()).get("_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return name if isinstance(name, str) else ""
 
 
 # Names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kimi_vl import download, loader, verify, weights
+from kimi_vl import download, loader, pipeline, verify, weights
 from kimi_vl.errors import CheckpointError
 from tests.weights_world import (
     CHECKPOINT,
@@ -234,6 +235,100 @@ def test_names(tmp_path):
     ):
         with pytest.raises(CheckpointError, match=r"neither .* set KIMI_VL_MODEL"):
             weights.resolve(bad, has_gpu=False, cache=tmp_path)
+
+
+# Whether a model thinks
+
+INSTRUCT = "moonshotai/Kimi-VL-A3B-Instruct"
+INSTRUCT_TREE = "models--moonshotai--Kimi-VL-A3B-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("model", "thinks"),
+    [
+        ("thinking", True),
+        ("thinking-2506", True),
+        ("instruct", False),
+        (INSTRUCT, False),
+        (f"{INSTRUCT}@{REVISION}", False),
+        (INSTRUCT.lower(), False),
+        ("moonshotai/Kimi-VL-A3B-Thinking", True),
+        ("someone/instructor", True),
+        ("someone/Kimi-VL-A3B-Instruct", True),
+        ("https://host/instruct.tar", True),
+        ("https://host/instruct/model.tar", True),
+        ("demo", True),
+    ],
+)
+def test_whether_what_was_asked_for_thinks(tmp_path, monkeypatch, model, thinks):
+    monkeypatch.delenv("KIMI_VL_THINKING", raising=False)
+    assert weights.thinks(model, tmp_path) is thinks
+
+
+@pytest.mark.parametrize(
+    ("place", "thinks"),
+    [
+        ("instructor/model", True),
+        ("instruct", True),
+        ("Kimi-VL-A3B-Instruct", True),
+        (INSTRUCT, True),
+        (INSTRUCT_TREE, True),
+        (f"{INSTRUCT_TREE}/snapshots", True),
+        (f"{INSTRUCT_TREE}/snapshots/{REVISION}", False),
+        (f"{INSTRUCT_TREE}-2/snapshots/{REVISION}", True),
+        (f"models--someone--Kimi-VL-A3B-Instruct/snapshots/{REVISION}", True),
+        (f"instruct/{NAME}/snapshots/{REVISION}", True),
+    ],
+)
+def test_what_a_folder_is_called_says_nothing_but_in_a_tree_of_the_hub(tmp_path, monkeypatch, place, thinks):
+    monkeypatch.delenv("KIMI_VL_THINKING", raising=False)
+    (tmp_path / place).mkdir(parents=True)
+    assert weights.thinks(str(tmp_path / place), tmp_path / place) is thinks
+    monkeypatch.chdir(tmp_path)
+    assert weights.thinks(place, Path(place)) is thinks
+    (tmp_path / "current").symlink_to(tmp_path / place)
+    assert weights.thinks("current", Path("current")) is thinks
+
+
+@pytest.mark.parametrize(
+    ("origin", "thinks"),
+    [(INSTRUCT, False), ("moonshotai/Kimi-VL-A3B-Thinking", True), ("/data/instruct", True), (None, True), (7, True)],
+)
+def test_what_a_configuration_says_of_its_origin(tmp_path, monkeypatch, origin, thinks):
+    monkeypatch.delenv("KIMI_VL_THINKING", raising=False)
+    (tmp_path / "config.json").write_text(json.dumps({"_name_or_path": origin}))
+    assert weights.thinks(str(tmp_path), tmp_path) is thinks
+    assert weights.thinks("instruct", tmp_path) is False  # what was asked for and fetched comes first
+
+
+def test_what_a_manifest_says_of_the_model(tmp_path, monkeypatch):
+    monkeypatch.delenv("KIMI_VL_THINKING", raising=False)
+    verify.write_manifest(CHECKPOINT, "instruct", tmp_path / "manifest.json")
+    assert weights.thinks(str(CHECKPOINT), CHECKPOINT) is True
+    monkeypatch.setenv("KIMI_VL_MANIFEST", str(tmp_path / "manifest.json"))
+    assert weights.thinks(str(CHECKPOINT), CHECKPOINT) is False
+
+
+def test_a_setting_says_whether_the_model_thinks(tmp_path, monkeypatch):
+    monkeypatch.setenv("KIMI_VL_THINKING", "off")
+    assert weights.thinks("thinking", tmp_path) is False
+    monkeypatch.setenv("KIMI_VL_THINKING", "on")
+    assert weights.thinks("instruct", tmp_path) is True
+    monkeypatch.setenv("KIMI_VL_THINKING", "yes")
+    with pytest.raises(CheckpointError, match="KIMI_VL_THINKING=yes: must be 'on' or 'off'"):
+        weights.thinks("instruct", tmp_path)
+
+
+def test_a_pipeline_asks_whether_its_model_thinks(tmp_path, monkeypatch):
+    monkeypatch.delenv("KIMI_VL_THINKING", raising=False)
+    place = tmp_path / "instructor" / "instruct"
+    shutil.copytree(weights.DEMO, place)
+    for thinks, wanted in ((None, True), (False, False)):
+        with contextlib.closing(pipeline.load(str(place), "cpu", thinks=thinks)) as loaded:
+            assert loaded.thinks is wanted
+    monkeypatch.setenv("KIMI_VL_THINKING", "off")
+    with contextlib.closing(pipeline.load("demo", "cpu")) as loaded:
+        assert loaded.thinks is False
 
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path):
