@@ -50,6 +50,55 @@ INTERNAL_ERROR = (
 Message = dict[str, Any]
 
 
+class Inputs:
+    """What both predictors take. Cog resolves `Inputs.name` where this class stands at the top of the same file."""
+
+    prompt = Input(default="", description="What to ask. Required unless messages is given.")
+    image = Input(
+        default=None,
+        description="An image: PNG, JPEG, WebP, GIF, BMP or TIFF, up to 32 MiB and 40 million pixels.",
+    )
+    top_p = Input(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="Sample from the likeliest tokens up to this total probability.",
+    )
+    temperature = Input(
+        default=0.6,
+        ge=0,
+        le=2,
+        description="Randomness of the sampling. 0 always takes the likeliest token.",
+    )
+    max_length_tokens = Input(
+        default=8192, ge=1, le=131072, description="The most tokens to generate, thinking included."
+    )
+    images = Input(default=[], description="More images, after the one in image. Up to 64 in all.")
+    system_prompt = Input(default="", description="Replaces the default system message.")
+    messages = Input(
+        default=[],
+        description="A conversation in the OpenAI chat form, instead of prompt and system_prompt. An image part holds a data URL, or is a bare {type: image} that takes the next of image and images.",  # noqa: E501
+    )
+    thinking_budget = Input(
+        default=None,
+        ge=0,
+        description="The most tokens to think with before the answer. 0 answers without thinking. If left out, the thinking leaves room for an answer.",  # noqa: E501
+    )
+    top_k = Input(default=0, ge=0, description="Sample from this many of the likeliest tokens. 0 is off.")
+    stop_sequences = Input(
+        default="",
+        description="Comma-separated texts that end the answer and are not part of it. Spaces around each are ignored.",
+    )
+    seed = Input(default=None, description="Seed of the sampling. If left out, one is drawn.")
+    output_format = Input(
+        default="text",
+        choices=["text", "think_tags", "answer", "json"],
+        description="text: thinking between the markers of the model, then the answer. think_tags: the same with think tags. answer: the answer alone. json: one JSON object per line.",  # noqa: E501
+    )
+    max_tokens = Input(default=None, description="Another name of max_length_tokens.", deprecated=True)
+    max_new_tokens = Input(default=None, description="Another name of max_length_tokens.", deprecated=True)
+
+
 class Predictor(BasePredictor):
     """Streams its text; Cog gives it one request at a time."""
 
@@ -64,52 +113,21 @@ class Predictor(BasePredictor):
     @streaming
     def predict(
         self,
-        prompt: str = Input(default="", description="What to ask. Required unless messages is given."),
-        image: Path | None = Input(
-            default=None,
-            description="An image: PNG, JPEG, WebP, GIF, BMP or TIFF, up to 32 MiB and 40 million pixels.",
-        ),
-        top_p: float = Input(
-            default=1.0,
-            ge=0,
-            le=1,
-            description="Sample from the likeliest tokens up to this total probability.",
-        ),
-        temperature: float = Input(
-            default=0.6,
-            ge=0,
-            le=2,
-            description="Randomness of the sampling. 0 always takes the likeliest token.",
-        ),
-        max_length_tokens: int = Input(
-            default=8192, ge=1, le=131072, description="The most tokens to generate, thinking included."
-        ),
-        images: list[Path] = Input(default=[], description="More images, after the one in image. Up to 64 in all."),
-        system_prompt: str = Input(default="", description="Replaces the default system message."),
-        messages: list[dict] = Input(
-            default=[],
-            description="A conversation in the OpenAI chat form, instead of prompt and system_prompt. An image part holds a data URL, or is a bare {type: image} that takes the next of image and images.",  # noqa: E501
-        ),
-        thinking_budget: int | None = Input(
-            default=None,
-            ge=0,
-            description="The most tokens to think with before the answer. 0 answers without thinking. If left out, the thinking leaves room for an answer.",  # noqa: E501
-        ),
-        top_k: int = Input(default=0, ge=0, description="Sample from this many of the likeliest tokens. 0 is off."),
-        stop_sequences: str = Input(
-            default="",
-            description="Comma-separated texts that end the answer and are not part of it. Spaces around each are ignored.",  # noqa: E501
-        ),
-        seed: int | None = Input(default=None, description="Seed of the sampling. If left out, one is drawn."),
-        output_format: str = Input(
-            default="text",
-            choices=["text", "think_tags", "answer", "json"],
-            description="text: thinking between the markers of the model, then the answer. think_tags: the same with think tags. answer: the answer alone. json: one JSON object per line.",  # noqa: E501
-        ),
-        max_tokens: int | None = Input(default=None, description="Another name of max_length_tokens.", deprecated=True),
-        max_new_tokens: int | None = Input(
-            default=None, description="Another name of max_length_tokens.", deprecated=True
-        ),
+        prompt: str = Inputs.prompt,
+        image: Path | None = Inputs.image,
+        top_p: float = Inputs.top_p,
+        temperature: float = Inputs.temperature,
+        max_length_tokens: int = Inputs.max_length_tokens,
+        images: list[Path] = Inputs.images,
+        system_prompt: str = Inputs.system_prompt,
+        messages: list[dict] = Inputs.messages,
+        thinking_budget: int | None = Inputs.thinking_budget,
+        top_k: int = Inputs.top_k,
+        stop_sequences: str = Inputs.stop_sequences,
+        seed: int | None = Inputs.seed,
+        output_format: str = Inputs.output_format,
+        max_tokens: int | None = Inputs.max_tokens,
+        max_new_tokens: int | None = Inputs.max_new_tokens,
     ) -> ConcatenateIterator[str]:  # pyright: ignore[reportInvalidTypeForm]
         """Answers one request, piece by piece."""
         with only_promised_errors():
@@ -146,52 +164,21 @@ class ConcurrentPredictor(BasePredictor):
 
     async def predict(
         self,
-        prompt: str = Input(default="", description="What to ask. Required unless messages is given."),
-        image: Path | None = Input(
-            default=None,
-            description="An image: PNG, JPEG, WebP, GIF, BMP or TIFF, up to 32 MiB and 40 million pixels.",
-        ),
-        top_p: float = Input(
-            default=1.0,
-            ge=0,
-            le=1,
-            description="Sample from the likeliest tokens up to this total probability.",
-        ),
-        temperature: float = Input(
-            default=0.6,
-            ge=0,
-            le=2,
-            description="Randomness of the sampling. 0 always takes the likeliest token.",
-        ),
-        max_length_tokens: int = Input(
-            default=8192, ge=1, le=131072, description="The most tokens to generate, thinking included."
-        ),
-        images: list[Path] = Input(default=[], description="More images, after the one in image. Up to 64 in all."),
-        system_prompt: str = Input(default="", description="Replaces the default system message."),
-        messages: list[dict] = Input(
-            default=[],
-            description="A conversation in the OpenAI chat form, instead of prompt and system_prompt. An image part holds a data URL, or is a bare {type: image} that takes the next of image and images.",  # noqa: E501
-        ),
-        thinking_budget: int | None = Input(
-            default=None,
-            ge=0,
-            description="The most tokens to think with before the answer. 0 answers without thinking. If left out, the thinking leaves room for an answer.",  # noqa: E501
-        ),
-        top_k: int = Input(default=0, ge=0, description="Sample from this many of the likeliest tokens. 0 is off."),
-        stop_sequences: str = Input(
-            default="",
-            description="Comma-separated texts that end the answer and are not part of it. Spaces around each are ignored.",  # noqa: E501
-        ),
-        seed: int | None = Input(default=None, description="Seed of the sampling. If left out, one is drawn."),
-        output_format: str = Input(
-            default="text",
-            choices=["text", "think_tags", "answer", "json"],
-            description="text: thinking between the markers of the model, then the answer. think_tags: the same with think tags. answer: the answer alone. json: one JSON object per line.",  # noqa: E501
-        ),
-        max_tokens: int | None = Input(default=None, description="Another name of max_length_tokens.", deprecated=True),
-        max_new_tokens: int | None = Input(
-            default=None, description="Another name of max_length_tokens.", deprecated=True
-        ),
+        prompt: str = Inputs.prompt,
+        image: Path | None = Inputs.image,
+        top_p: float = Inputs.top_p,
+        temperature: float = Inputs.temperature,
+        max_length_tokens: int = Inputs.max_length_tokens,
+        images: list[Path] = Inputs.images,
+        system_prompt: str = Inputs.system_prompt,
+        messages: list[dict] = Inputs.messages,
+        thinking_budget: int | None = Inputs.thinking_budget,
+        top_k: int = Inputs.top_k,
+        stop_sequences: str = Inputs.stop_sequences,
+        seed: int | None = Inputs.seed,
+        output_format: str = Inputs.output_format,
+        max_tokens: int | None = Inputs.max_tokens,
+        max_new_tokens: int | None = Inputs.max_new_tokens,
     ) -> AsyncConcatenateIterator[str]:  # pyright: ignore[reportInvalidTypeForm]
         """Answers one request beside others."""
         with only_promised_errors():

@@ -11,7 +11,9 @@ import ast
 import io
 import itertools
 import json
+import math
 import os
+import re
 import tempfile
 import tokenize
 from pathlib import Path
@@ -42,6 +44,24 @@ CONSTRAINTS = {
     "max_length": "maxLength",
     "regex": "pattern",
     "accept": "x-cog-accept",
+}
+KEYWORD_KINDS: dict[str, tuple[type, ...]] = {
+    "ge": (int, float),
+    "le": (int, float),
+    "min_length": (int,),
+    "max_length": (int,),
+    "regex": (str,),
+    "accept": (str,),
+    "description": (str,),
+    "deprecated": (bool,),
+}
+CONSTRAINED_TYPES = {
+    "ge": ("int", "float"),
+    "le": ("int", "float"),
+    "min_length": ("str",),
+    "max_length": ("str",),
+    "regex": ("str",),
+    "accept": ("Path",),
 }
 INPUT_KEYWORDS = {"default", "description", "choices", "deprecated", *CONSTRAINTS}
 COG_NAMES = {
@@ -92,7 +112,7 @@ def generate(source: str, class_name: str = "Predictor") -> dict[str, Any]:
     required: list[str] = []
     enums: dict[str, Any] = {}
     for order, (argument, default) in enumerate(_parameters(method)):
-        field = _field(source, argument, default)
+        field = _field(source, argument, _input_call(module, argument.arg, default))
         choices = field.pop("choices", None)
         if choices is not None:
             enums[argument.arg] = {
@@ -207,12 +227,54 @@ def _parameters(method: Method) -> list[tuple[ast.arg, ast.expr]]:
     return list(zip(inputs, arguments.defaults, strict=True))
 
 
-def _field(source: str, argument: ast.arg, default: ast.expr) -> dict[str, Any]:
+def _input_call(module: ast.Module, name: str, default: ast.expr) -> ast.Call:
+    """The `Input(...)` of a parameter: its default itself, or what `Class.attribute` names at the top of the file."""
+    found = default
+    if isinstance(default, ast.Attribute) and isinstance(default.value, ast.Name):
+        found = _class_attribute(module, default, default.value.id)
+    if isinstance(found, ast.Call) and isinstance(found.func, ast.Name) and found.func.id == "Input":
+        return found
+    raise SchemaError(default, f"{name}: write the default inside Input(...)")
+
+
+def _class_attribute(module: ast.Module, reference: ast.Attribute, class_name: str) -> ast.expr:
+    """The one value that a plain top-level class gives an attribute; Cog knows nothing of imports and inheritance.
+
+    What Python would find elsewhere (a base class, a second assignment, a name bound again) is refused.
+    """
+    text = f"{class_name}.{reference.attr}"
+    classes = [node for node in module.body if isinstance(node, ast.ClassDef) and node.name == class_name]
+    if len(classes) != 1 or _times_bound(module, class_name) != 1:
+        raise SchemaError(reference, f"{text}: Cog needs one class {class_name} at the top level of this file")
+    if classes[0].bases or classes[0].keywords or classes[0].decorator_list:
+        raise SchemaError(classes[0], f"{class_name} must be a plain class, or Cog and Python differ in what it holds")
+    values = [
+        statement.value
+        for statement in classes[0].body
+        if isinstance(statement, ast.Assign)
+        and any(isinstance(target, ast.Name) and target.id == reference.attr for target in statement.targets)
+        and len(statement.targets) == 1
+    ]
+    if len(values) != 1 or _times_bound(classes[0], reference.attr) != 1:
+        raise SchemaError(reference, f"{text} must be assigned once in the class, as `{reference.attr} = Input(...)`")
+    return values[0]
+
+
+def _times_bound(root: ast.AST, name: str) -> int:
+    """How often anything below `root` binds a name, or an attribute of what has that name."""
+    return sum(
+        (isinstance(node, ast.Name) and node.id == name and not isinstance(node.ctx, ast.Load))
+        or (isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load) and ast.unparse(node.value) == name)
+        or (isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name)
+        or (isinstance(node, ast.alias) and (node.asname or node.name).partition(".")[0] == name)
+        for node in ast.walk(root)
+    )
+
+
+def _field(source: str, argument: ast.arg, default: ast.Call) -> dict[str, Any]:
     """The schema of one input; `choices` stays in it for the caller, who makes it an enumeration."""
     name = argument.arg
     kind, is_list, nullable = _annotation(argument)
-    if not (isinstance(default, ast.Call) and isinstance(default.func, ast.Name) and default.func.id == "Input"):
-        raise SchemaError(default, f"{name}: write the default inside Input(...)")
     if default.args:
         raise SchemaError(default, f"{name}: Input takes keywords only")
 
@@ -220,9 +282,15 @@ def _field(source: str, argument: ast.arg, default: ast.expr) -> dict[str, Any]:
     for keyword in default.keywords:
         if keyword.arg not in INPUT_KEYWORDS:
             raise SchemaError(default, f"{name}: unknown keyword {keyword.arg or '**'} of Input")
+        if kind not in CONSTRAINED_TYPES.get(keyword.arg, (kind,)):
+            raise SchemaError(default, f"{name}: Cog refuses {keyword.arg} of an input of the type {kind}")
         values[keyword.arg] = _literal(source, name, keyword)
+    if "choices" in values:
+        _check_choices(default, name, kind, is_list, values["choices"])
+    if not name.isascii():
+        raise SchemaError(argument, f"{name}: Cog spoils the title of a name that is not ASCII")
 
-    field: dict[str, Any] = {"title": " ".join(word.capitalize() for word in name.split("_"))}
+    field: dict[str, Any] = {"title": " ".join(word[:1].upper() + word[1:] for word in name.split("_"))}
     field |= {"type": "array", "items": PRIMITIVES[kind]} if is_list else PRIMITIVES[kind]
     if "default" in values:
         field["default"] = _checked_default(default, name, kind, is_list, nullable, values)
@@ -231,12 +299,7 @@ def _field(source: str, argument: ast.arg, default: ast.expr) -> dict[str, Any]:
     if "description" in values:
         field["description"] = values["description"]
     if "choices" in values:
-        choices = values["choices"]
-        if is_list or kind not in ("str", "int") or not isinstance(choices, list) or len(choices) < 2:
-            raise SchemaError(default, f"{name}: choices are a list of at least two values of a str or int input")
-        if not all(_fits(choice, kind) for choice in choices):
-            raise SchemaError(default, f"{name}: every choice must be of the type {kind}")
-        field["choices"] = choices
+        field["choices"] = values["choices"]
     for python_name, json_name in CONSTRAINTS.items():
         if python_name in values:
             field[json_name] = values[python_name]
@@ -286,9 +349,42 @@ def _literal(source: str, name: str, keyword: ast.keyword) -> Any:
     for token in tokens:
         if token.type == tokenize.STRING and (token.string[0] not in "'\"" or "\\" in token.string):
             raise SchemaError(keyword.value, f"{name}: {keyword.arg} must be a string without prefix and escapes")
-    if keyword.arg == "description" and not isinstance(value, str):
-        raise SchemaError(keyword.value, f"{name}: the description must be one plain string")
+        if token.type == tokenize.NUMBER and not _is_number_of_cog(token.string):
+            raise SchemaError(keyword.value, f"{name}: Cog drops {keyword.arg}={token.string}; write a plain number")
+        if token.type == tokenize.COMMENT:
+            raise SchemaError(keyword.value, f"{name}: Cog drops a value with a comment inside; move it out")
+    for first, second in itertools.pairwise(tokens):
+        if first.string in ("-", "+") and first.end != second.start:
+            raise SchemaError(keyword.value, f"{name}: Cog drops {keyword.arg} with a space after its sign")
+    _check_kind(name, keyword, value)
     return value
+
+
+def _is_number_of_cog(text: str) -> bool:
+    """Whether Cog reads a number as Python does: integers of 64 bits in decimal, finite floats, no `_` and no `j`."""
+    if re.fullmatch("[0-9]+", text):
+        return int(text) < 2**63
+    return re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text) is not None and math.isfinite(
+        float(text)
+    )
+
+
+def _check_kind(name: str, keyword: ast.keyword, value: Any) -> None:
+    """Refuses a value that the keyword does not take: Cog drops it, or rounds it."""
+    kind = KEYWORD_KINDS.get(keyword.arg or "")
+    if kind is not None and type(value) not in kind:
+        raise SchemaError(keyword.value, f"{name}: {keyword.arg} must be {' or '.join(one.__name__ for one in kind)}")
+    if keyword.arg in ("ge", "le") and float(value) != value:
+        raise SchemaError(keyword.value, f"{name}: Cog rounds {keyword.arg} to a float; choose one that it can hold")
+    if keyword.arg in ("min_length", "max_length") and not 0 <= value < 2**53:
+        raise SchemaError(keyword.value, f"{name}: {keyword.arg} must be a length")
+
+
+def _check_choices(node: ast.AST, name: str, kind: str, is_list: bool, choices: Any) -> None:
+    if is_list or kind not in ("str", "int") or not isinstance(choices, list) or len(choices) < 2:
+        raise SchemaError(node, f"{name}: choices are a list of at least two values of a str or int input")
+    if not all(_fits(choice, kind) for choice in choices):
+        raise SchemaError(node, f"{name}: every choice must be of the type {kind}")
 
 
 def _checked_default(node: ast.AST, name: str, kind: str, is_list: bool, nullable: bool, values: dict[str, Any]) -> Any:

@@ -197,6 +197,131 @@ def test_refused_modules(before: str, after: str, reason: str) -> None:
         schema.generate(source.replace(before, after))
 
 
+# Beside Cog's own parser
+
+RECORDED = [
+    json.loads(line) for line in (Path(__file__).parent / "cog_schemas.jsonl").read_text(encoding="utf-8").splitlines()
+]
+"""What Cog's parser makes of one input: its schema, or null where it refuses; and whether this generator takes it."""
+
+ONE_INPUT = """
+from cog import BasePredictor, ConcatenateIterator, Input, Path, streaming
+class Inputs:
+    field = {shared}
+class Predictor(BasePredictor):
+    @streaming
+    def predict(self, {name}: {type} = {value}) -> ConcatenateIterator[str]:
+        yield ""
+"""
+
+
+def recorded_source(case: dict[str, Any], by_class: bool) -> str:
+    shared, value = (case["input"], "Inputs.field") if by_class else ("Input()", case["input"])
+    return ONE_INPUT.format(shared=shared, name=case["name"], type=case["type"], value=value)
+
+
+@pytest.mark.parametrize("by_class", [False, True], ids=["in place", "by class"])
+def test_what_is_taken_is_what_cog_makes_of_it_and_the_rest_is_refused(by_class: bool) -> None:
+    taken = 0
+    for case in RECORDED:
+        source = recorded_source(case, by_class)
+        if not case["accepted"]:
+            with pytest.raises((schema.SchemaError, SyntaxError)):
+                schema.generate(source)
+            continue
+        made = json.loads(json.dumps(schema.generate(source)))["components"]["schemas"]
+        expected = case["cog"]
+        assert made["Input"]["properties"] == {case["name"]: expected["input"]}, case
+        assert ("required" in made["Input"]) == expected["required"], case
+        assert made.get(case["name"]) == expected.get("enum"), case
+        taken += 1
+    assert taken > 150
+
+
+@pytest.mark.parametrize(
+    "parameter",
+    [
+        "x: int = Input(default=5, ge=0x10)",
+        "x: int = Input(default=5, le=0b11)",
+        "x: int = Input(default=5, ge=True)",
+        "x: int = Input(default=5, le=None)",
+        "x: int = Input(default=5, le=1j)",
+        "x: int = Input(default=5, le=1_000)",
+        "x: int = Input(default=5, ge=- 1)",
+        "x: int = Input(default=5, le=9007199254740993)",
+        "x: int = Input(default=9223372036854775808)",
+        "x: list[int] = Input(default=[-9223372036854775809])",
+        "x: float = Input(default=1e400)",
+        "x: list[int] = Input(default=[1, # one\n 2])",
+        "x: str = Input(default='a', ge=1)",
+        "x: int = Input(min_length=1)",
+        "x: str = Input(min_length=-1)",
+        "x: str = Input(regex=None)",
+        "x: str = Input(accept='image/*')",
+        "x: int = Input(default=5, deprecated=1)",
+        "x: dict = Input(default={}, choices={1, 2})",
+        "é: int = Input(default=5)",
+    ],
+)
+def test_what_cog_drops_without_a_word_is_refused(parameter: str) -> None:
+    with pytest.raises(schema.SchemaError):
+        schema.generate(MODULE.format(parameter=parameter))
+
+
+def test_titles_keep_capitals() -> None:
+    document = schema.generate(MODULE.format(parameter="URL0_max: int = Input(default=5)"))
+    assert document["components"]["schemas"]["Input"]["properties"]["URL0_max"]["title"] == "URL0 Max"
+
+
+# Inputs of a class
+
+SHARED = """
+from cog import BasePredictor, ConcatenateIterator, Input, Path, streaming
+class Inputs:
+    x = Input(default=3)
+class Predictor(BasePredictor):
+    @streaming
+    def predict(self, x: int = Inputs.x) -> ConcatenateIterator[str]:
+        yield ""
+"""
+
+
+def test_an_input_of_a_class_is_the_same_as_in_place() -> None:
+    assert schema.generate(SHARED) == schema.generate(SHARED.replace("= Inputs.x", "= Input(default=3)"))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("class Inputs:", "class Other:"),
+        ("class Inputs:", "class Inputs(Base):"),
+        ("class Inputs:", "class Inputs(metaclass=M):"),
+        ("class Inputs:", "@frozen\nclass Inputs:"),
+        ("class Inputs:\n    x = Input(default=3)\n", "from shared import Inputs\n"),
+        ("class Inputs:\n    x", "class Outer:\n  class Inputs:\n    x"),
+        ("class Predictor", "class Inputs:\n    x = Input(default=4)\nclass Predictor"),
+        ("class Predictor", "Inputs = object()\nclass Predictor"),
+        ("class Predictor", "import shared as Inputs\nclass Predictor"),
+        ("class Predictor", "Inputs.x = Input(default=4)\nclass Predictor"),
+        ("class Predictor", "def Inputs(): ...\nclass Predictor"),
+        ("    x = Input", "    x: int = Input"),
+        ("    x = Input", "    x = y = Input"),
+        ("    x = Input", "    x = Input(default=2)\n    x = Input"),
+        ("    x = Input", "    if True:\n        x = Input"),
+        ("    x = Input(default=3)", "    def x(): return Input(default=3)"),
+        ("    x = Input(default=3)", "    x = 3"),
+        ("    x = Input(default=3)", "    y = Input(default=3)"),
+        ("= Inputs.x", "= Inputs.x()"),
+        ("= Inputs.x", "= other.Inputs.x"),
+        ("= Inputs.x", "= X"),
+    ],
+)
+def test_what_cog_or_python_would_read_in_another_way_is_refused(before: str, after: str) -> None:
+    assert before in SHARED
+    with pytest.raises(schema.SchemaError):
+        schema.generate(SHARED.replace(before, after))
+
+
 def test_errors_name_the_line() -> None:
     with pytest.raises(schema.SchemaError, match=r"^predict\.py:7: x: "):
         field_of("x: int = Input(default=LIMIT)")
