@@ -6,8 +6,6 @@ so every default, bound and description is written out (`scripts/cog_local/schem
 
 from __future__ import annotations
 
-import base64
-import binascii
 import contextlib
 import dataclasses
 import json
@@ -22,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from cog import AsyncConcatenateIterator, BasePredictor, ConcatenateIterator, Input, Path, streaming
 
 import kimi_vl
-from kimi_vl import parameters
+from kimi_vl import data_url, parameters
 from kimi_vl.errors import UserError
 from kimi_vl.events import Answer, Done, Event, Reasoning
 
@@ -204,6 +202,7 @@ class ConcurrentPredictor(BasePredictor):
 def load_model() -> Pipeline:
     """The model that KIMI_VL_MODEL names, its road told in the log."""
     started = time.monotonic()
+    data_url.install()
     logging.basicConfig(level=logging.INFO, format="setup: %(message)s", stream=sys.stdout)
     print("setup: loading the model", flush=True)
     try:
@@ -259,7 +258,7 @@ def build_chat(
 ) -> tuple[list[Message], list[Any]]:
     """The conversation with bare image parts, and the images they stand for, in order.
 
-    An image is a Path that Cog wrote, or the bytes of a data URL inside `messages`.
+    An image is a Path that Cog wrote, or the bytes of a data URL that Cog did not read.
     """
     files = [_file(value) for value in ([] if image is None else [image]) + list(images or [])]
     if messages:
@@ -277,14 +276,16 @@ def build_chat(
     return chat, files
 
 
-def _file(value: Any) -> Path:
-    """Refuses what Cog did not fetch itself: it passes strings like "/etc/hostname" on as they came."""
+def _file(value: Any) -> Path | bytes:
+    """Refuses what Cog did not fetch itself: it passes strings like "/etc/hostname" and "DATA:…" on as they came."""
+    if isinstance(value, str) and data_url.is_data_url(value):
+        return data_url.decode(value)
     if not isinstance(value, Path):
         raise UserError("E_IMAGE_SOURCE", "give each image as a file upload, an http or https URL, or a data URL.")
     return value
 
 
-def _read_messages(messages: list[Message], files: list[Path]) -> tuple[list[Message], list[Any]]:
+def _read_messages(messages: list[Message], files: list[Any]) -> tuple[list[Message], list[Any]]:
     """Makes every image part of `messages` a bare one and lists the images in the order of the parts."""
     waiting = iter(files)
     images: list[Any] = []
@@ -295,7 +296,7 @@ def _read_messages(messages: list[Message], files: list[Path]) -> tuple[list[Mes
         if part.get("type") not in ("image", "image_url") and not {"image", "image_url"} & part.keys():
             return part
         url = _image_url(part)
-        image = next(waiting, None) if url is None else _decode_data_url(url)
+        image = next(waiting, None) if url is None else data_url.decode(url)
         if image is None:
             raise UserError("E_MESSAGES_INVALID", "there are more bare image parts in messages than images.")
         images.append(image)
@@ -325,18 +326,6 @@ def _image_url(part: Message) -> str | None:
     if not isinstance(url, str):
         raise UserError("E_MESSAGES_INVALID", 'write an image part as {"type": "image_url", "image_url": {"url": …}}.')
     return url
-
-
-def _decode_data_url(url: str) -> bytes:
-    if not url[:5].lower() == "data:":
-        raise UserError("E_IMAGE_SOURCE", "images in messages must be data URLs; nothing is fetched for a caller.")
-    header, comma, data = url[5:].partition(",")
-    if not comma or not header.lower().endswith(";base64"):
-        raise UserError("E_MESSAGES_INVALID", "write the data URL of an image as data:image/png;base64,….")
-    try:
-        return base64.b64decode("".join(data.split()), validate=True)
-    except (binascii.Error, ValueError):
-        raise UserError("E_MESSAGES_INVALID", "the data URL of an image is not valid base64.") from None
 
 
 def _token_limit(max_length_tokens: Any, max_tokens: Any, max_new_tokens: Any) -> int:

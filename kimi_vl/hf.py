@@ -13,6 +13,7 @@ be square, the head is not tied to the embedding, and a placeholder without an i
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ from transformers.models.kimi_k25.modeling_kimi_k25 import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from . import chat
+from . import chat, data_url
 from .errors import CheckpointError
 from .images import ImageOptions, preprocess
 from .tokenizer import Tokenizer
@@ -624,7 +625,8 @@ class KimiVLProcessor:
         **kwargs: Any,
     ) -> Any:
         """The conversation as text; a list of conversations gives a list. With ``tokenize`` the tensors of
-        :meth:`__call__`, where the image parts must hold their images (Pillow images, arrays or paths)."""
+        :meth:`__call__`, where the image parts must hold their images (Pillow images, arrays, paths or data
+        URLs)."""
         several = len(conversation) > 0 and not isinstance(conversation[0], Mapping)
         rows = list(conversation) if several else [conversation]
         texts = [chat.render(messages, add_generation_prompt) for messages in rows]
@@ -724,11 +726,15 @@ def _image(source: Any) -> Image.Image:
         return source
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
-    if isinstance(source, str | Path) and Path(source).is_file():
+    if isinstance(source, str) and data_url.is_data_url(source):
+        source = io.BytesIO(data_url.decode(source))
+    if isinstance(source, io.BytesIO) or (isinstance(source, str | Path) and Path(source).is_file()):
         with Image.open(source) as opened:
             opened.load()
             return opened
-    raise ValueError("an image must be a Pillow image, an array of bytes (H, W, 3) or the path of a file")
+    raise ValueError(
+        "an image must be a Pillow image, an array of bytes (H, W, 3), the path of a file or a data URL of one"
+    )
 
 
 AutoConfig.register(KimiVLConfig.model_type, KimiVLConfig, exist_ok=True)

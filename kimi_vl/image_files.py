@@ -12,6 +12,8 @@ import struct
 import zlib
 from dataclasses import dataclass
 
+MAX_BYTES = 32 * 2**20
+"""Of one file."""
 MAX_PARTS = 100_000
 """Chunks or segments of one file."""
 MAX_VALUES = 50_000

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
-from . import image_files
+from . import data_url, image_files
 from .errors import CheckpointError, UserError
+from .image_files import MAX_BYTES
 
-MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 40_000_000
 MAX_SIDE = 1_000_000
 MAX_IMAGES = 64
@@ -122,7 +122,7 @@ def preprocess(image: Image.Image, options: ImageOptions) -> tuple[np.ndarray, t
 
 
 def load(source: bytes | bytearray | str | Path | Image.Image, options: ImageOptions) -> Image.Image:
-    """An upright RGB image that :func:`plan` accepts.
+    """An upright RGB image that :func:`plan` accepts, of a file's bytes, its path, a data URL or an open image.
 
     The format is decided by the content, size limits are checked from the header before anything is decoded, the
     first frame is taken, EXIF orientation applied, transparency laid over white, 16-bit samples scaled to 8. An
@@ -184,6 +184,8 @@ def _refusals() -> Iterator[None]:
 def _read(source: bytes | bytearray | str | Path) -> bytes:
     if isinstance(source, bytes | bytearray):
         data = bytes(source)
+    elif isinstance(source, str) and data_url.is_data_url(source):
+        data = data_url.decode(source)
     else:
         try:
             with open(source, "rb") as file:

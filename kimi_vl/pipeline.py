@@ -97,11 +97,11 @@ class Pipeline:
     ) -> EventStream:
         """Events of one request: :class:`Reasoning` and :class:`Answer` pieces as they come, then :class:`Done`.
 
-        ``messages`` have the chat form; image parts take ``images`` (bytes, paths or PIL images) in order. ``params``
-        are ``temperature`` (0.6), ``top_p`` (1.0), ``top_k`` (0), ``max_length_tokens`` (8192), ``thinking_budget``
-        (None), ``stop_sequences`` (()), ``seed`` (None) and ``deadline`` (seconds, None). The request is checked at
-        once, by this call: :class:`UserError` says what the caller should change. Closing the stream frees
-        everything within a step.
+        ``messages`` have the chat form; image parts take ``images`` (bytes, paths, data URLs or PIL images) in order.
+        ``params`` are ``temperature`` (0.6), ``top_p`` (1.0), ``top_k`` (0), ``max_length_tokens`` (8192),
+        ``thinking_budget`` (None), ``stop_sequences`` (()), ``seed`` (None) and ``deadline`` (seconds, None). The
+        request is checked at once, by this call: :class:`UserError` says what the caller should change. Closing the
+        stream frees everything within a step.
         """
         events: queue.SimpleQueue[Event | Exception] = queue.SimpleQueue()
         return EventStream(self.engine, self.submit(messages, images, events.put, **params), events)

@@ -431,17 +431,37 @@ def test_urls_that_lead_nowhere(client: Client, loopback: Loopback) -> None:
         "data:;base64," + base64.b64encode(picture()).decode(),
         "data:text/html;charset=utf-8;base64," + base64.b64encode(picture()).decode(),
         "data:image/png," + urllib.parse.quote_from_bytes(picture()),
+        "data:image/png;BASE64," + base64.b64encode(picture()).decode(),
+        "Data:image/png;base64," + base64.b64encode(picture()).decode(),
+        "data:image/png;base64," + base64.urlsafe_b64encode(picture()).decode().rstrip("="),
     ],
 )
 def test_data_urls_in_many_forms(client: Client, url: str) -> None:
-    assert succeed(client, **ASK, image=url)["metrics"]["image_token_count"] > 0
+    plain = answer_of(client, **ASK, image=data_url(picture()))
+    part = {"type": "image_url", "image_url": {"url": url}}
+    for inputs in ({**ASK, "image": url}, {**ASK, "images": [url]}):
+        assert answer_of(client, **inputs) == plain
+    asked = {"messages": [user(part, text(ASK["prompt"]))], **{k: v for k, v in ASK.items() if k != "prompt"}}
+    assert answer_of(client, **asked) == plain
 
 
 @pytest.mark.parametrize(
-    "url", ["data:,", "data:image/png;base64,", "data:image/png;base64,AAAA", "data:text/plain,hi"]
+    ("url", "code"),
+    [
+        ("data:,", "E_IMAGE_UNREADABLE"),
+        ("data:image/png;base64", "E_IMAGE_UNREADABLE"),
+        ("data:image/png;base64,", "E_IMAGE_UNREADABLE"),
+        ("data:image/png;base64,@@@@", "E_IMAGE_UNREADABLE"),
+        ("data:image/png;base64,AAAA", "E_IMAGE_FORMAT"),
+        ("data:text/plain,hi", "E_IMAGE_FORMAT"),
+        ("data:image/png;base64," + "A" * 45_000_000, "E_IMAGE_TOO_LARGE"),
+    ],
+    ids=lambda value: value[:40],
 )
-def test_data_urls_without_a_picture(client: Client, url: str) -> None:
-    assert "E_IMAGE_" in fail(client, **ASK, image=url)
+def test_data_urls_without_a_picture(client: Client, url: str, code: str) -> None:
+    assert f"{code}: " in fail(client, **ASK, image=url)
+    part = {"type": "image_url", "image_url": {"url": url}}
+    assert f"{code}: " in fail(client, messages=[user(part, text("hi"))])
 
 
 HOSTILE = [

@@ -22,7 +22,8 @@ ALLOWED = {
     "stops": {"errors"},
     "chat": {"errors", "stops", "tokenizer"},
     "image_files": set(),
-    "images": {"errors", "image_files"},
+    "data_url": {"errors", "image_files"},
+    "images": {"data_url", "errors", "image_files"},
     "repetition": set(),
     "flash": set(),
     "vision": {"config", "flash"},
@@ -52,7 +53,7 @@ ALLOWED = {
         "chat", "engine", "errors", "events", "images", "loader", "model", "parameters", "repetition", "sampling",
         "stops", "tokenizer", "weights",
     },
-    "hf": {"chat", "config", "errors", "images", "loader", "tokenizer"},
+    "hf": {"chat", "config", "data_url", "errors", "images", "loader", "tokenizer"},
 }  # fmt: skip
 
 

@@ -353,10 +353,6 @@ def test_other_urls_in_messages_are_refused(url: str) -> None:
 @pytest.mark.parametrize(
     ("messages", "images"),
     [
-        ([user(image_part("data:image/png;base64,@@@"))], []),
-        ([user(image_part("data:image/png;base64"))], []),
-        ([user(image_part("data:image/png,abc"))], []),
-        ([user(image_part("data:image/png;base64,é"))], []),
         ([user(image_part(None))], []),
         ([user({"type": "image_url"})], []),
         ([user({"type": "image_url", "image_url": [DATA_URL]})], []),
