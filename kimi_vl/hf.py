@@ -13,6 +13,7 @@ be square, the head is not tied to the embedding, and a placeholder without an i
 
 from __future__ import annotations
 
+import inspect
 import io
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,7 +41,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Chunk, PermuteForRope, WeightConverter, WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Model
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Model, DeepseekV3TopkRouter
 from transformers.models.kimi_k25.modeling_kimi_k25 import (
     Kimi_K25MultimodalProjection,
     Kimi_K25PreTrainedModel,
@@ -55,6 +56,8 @@ from .images import ImageOptions, preprocess
 from .tokenizer import Tokenizer
 
 _EOS_OFFSET, _IM_END_OFFSET = 1, 2  # from the first special token, [BOS]
+# What the KV cache is called among the decoder's arguments and outputs: newer versions have renamed it.
+_CACHE = "cache" if "cache" in inspect.signature(DeepseekV3Model.forward).parameters else "past_key_values"
 
 # -----------------------------------------------------------------------------------------------------------
 # Configuration
@@ -299,6 +302,16 @@ class KimiVLPreTrainedModel(Kimi_K25PreTrainedModel):
     input_modalities = ("image", "text")
     _no_split_modules: ClassVar[list[str]] = ["Kimi_K25VisionEncoderLayer", "DeepseekV3DecoderLayer"]
 
+    def post_init(self) -> None:
+        super().post_init()
+        # Newer versions of the decoder hold the router's weight in float32. It is one of the published tensors and
+        # has the dtype that was asked for, like the others; only the correction bias is kept in float32.
+        embeddings: Any = self.get_input_embeddings()
+        for module in self.modules():
+            if isinstance(module, DeepseekV3TopkRouter):
+                module.weight = nn.Parameter(module.weight.to(embeddings.weight.dtype))
+        self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) - {"gate.weight"}
+
 
 class KimiVLModel(KimiVLPreTrainedModel):
     """Vision tower, projector and decoder, without the head."""
@@ -362,11 +375,11 @@ class KimiVLModel(KimiVLPreTrainedModel):
             inputs_embeds = self._embed(input_ids, pixel_values, image_grid_hws)  # (B, S, H)
         elif pixel_values is not None:
             raise ValueError("pixel_values go with input_ids, not with inputs_embeds")
+        kwargs.setdefault(_CACHE, past_key_values)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             **kwargs,
         )
@@ -444,11 +457,11 @@ class KimiVLForConditionalGeneration(KimiVLPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits ``(B, S, V)``, or of the last ``logits_to_keep`` positions alone, and the loss of labels."""
+        kwargs.setdefault(_CACHE, past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             pixel_values=pixel_values,
@@ -463,9 +476,9 @@ class KimiVLForConditionalGeneration(KimiVLPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{_CACHE: outputs.get(_CACHE)},
         )
 
     def generate(  # pyright: ignore[reportIncompatibleMethodOverride]
