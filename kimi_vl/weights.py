@@ -53,13 +53,14 @@ def resolve(model: str, *, has_gpu: bool, cache: str | Path | None = None) -> Pa
 
     ``model`` is ``thinking``, ``thinking-2506``, ``instruct``, ``demo``, ``auto`` (the first with a GPU, else the
     demo), a directory, a Hugging Face repository id (``@revision`` may follow), or an https URL of a tar. ``cache``
-    None is ``model_cache`` in the working directory. Raises :class:`CheckpointError` saying what to do.
+    None is what KIMI_VL_CACHE names, else ``model_cache`` in the working directory. Raises :class:`CheckpointError`
+    saying what to do.
     """
     if model == "auto":
         model = "thinking" if has_gpu else "demo"
     if model == "demo":
         return DEMO
-    cache = Path(cache or "model_cache")
+    cache = Path(cache or os.environ.get("KIMI_VL_CACHE") or "model_cache")
     manifest = _manifest(model)
     _always()  # a wrong setting is said at once
     try:

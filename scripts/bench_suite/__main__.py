@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 
 # Each is a module of this package and a function in it, `(arguments: list[str]) -> int`; imported only when called.
@@ -20,7 +21,7 @@ COMMANDS = {
 def main() -> int:
     listed = "\n".join(f"  {name:<12}{text}" for name, (_, _, text) in COMMANDS.items())
     parser = argparse.ArgumentParser(
-        prog="scripts/bench",
+        prog=os.environ.get("KIMI_VL_PROGRAM", "scripts/bench"),
         description=f"Measure speed beside its ceiling.\n\n{listed}\n\nscripts/bench NAME --help says more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

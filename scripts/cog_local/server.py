@@ -287,7 +287,9 @@ def interrupt_on_signals() -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts/serve", description="Serve the Cog HTTP API without Docker.")
+    parser = argparse.ArgumentParser(
+        prog=os.environ.get("KIMI_VL_PROGRAM", "scripts/serve"), description="Serve the Cog HTTP API without Docker."
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=5000, help="port to listen on (5000)")
     parser.add_argument("--concurrent", action="store_true", help="many requests at a time, none of them streamed")

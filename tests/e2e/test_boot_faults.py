@@ -7,13 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pack
 import pytest
 
 from cog_local import schema
 from cog_local.client import ServerGone
 from cog_local.server import ROOT, Server
-from kimi_vl import weights
+from kimi_vl import pack, weights
 from tests.weights_world import FaultServer
 
 

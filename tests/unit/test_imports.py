@@ -49,6 +49,7 @@ ALLOWED = {
     "hub": {"download", "errors", "progress"},
     "verify": {"errors", "loader", "progress"},
     "weights": {"download", "errors", "hub", "verify"},
+    "pack": {"download", "errors", "loader", "progress", "verify"},
     "pipeline": {
         "chat", "engine", "errors", "events", "images", "loader", "model", "parameters", "repetition", "sampling",
         "stops", "tokenizer", "weights",

@@ -11,11 +11,10 @@ import sys
 import tarfile
 from pathlib import Path
 
-import pack
 import pytest
 import torch
 
-from kimi_vl import download, loader, verify, weights
+from kimi_vl import download, loader, pack, verify, weights
 from kimi_vl.errors import CheckpointError
 from tests.weights_world import CHECKPOINT, REVISION, ROOT, cache_tree, flip, largest_blob
 
@@ -133,10 +132,10 @@ def test_a_disk_that_is_too_small(demo, small_disk, monkeypatch, known):
 
 
 def test_the_command(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'scripts'}:{ROOT}"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def run() -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-P", "-m", "pack", str(CHECKPOINT), "out.tar"]
+        command = [sys.executable, "-P", "-m", "kimi_vl.cli", "pack", str(CHECKPOINT), "out.tar"]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
 
     done = run()

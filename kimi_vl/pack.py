@@ -1,4 +1,4 @@
-"""Packs a checkpoint as a tar of a Hugging Face cache tree; the program behind `scripts/pack_weights`.
+"""Packs a checkpoint as a tar of a Hugging Face cache tree.
 
 In such a tree every file is a blob named by its own hash, so the tar needs nothing beside it to be verified. The same
 files always give the same tar.
@@ -6,20 +6,19 @@ files always give the same tar.
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 import hashlib
 import io
 import logging
 import os
-import sys
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from kimi_vl import CheckpointError, download, loader, verify
-from kimi_vl.progress import Progress, amount
+from . import download, loader, verify
+from .errors import CheckpointError
+from .progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -136,27 +135,3 @@ def _entry(name: str, kind: bytes, size: int = 0) -> tarfile.TarInfo:
     entry = tarfile.TarInfo(name)
     entry.type, entry.size, entry.mode = kind, size, 0o755 if kind == tarfile.DIRTYPE else 0o644
     return entry
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="scripts/pack_weights", description="Pack a checkpoint for KIMI_VL_MODEL=https://…/OUT.tar."
-    )
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a checkpoint folder or Hugging Face cache tree")
-    parser.add_argument("out", type=Path, metavar="OUT.tar")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        packed = pack(arguments.directory, arguments.out)
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if packed.left_out:
-        print(f"left out: {', '.join(packed.left_out)}", file=sys.stderr)
-    print(f"{arguments.out}: {amount(packed.size)}, revision {packed.revision}, sha256 {packed.sha256}")
-    print(f"put it on a server that answers range requests and set KIMI_VL_MODEL=https://…/{arguments.out.name}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,198 @@
+"""``kimi-vl ask``: one question, answered on the terminal as it comes; the answer alone where a program reads it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from ..errors import UserError
+from ..events import Answer, Done, Reasoning
+
+if TYPE_CHECKING:
+    from ..pipeline import EventStream
+
+_DIM, _PLAIN, _CLEAR_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
+# Characters that would steer a terminal, of which text needs only line ends and tabs.
+_INERT = {code: "�" for code in [*range(32), 127, *range(128, 160)] if chr(code) not in "\n\t"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="?", help="the question; - or nothing reads it from standard input")
+    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="PNG, JPEG, WebP, GIF, BMP or TIFF files")
+    parser.add_argument("--model", help="as KIMI_VL_MODEL: a published name, demo, auto, a folder, … (auto)")
+    parser.add_argument("--system", default="", metavar="TEXT", help="replaces the default system message")
+    parser.add_argument(
+        "--thinking",
+        choices=["show", "hide", "only"],
+        help="show it (dimmed on a terminal, and the default there), hide it (the default elsewhere), or it alone",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of text")
+    sampling = parser.add_argument_group("generation")
+    sampling.add_argument("--temperature", type=float, default=0.6, help="0 takes the likeliest token (0.6)")
+    sampling.add_argument("--top-p", type=float, default=1.0, help="of the likeliest tokens up to this total (1.0)")
+    sampling.add_argument("--top-k", type=int, default=0, help="of so many of the likeliest tokens; 0 is off (0)")
+    sampling.add_argument("--max-tokens", type=int, default=8192, help="new tokens at most, thinking included (8192)")
+    sampling.add_argument("--thinking-budget", type=int, metavar="TOKENS", help="thinking tokens at most; 0 is none")
+    sampling.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="ends the answer; may be repeated"
+    )
+    sampling.add_argument("--seed", type=int, help="the same seed and question give the same answer on a CPU")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    prompt, images = _question(arguments)
+    status = _Status(sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_LogToStatus(status)])
+    model = arguments.model or os.environ.get("KIMI_VL_MODEL") or "auto"
+    chat = [{"role": "user", "content": [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]}]
+    if arguments.system:
+        chat.insert(0, {"role": "system", "content": arguments.system})
+    status.show("loading the model")
+    pipeline = _load(model, status)
+    try:
+        events = pipeline.stream(
+            chat,
+            images,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            top_k=arguments.top_k,
+            max_length_tokens=arguments.max_tokens,
+            thinking_budget=arguments.thinking_budget,
+            stop_sequences=arguments.stop,
+            seed=arguments.seed,
+        )
+        with closing(events):
+            return _print_json(events, status) if arguments.json else _print(events, arguments.thinking, status)
+    finally:
+        status.clear()
+        pipeline.close()
+
+
+def _question(arguments: argparse.Namespace) -> tuple[str, list[Path]]:
+    """The prompt and the images; raises :class:`UserError` for what can be seen to be wrong without a model."""
+    prompt, images = arguments.prompt, arguments.images
+    if prompt in (None, "-"):
+        if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
+            raise UserError("E_PROMPT_EMPTY", 'ask something: kimi-vl ask "What is in the picture?" photo.jpg')
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError:
+            raise UserError("E_PARAMETER", "the question on standard input is not text in UTF-8.") from None
+    elif not images and Path(prompt).suffix and Path(prompt).is_file():
+        raise UserError("E_PROMPT_EMPTY", f'the question comes before the image: kimi-vl ask "What is this?" {prompt}')
+    for image in images:
+        try:
+            image.open("rb").close()
+        except OSError as error:
+            raise UserError("E_IMAGE_UNREADABLE", f"{image}: {error.strerror}; name an image file.") from None
+    return prompt, images
+
+
+def _load(model: str, status: _Status):
+    """The pipeline for ``model``, with one line where the demo stands in for the real one."""
+    import torch
+
+    from .. import pipeline
+
+    if model == "auto" and not torch.cuda.is_available():
+        status.line("no CUDA GPU found: answering with the demo model, not with Kimi-VL (--model chooses)")
+        model = "demo"
+    if model == "demo":
+        torch.set_num_threads(1)  # matrices as small as the demo's gain nothing from a second thread
+    return pipeline.load(model)
+
+
+def _print_json(events: EventStream, status: _Status) -> int:
+    for event in events:
+        if isinstance(event, Done):
+            status.clear()
+            print(json.dumps(dataclasses.asdict(event), ensure_ascii=False, indent=2))
+    return 0
+
+
+def _print(events: EventStream, thinking: str | None, status: _Status) -> int:
+    """Pieces as they come. Thinking that is hidden is counted on the terminal instead."""
+    out = sys.stdout
+    if hasattr(out, "reconfigure"):  # an answer must not fail on what the terminal cannot show
+        out.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
+    terminal = out.isatty()
+    thinking = thinking or ("show" if terminal else "hide")
+    dim, plain = (_DIM, _PLAIN) if terminal and not os.environ.get("NO_COLOR") else ("", "")
+    section, last, pieces = None, "", 0
+    try:
+        for event in events:
+            if isinstance(event, Done):
+                continue
+            if isinstance(event, Reasoning) and thinking == "hide":
+                pieces += 1
+                status.show(f"thinking ({pieces})")
+                continue
+            if isinstance(event, Answer) and thinking == "only":
+                break
+            if type(event) is not section:
+                status.clear()
+                out.write(dim if isinstance(event, Reasoning) else plain + ("\n\n" if section else ""))
+                section = type(event)
+            text = event.text.translate(_INERT) if terminal else event.text
+            out.write(text)
+            out.flush()
+            last = text or last
+    finally:
+        status.clear()
+        if section is Reasoning:
+            out.write(plain)
+        if last and not last.endswith("\n"):
+            out.write("\n")
+        out.flush()
+    return 0
+
+
+class _Status:
+    """What is going on, on stderr: one line that is replaced on a terminal, lines elsewhere."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self._terminal = stream.isatty()
+        self._shown = ""
+        self._at = float("-inf")
+
+    def show(self, text: str) -> None:
+        """Replace what is shown, at most ten times a second; nothing where there is no terminal."""
+        if self._terminal and time.monotonic() - self._at > 0.1:
+            self._at, self._shown = time.monotonic(), text
+            self._stream.write(f"{_CLEAR_LINE}{_DIM}{text}…{_PLAIN}")
+            self._stream.flush()
+
+    def line(self, text: str) -> None:
+        """A line that stays."""
+        self.clear()
+        self._stream.write(text + "\n")
+        self._stream.flush()
+
+    def clear(self) -> None:
+        if self._shown:
+            self._stream.write(_CLEAR_LINE)
+            self._stream.flush()
+            self._shown, self._at = "", float("-inf")
+
+
+class _LogToStatus(logging.Handler):
+    """The package's own progress as status; warnings, and whatever goes to a file, stay as lines."""
+
+    def __init__(self, status: _Status):
+        super().__init__()
+        self._status = status
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING or (record.name.startswith("kimi_vl") and not sys.stderr.isatty()):
+            self._status.line(record.getMessage())
+        elif record.name.startswith("kimi_vl"):
+            self._status.show(record.getMessage())

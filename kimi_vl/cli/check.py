@@ -1,0 +1,161 @@
+"""``kimi-vl check``: what this machine has, which models fit on it, and what a request may be here."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .. import __version__
+
+GIB = 2**30
+# The published checkpoints: all have the same tensors, in bfloat16.
+PUBLISHED_BYTES = 32_815_312_096
+PUBLISHED = {
+    "thinking": "models--moonshotai--Kimi-VL-A3B-Thinking",
+    "thinking-2506": "models--moonshotai--Kimi-VL-A3B-Thinking-2506",
+    "instruct": "models--moonshotai--Kimi-VL-A3B-Instruct",
+}
+KV_BYTES_A_TOKEN = 27 * (512 + 64) * 2  # layers, latent and rotary key, bfloat16
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a model would run. Memory in bytes."""
+
+    name: str
+    total: int
+    free: int
+    bytes_a_parameter: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a model can be served from here. ``context`` is how many tokens its KV cache would hold."""
+
+    model: str
+    fetched: bool
+    needs: int
+    fits: bool
+    context: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the same as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    device = _device()
+    cache = Path(os.environ["KIMI_VL_CACHE"])
+    facts = {
+        "kimi-vl": __version__,
+        "python": platform.python_version(),
+        "libraries": {name: _version(name) for name in ("torch", "transformers", "triton", "flash-attn", "cog")},
+        "device": asdict(device),
+        "kernels": _kernels(),
+        "cpu": f"{_processor()}, {os.cpu_count()} cores",
+        "cache": str(cache),
+        "disk_free": shutil.disk_usage(_existing(cache)).free,
+        "pget": shutil.which(os.environ.get("PGET") or "pget"),
+        "models": [asdict(fit) for fit in fits(device, cache)],
+        "limits": _limits(),
+    }
+    print(json.dumps(facts, indent=2) if arguments.json else _text(facts))
+    return 0
+
+
+def fits(device: Device, cache: Path) -> list[Fit]:
+    """The demo and the published models on ``device``, whose free memory they would have to themselves."""
+    found = [Fit("demo", True, 0, True, 8192)]
+    for model, folder in PUBLISHED.items():
+        needs = PUBLISHED_BYTES // 2 * device.bytes_a_parameter
+        spare = device.free - needs - (4 * GIB)  # activations and libraries
+        context = max(0, spare) // (KV_BYTES_A_TOKEN // 2 * device.bytes_a_parameter)
+        fetched = (cache / f"{folder}.verified").is_file()
+        found.append(Fit(model, fetched, needs, context >= 4096, min(context, 131_072)))
+    return found
+
+
+def _device() -> Device:
+    import torch
+
+    from .. import memory
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        major, minor = torch.cuda.get_device_capability()
+        name = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
+        return Device(name, total, free, 2)
+    return Device("no CUDA GPU: models run on the CPU, in float32", memory.total(), memory.available(), 4)
+
+
+def _kernels() -> str:
+    asked = os.environ.get("KIMI_VL_KERNELS")
+    return f"KIMI_VL_KERNELS={asked}" if asked else "KIMI_VL_KERNELS is not set"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _limits() -> dict[str, int]:
+    from .. import images, parameters, stops
+
+    return {
+        "images a request": images.MAX_IMAGES,
+        "bytes an image": images.MAX_BYTES,
+        "pixels an image": images.MAX_PIXELS,
+        "new tokens": parameters.MAX_LENGTH_TOKENS,
+        "stop sequences": stops.MAX_SEQUENCES,
+    }
+
+
+def _text(facts: dict) -> str:
+    device = facts["device"]
+    versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in facts["libraries"].items())
+    lines = [
+        f"kimi-vl {facts['kimi-vl']}, Python {facts['python']}",
+        f"libraries  {versions}",
+        f"device     {device['name']}",
+        f"memory     {device['free'] / GIB:.1f} of {device['total'] / GIB:.1f} GiB free",
+        f"processor  {facts['cpu']}",
+        f"kernels    {facts['kernels']}",
+        f"cache      {facts['cache']}, {facts['disk_free'] / 1e9:.0f} GB free on its disk",
+        f"download   {facts['pget'] or 'by Python: pget is not on PATH'}",
+        "models",
+    ]
+    for fit in facts["models"]:
+        place = "here" if fit["fetched"] else "not fetched"
+        if fit["fits"]:
+            verdict = f"fits, with up to {fit['context']:,} tokens of context"
+        else:
+            verdict = f"does not fit: {fit['needs'] / GIB:.1f} GiB of weights, {device['free'] / GIB:.1f} GiB are free"
+        lines.append(f"  {fit['model']:<14} {place:<12} {verdict}")
+    lines.append("limits")
+    lines += [f"  {name:<16} {value:,}" for name, value in facts["limits"].items()]
+    return "\n".join(lines)

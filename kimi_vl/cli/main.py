@@ -1,0 +1,97 @@
+"""The command ``kimi-vl``: finds the subcommand, and turns whatever ends it into one line and an exit status.
+
+Exit status: 0 done, 1 it could not be done, 2 the command line is wrong, 130 interrupted, 141 nobody reads the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .. import __version__
+from ..errors import CheckpointError, UserError
+
+# Modules of this package with `add_arguments(parser)` and `run(arguments) -> int`.
+COMMANDS = {
+    "ask": "ask the model a question, with pictures or without",
+    "serve": "serve the Cog HTTP API on this machine",
+    "fetch": "fetch and verify a model, and print its folder",
+    "pack": "pack a checkpoint as a tar that carries its own hashes",
+    "check": "say what this machine has, and which models fit",
+    "bench": "measure speed beside its ceiling",
+}
+# These hand the rest of the command line to a program of their own.
+PROGRAMS = {"serve": "cog_local.server", "bench": "bench_suite"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    debug = False
+    try:
+        signal.signal(signal.SIGTERM, _interrupt)
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        parser = _parser()
+        if given and given[0] in PROGRAMS:
+            from . import programs
+
+            return programs.run(given[0], PROGRAMS[given[0]], given[1:])
+        parsed = parser.parse_args(given)
+        debug = parsed.debug
+        _use_cache()
+        return parsed.run(parsed)
+    except KeyboardInterrupt:
+        say("canceled")
+        return 130
+    except BrokenPipeError:
+        # The reader went away; keep Python from trying to flush to it once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (UserError, CheckpointError) as error:
+        say(f"error: {getattr(error, 'message', error)}")
+        return 1
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        said = " ".join(str(error).split())[:300]
+        say(f"error: {type(error).__name__}: {said or 'no message'} (kimi-vl --debug … shows where)")
+        return 1
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kimi-vl",
+        description="Kimi-VL-A3B-Thinking on this machine. Without a GPU a small demo model answers.",
+        epilog='example: kimi-vl ask "What is the result?" math_problem.png',
+    )
+    parser.add_argument("--version", action="version", version=f"kimi-vl {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show where an unexpected error comes from")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        if name not in PROGRAMS:
+            module = importlib.import_module(f".{name}", __package__)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    return parser
+
+
+def _use_cache() -> None:
+    """Where models are kept, unless KIMI_VL_CACHE says: ``model_cache`` of a checkout, else the user's cache."""
+    from .programs import CHECKOUT
+
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kimi-vl"
+    os.environ.setdefault("KIMI_VL_CACHE", str(CHECKOUT / "model_cache" if CHECKOUT else home))
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt

@@ -1,0 +1,263 @@
+"""The command `kimi-vl` as a person uses it: on a terminal, in a pipe, with mistakes, and interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kimi_vl.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+PICTURE = str(ROOT / "images" / "math_problem.png")
+NOTICE = "no CUDA GPU found: answering with the demo model, not with Kimi-VL (--model chooses)\n"
+SUM, ANSWER = "What is 12 + 30?", "12 + 30 = 42"
+THINKING = "The question is 12 + 30. Ones: 2 + 0 = 2. Tens: 1 + 3 = 4. So 42."
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+def environment(**changes: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("KIMI_VL")}
+    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **changes}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-P", "-m", "kimi_vl.cli", *arguments]
+
+
+@dataclass(frozen=True)
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Result]]:
+    """Calls the command in this process: starting one with torch in it takes far longer than what it does."""
+    for name in [name for name in os.environ if name.startswith("KIMI_VL")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("KIMI_VL_CACHE", str(ROOT / "model_cache"))
+    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
+
+    def call(*arguments: str, said: str = "", **changes: str) -> Result:
+        for name, value in changes.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("sys.stdin", io.StringIO(said))
+        try:
+            status = main(arguments)
+        except SystemExit as ended:  # argparse
+            status = ended.code if isinstance(ended.code, int) else 0
+        out, err = capsys.readouterr()
+        return Result(status, str(out), str(err))
+
+    yield call
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGTERM, handler)
+
+
+def in_a_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), env=environment(), capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+    )
+
+
+def on_terminal(*arguments: str, **changes: str) -> tuple[int, str]:
+    """The exit status and everything that a terminal was sent."""
+    master, slave = pty.openpty()
+    with subprocess.Popen(
+        command(*arguments), stdin=slave, stdout=slave, stderr=slave, env=environment(**changes)
+    ) as process:
+        os.close(slave)
+        shown = bytearray()
+        with contextlib.suppress(OSError):  # the terminal closes with its last user
+            while piece := os.read(master, 4096):
+                shown += piece
+        os.close(master)
+    return process.returncode, shown.decode().replace("\r\n", "\n")
+
+
+def read_until(stream: Any, text: str) -> str:
+    shown = ""
+    while text not in shown:
+        ready, _, _ = select.select([stream], [], [], 120)
+        piece = os.read(stream.fileno(), 4096).decode() if ready else ""
+        assert piece, f"ended before {text!r}: {shown}"
+        shown += piece
+    return shown
+
+
+def test_a_program_reads_the_answer_alone() -> None:
+    found = in_a_process("ask", "What is the result?", PICTURE, "--temperature", "0")
+    assert (found.returncode, found.stdout) == (0, "25 + 13 = 38\n")
+    assert found.stderr.startswith(NOTICE)
+
+
+@pytest.mark.parametrize(
+    ("thinking", "text"),
+    [("show", f"{THINKING}\n\n{ANSWER}\n"), ("hide", f"{ANSWER}\n"), ("only", f"{THINKING}\n")],
+)
+def test_thinking_is_shown_hidden_or_all_there_is(run, thinking: str, text: str) -> None:
+    found = run("ask", SUM, "--temperature", "0", "--thinking", thinking)
+    assert (found.returncode, found.stdout) == (0, text)
+
+
+def test_json_is_the_whole_result(run) -> None:
+    found = json.loads(run("ask", SUM, "--temperature", "0", "--json", "--seed", "7").stdout)
+    assert (found["reasoning"], found["answer"], found["finish_reason"], found["seed"]) == (THINKING, ANSWER, "stop", 7)
+    assert found["usage"]["output_tokens"] > found["usage"]["reasoning_tokens"] > 0
+
+
+@pytest.mark.parametrize("arguments", [[], ["-"]])
+def test_the_question_may_come_by_standard_input(run, arguments: list[str]) -> None:
+    assert run("ask", *arguments, "--temperature", "0", said=SUM).stdout == f"{ANSWER}\n"
+    assert run("ask", "-", PICTURE, "--temperature", "0", said="What is the result?\n").stdout == "25 + 13 = 38\n"
+
+
+def test_options_reach_the_model(run) -> None:
+    stopped = run("ask", SUM, "--temperature", "0", "--stop", "= 4", "--stop", "never")
+    assert stopped.stdout == "12 + 30 \n"
+    assert run("ask", SUM, "--temperature", "0", "--thinking-budget", "0", "--thinking", "only").stdout == ""
+    short = json.loads(run("ask", SUM, "--max-tokens", "3", "--json").stdout)
+    assert (short["usage"]["output_tokens"], short["finish_reason"]) == (3, "length")
+
+
+def test_a_terminal_shows_the_thinking_dimmed() -> None:
+    status, shown = on_terminal("ask", SUM, "--temperature", "0")
+    assert status == 0
+    assert f"{DIM}{THINKING}{PLAIN}\n\n{ANSWER}\n" in shown
+    assert "loading the model" in shown and shown.index("\x1b[K") < shown.index(THINKING)
+
+
+def test_a_terminal_counts_the_thinking_that_it_hides() -> None:
+    status, shown = on_terminal("ask", SUM, "--temperature", "0", "--thinking", "hide")
+    assert status == 0 and THINKING not in shown
+    assert re.search(r"thinking \(\d+\)", shown) and shown.endswith(f"{ANSWER}\n")
+
+
+def test_colour_can_be_turned_off() -> None:
+    _, shown = on_terminal("ask", SUM, "--temperature", "0", NO_COLOR="1")
+    assert f"{THINKING}\n\n{ANSWER}\n" in shown and f"{DIM}{THINKING}" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["ask", "x", "nowhere.png"], "error: nowhere.png: No such file or directory; name an image file."),
+        (["ask", "x", "/tmp"], "error: /tmp: Is a directory; name an image file."),
+        (["ask", PICTURE], f'error: the question comes before the image: kimi-vl ask "What is this?" {PICTURE}'),
+        (["ask", "x", "--model", str(ROOT / "images")], f"error: {ROOT}/images: holds no checkpoint (config.json)"),
+        (["ask", "x", "--model", "nobody"], "error: model 'nobody' is neither one of thinking"),
+        (["ask", "x", "--temperature", "3"], "error: temperature must be from 0 to 2; change it."),
+        (["ask", "x", "--max-tokens", "0"], "error: max_length_tokens must be from 1 to 131072; change it."),
+        (["ask", "x", str(ROOT / "LICENSE")], "error: "),
+        (["pack", "/nowhere", "/tmp/nowhere.tar"], "error: /nowhere: "),
+        (["fetch", "nobody"], "error: model 'nobody' is neither"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(run, arguments: list[str], line: str) -> None:
+    found = run(*arguments)
+    *before, last = found.stderr.splitlines()
+    assert (found.returncode, found.stdout) == (1, "")
+    assert last.startswith(line) and "Traceback" not in found.stderr
+    assert all(text.startswith(("no CUDA GPU", "loaded ")) for text in before)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["frob"], ["ask", "x", "--wrong"], ["ask", "x", "--top-k", "many"], ["ask", "x", "--thinking", "maybe"],
+     ["check", "extra"], ["pack", "one"]],
+)  # fmt: skip
+def test_a_wrong_command_line_shows_the_usage(run, arguments: list[str]) -> None:
+    found = run(*arguments)
+    assert found.returncode == 2 and found.stdout == ""
+    assert found.stderr.startswith("usage: kimi-vl") and ": error: " in found.stderr.splitlines()[-1]
+
+
+def test_an_unexpected_error_is_one_line_and_can_be_looked_into(run) -> None:
+    broken = {"KIMI_VL_KERNELS": "wrong"}
+    found = run("ask", SUM, **broken)
+    assert found.returncode == 1 and found.stderr.splitlines()[-1].startswith("error: ValueError: ")
+    assert "Traceback" not in found.stderr
+    assert "Traceback" in run("--debug", "ask", SUM, **broken).stderr
+
+
+def test_a_reader_that_leaves_ends_it_quietly() -> None:
+    # the reader is gone before the first piece, so that writing it cannot succeed
+    shell = ["bash", "-c", '"$@" | true; echo "${PIPESTATUS[0]}"', "bash", *command("ask", SUM)]
+    found = subprocess.run(shell, env=environment(), capture_output=True, text=True, check=False)
+    assert found.stdout == "141\n"
+    assert found.stderr.splitlines()[-1].startswith(("no CUDA GPU", "loaded "))
+
+
+@pytest.mark.parametrize(("number", "moment"), [(signal.SIGTERM, "loading"), (signal.SIGINT, "answering")])
+def test_an_interruption_is_one_line_and_a_status(number: signal.Signals, moment: str) -> None:
+    endless = ["--temperature", "2", "--max-tokens", "8000", "--thinking", "show"]
+    with subprocess.Popen(
+        command("ask", "Tell me a story.", *endless),
+        env=environment(),
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:  # fmt: skip
+        assert process.stdout and process.stderr
+        said = read_until(process.stderr, NOTICE)
+        if moment == "answering":
+            os.read(process.stdout.fileno(), 1)
+        if process.poll() is None:
+            process.send_signal(number)
+        _, rest = process.communicate(timeout=120)
+    lines = (said + rest.decode()).splitlines()
+    assert process.returncode == 130 and lines[-1] == "canceled"
+    assert not [line for line in lines if "Traceback" in line]
+
+
+def test_check_says_what_is_here(run) -> None:
+    text = run("check").stdout
+    assert re.search(r"^device +no CUDA GPU", text, re.M) and re.search(r"^  demo +here +fits", text, re.M)
+    found = json.loads(run("check", "--json").stdout)
+    assert [fit["model"] for fit in found["models"]] == ["demo", "thinking", "thinking-2506", "instruct"]
+    assert found["device"]["total"] >= found["device"]["free"] > 0 and found["limits"]["images a request"] == 64
+
+
+def test_fetch_and_pack(run, tmp_path: Path) -> None:
+    folder = run("fetch", "demo").stdout.strip()
+    assert Path(folder) == ROOT / "kimi_vl" / "demo"
+    packed = run("pack", folder, str(tmp_path / "demo.tar"))
+    assert packed.returncode == 0 and re.search(r"revision [0-9a-f]{40}, sha256 [0-9a-f]{64}", packed.stdout)
+
+
+@pytest.mark.parametrize("name", ["serve", "bench"])
+def test_programs_beside_the_package_go_by_its_name(name: str) -> None:
+    found = in_a_process(name, "--help")
+    assert found.returncode == 0 and found.stdout.startswith(f"usage: kimi-vl {name} ")
+    assert in_a_process(name, "--wrong").returncode == 2
+
+
+@pytest.mark.skipif(not os.environ.get("KIMI_VL_ALL"), reason="a sweep of some minutes; KIMI_VL_ALL=1 runs it")
+def test_an_interruption_at_any_moment_leaves_nothing() -> None:
+    for step in range(60):
+        with subprocess.Popen(
+            command("ask", SUM), env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        ) as process:  # fmt: skip
+            time.sleep(0.2 + step * 0.04)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=120)
+        assert process.returncode in (0, 130, -signal.SIGINT)
+        if process.returncode == 130:
+            assert err.decode().splitlines()[-1] == "canceled" and b"Traceback" not in err, (step, err)
