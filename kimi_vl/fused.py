@@ -1,8 +1,9 @@
 """The decoder through a table of operations: :mod:`kimi_vl.language` again, cut where kernels are.
 
 Computes what the modules of a :class:`LanguageModel` compute, with their parameters, for the tokens of one step of the
-engine. Each addition to the residual happens within the norm that follows it, and a new token's entry is written by the
-kernel that makes it. Knows no model but the decoder, and no request.
+engine. Each addition to the residual happens within the norm that follows it, and so does the router. One operation
+makes queries ready and writes new entries; another attends and leaves the latent space. Knows no model but the decoder,
+and no request.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .cache import Step
 from .kernels import Experts, Ops, mlp, project
 from .language import LATENT_NORM_EPS, Attention, LanguageModel, Layer, MoE, rope_tables
 
-# Shapes: T tokens, of which the first B are one of each row; H, N, R, P, Q, V as in the decoder.
+# Shapes: T tokens, of which the first B are one of a sequence each; H, N, R, P, Q, V as in the decoder.
 
 
 class FusedDecoder:
@@ -35,6 +36,8 @@ class FusedDecoder:
         with ThreadPoolExecutor(1) as pool:
             self._projections = list(pool.map(_Projections, [layer.self_attn for layer in layers]))
             self._laid_out = pool.submit(ops.lay_out, *self._weights(layers)).result()
+            self._rope = pool.submit(_rope, model).result()  # (max_position_embeddings, 2P)
+        self._besides = {"laid_out": self._laid_out} if self._laid_out else {}
 
     def _weights(self, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Experts]]:
         """What products read, apart from experts, and these."""
@@ -50,19 +53,23 @@ class FusedDecoder:
     def states(self, embeddings: Tensor, step: Step) -> Tensor:
         """Final states (T, H) of embeddings (T, H)."""
         decoder, ops = self._model.model, self._ops
-        config = decoder.config
-        cos, sin = rope_tables(step.positions, config.qk_rope_head_dim, config.rope_theta, embeddings.dtype)  # (T, P)
+        rope = self._rope[step.positions]  # (T, 2P)
         residual, delta = embeddings, None
         for layer, projections, entries in zip(decoder.layers, self._projections, step.entries, strict=True):
             assert isinstance(layer, Layer)
             norm = layer.input_layernorm
             residual, normed = ops.add_rms_norm(residual, delta, norm.weight, norm.eps)  # (T, H)
-            delta = self._attend(layer.self_attn, projections, normed, cos, sin, entries, step)
+            delta = self._attend(layer.self_attn, projections, normed, rope, entries, step)
             norm = layer.post_attention_layernorm
-            residual, normed = ops.add_rms_norm(residual, delta, norm.weight, norm.eps)
             if isinstance(layer.mlp, MoE):
-                delta = self._experts(layer.mlp, normed)
+                gate = layer.mlp.gate
+                residual, normed, chosen, weights = ops.norm_router(
+                    residual, delta, norm.weight, norm.eps,
+                    gate.weight, gate.e_score_correction_bias, gate.top_k, gate.scaling,
+                )  # fmt: skip
+                delta = ops.moe(normed, chosen, weights, *_experts(layer.mlp), **self._besides)
             else:
+                residual, normed = ops.add_rms_norm(residual, delta, norm.weight, norm.eps)
                 delta = mlp(normed, layer.mlp.weights, self._laid_out)
         return ops.add_rms_norm(residual, delta, decoder.norm.weight, decoder.norm.eps)[1]
 
@@ -72,50 +79,40 @@ class FusedDecoder:
         return scores.to(torch.float32, memory_format=torch.contiguous_format)
 
     def _attend(
-        self,
-        attention: Attention,
-        projections: _Projections,
-        normed: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        entries: Tensor,
-        step: Step,
+        self, attention: Attention, projections: _Projections, normed: Tensor, rope: Tensor, entries: Tensor, step: Step
     ) -> Tensor:
-        """The attention's output (T, H): rows in the latent space, longer chunks with keys and values written out."""
-        config, ops, rows = attention.config, self._ops, len(step.rows.lengths)
-        heads, rank, nope = config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim
-        width = rank + config.qk_rope_head_dim
+        """The attention's output (T, H): one token of a sequence in the latent space, longer chunks with keys and
+        values written out."""
+        config, ops, decoding = attention.config, self._ops, len(step.rows.lengths)
         # kernels take tokens in one piece
-        both = project(normed, projections.joined, self._laid_out).contiguous()  # (T, N (Q+P) + R+P)
-        query, kv_a = both.split((heads * config.qk_head_dim, width), dim=-1)
-        query = query.unflatten(-1, (heads, -1))  # (T, N, Q+P)
-        absorbed = torch.empty(len(normed), heads, width, dtype=normed.dtype, device=normed.device)
-        ops.latent_write(
-            query[..., nope:], kv_a, attention.kv_a_layernorm.weight, cos, sin, entries, step.slots,
-            LATENT_NORM_EPS, out=absorbed[..., rank:],
+        joined = project(normed, projections.joined, self._laid_out).contiguous()  # (T, N (Q+P) + R+P)
+        absorbed, rotated = ops.mla_prepare(
+            joined, projections.to_key, attention.kv_a_layernorm.weight, rope, entries, step.slots,
+            LATENT_NORM_EPS, decoding, **self._besides,
         )  # fmt: skip
         parts: list[Tensor] = []
-        if rows:
-            absorbed[:rows, :, :rank] = self._per_head(query[:rows, :, :nope], projections.to_key)  # (B, N, R)
-            mixed = ops.mla_decode(absorbed[:rows], entries, step.rows, attention.scale, rank)  # (B, N, R)
-            parts.append(self._per_head(mixed, projections.to_value).flatten(1))  # (B, N V)
+        if decoding:
+            heads = ops.mla_decode(
+                absorbed, entries, step.rows, attention.scale, projections.to_value, **self._besides
+            )  # (B, N, V)
+            parts.append(heads.flatten(1))
         for chunk in step.longer:
             past = entries[chunk.pages].flatten(0, 1)[: chunk.end].unsqueeze(0)  # (1, L, R+P)
-            q, r = query[chunk.tokens, :, :nope], absorbed[chunk.tokens, :, rank:]  # (S, N, Q), (S, N, P)
-            q, r = q.transpose(0, 1).unsqueeze(0), r.transpose(0, 1).unsqueeze(0)
+            own = slice(chunk.tokens.start - decoding, chunk.tokens.stop - decoding)
+            query = joined[chunk.tokens, : config.num_attention_heads * config.qk_head_dim]
+            query = query.unflatten(-1, (config.num_attention_heads, -1))[..., : config.qk_nope_head_dim]  # (S, N, Q)
+            q, r = (part.transpose(0, 1).unsqueeze(0) for part in (query, rotated[own]))  # (1, N, S, Q), (1, N, S, P)
             parts.append(attention.expanded(q, r, past, chunk.mask)[0].transpose(0, 1).flatten(1))  # (S, N V)
         states = parts[0] if len(parts) == 1 else torch.cat(parts)
         return project(states, attention.o_proj.weight, self._laid_out)
 
-    def _per_head(self, states: Tensor, weight: Tensor) -> Tensor:
-        strips = self._laid_out.get(weight) if len(states) == 1 else None
-        return self._ops.per_head(states, weight) if strips is None else strips.product(states[0]).unsqueeze(0)
 
-    def _experts(self, moe: MoE, normed: Tensor) -> Tensor:
-        gate = moe.gate
-        chosen, weights = self._ops.router(normed, gate.weight, gate.e_score_correction_bias, gate.top_k, gate.scaling)
-        besides = {"laid_out": self._laid_out} if self._laid_out else {}
-        return self._ops.moe(normed, chosen, weights, *_experts(moe), **besides)
+@torch.no_grad()
+def _rope(model: LanguageModel) -> Tensor:
+    """Cosines, then sines of every position there may be: made once, since a step's own take a dozen launches."""
+    config, weight = model.model.config, model.lm_head.weight
+    positions = torch.arange(config.max_position_embeddings, device=weight.device)
+    return torch.cat(rope_tables(positions, config.qk_rope_head_dim, config.rope_theta, weight.dtype), dim=-1)
 
 
 def _experts(moe: MoE) -> Experts:

@@ -46,7 +46,9 @@ def call_all() -> None:
         return torch.empty(shape, dtype=dtype)
 
     triton_norm.add_rms_norm(new(4, 2048), new(4, 2048), new(2048), 1e-5)
-    triton_router.router(new(4, 2048), new(64, 2048), new(64, dtype=single), 6, 2.446)
+    for tokens in (1, 32):
+        states = new(tokens, 2048), new(tokens, 2048), new(2048)
+        triton_router.norm_router(*states, 1e-5, new(64, 2048), new(64, dtype=single), 6, 2.446)
     experts = new(64, 2816, 2048), new(64, 2048, 1408)
     shared = new(2816, 2048), new(2816, 2048), new(2048, 2816)
     for tokens in (1, 32, 512, 4096):
@@ -54,11 +56,13 @@ def call_all() -> None:
         triton_moe.moe(new(tokens, 2048), *choice, *experts, shared)
         if tokens <= 32:
             triton_moe.moe(new(tokens, 2048), *choice, *experts)
-    entries, cos, sin = new(4, 32, 576), new(2, 64), new(2, 64)
-    slots = new(2, dtype=torch.int64)
-    triton_mla.latent_write(new(2, 16, 192)[..., 128:], new(2, 576), new(512), cos, sin, entries, slots, 1e-6)
-    table, lengths = new(2, 64, dtype=whole), new(2, dtype=whole)
-    triton_mla.mla_decode(new(2, 16, 576), entries, Rows(table, lengths, 32), 0.07, 512)
+    entries, halves = new(4, 32, 576), new(16, 256, 512)
+    to_key, to_value = halves[:, :128].transpose(1, 2), halves[:, 128:]
+    for tokens, most in ((1, 64), (16, 64), (64, 1)):  # a table of one page has nothing to share
+        joined, rope, slots = new(tokens, 3648), new(tokens, 128), new(tokens, dtype=torch.int64)
+        triton_mla.mla_prepare(joined, to_key, new(512), rope, entries, slots, 1e-6, tokens)
+        rows = Rows(new(tokens, most, dtype=whole), new(tokens, dtype=whole), 32)
+        triton_mla.mla_decode(new(tokens, 16, 576), entries, rows, 0.07, to_value)
 
 
 def report(name: str, kernel: Any) -> str:

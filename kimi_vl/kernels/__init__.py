@@ -27,16 +27,16 @@ class Ops:
     """One implementation of every operation; :mod:`kimi_vl.kernels.reference` says what each computes.
 
     ``static`` ones never make the host wait, and leave tokens without a slot unwritten: what steps over buffers that
-    stay (:mod:`kimi_vl.graphs`) need. ``lay_out`` makes of weights what products and ``moe`` may take in their place.
+    stay (:mod:`kimi_vl.graphs`) need. ``lay_out`` makes of weights what may be taken in their place: by products, and
+    by ``moe``, ``mla_prepare`` and ``mla_decode`` of the same table as their ``laid_out``.
     """
 
     name: str
     static: bool
     add_rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
-    router: Callable[[Tensor, Tensor, Tensor, int, float], tuple[Tensor, Tensor]]
+    norm_router: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     moe: Callable[..., Tensor]
-    latent_write: Callable[..., Tensor]
-    per_head: Callable[[Tensor, Tensor], Tensor]
+    mla_prepare: Callable[..., tuple[Tensor, Tensor]]
     mla_decode: Callable[..., Tensor]
     lay_out: Callable[[Sequence[Tensor], Sequence[Experts]], dict[Tensor, Strips]] = lambda weights, experts: {}
 
@@ -45,20 +45,18 @@ REFERENCE = Ops(
     "reference",
     True,
     reference.add_rms_norm,
-    reference.router,
+    reference.norm_router,
     reference.moe,
-    reference.latent_write,
-    reference.per_head,
+    reference.mla_prepare,
     reference.mla_decode,
 )
 TORCH = Ops(
     "torch",
     False,
     reference.add_rms_norm,
-    reference.router,
+    reference.norm_router,
     plain.moe,
-    plain.latent_write,
-    reference.per_head,
+    plain.mla_prepare,
     plain.mla_decode,
     strips.lay_out,
 )
@@ -89,9 +87,8 @@ def choose(device: torch.device | str, name: str | None = None) -> Ops:
         "triton",
         True,
         triton_norm.add_rms_norm,
-        triton_router.router,
+        triton_router.norm_router,
         triton_moe.moe,
-        triton_mla.latent_write,
-        reference.per_head,
+        triton_mla.mla_prepare,
         triton_mla.mla_decode,
     )

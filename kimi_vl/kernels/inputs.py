@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..cache import Rows
-from . import REFERENCE, Ops
+from . import REFERENCE, Ops, reference
 
 # Unit roundoffs: a rounding to bfloat16 (8 significant bits) is off by at most 2^-8 of the value. Float32 sums of
 # some thousand terms in an unknown order are off by some ten of its 2^-24.
@@ -95,14 +95,29 @@ def distances(results: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[float
     return [distance(*pair) for pair in zip(results, wanted, strict=True)]
 
 
-def routed_alike(call: Call, results: Sequence[Tensor]) -> float:
-    """The same for a router whose inputs may hold ties closer than float32 tells apart.
+def apart(call: Call, results: Sequence[Tensor], dtype: torch.dtype, ties: bool = False) -> float:
+    """How far results are from the float64 twin of their call, as a multiple of what is allowed.
+
+    Experts are held to the states as the same call has stored them, so that a rounding of those is no fault of the
+    choice. With ``ties`` scores may lie closer than float32 tells apart, as they will among many tokens.
+    """
+    twin = call.twin()
+    if call.op != "norm_router":
+        return max(distances(results, twin)) / call.tolerance(dtype)
+    stored = max(distances(results[:2], twin[:2])) / call.tolerance(dtype)
+    router = results[1].double(), *_doubled(call.arguments[4:])
+    chosen = routed_alike(router, results[2:]) if ties else max(distances(results[2:], reference.router(*router)))
+    return max(stored, chosen / ROUNDING[torch.float32])
+
+
+def routed_alike(router: tuple[Any, ...], results: Sequence[Tensor]) -> float:
+    """How far a choice is from that of a router's arguments in float64, whose scores may nearly tie.
 
     The larger of two: how much worse the chosen experts score than the best ones, and how far the weights are from
     those that belong to the experts that were chosen.
     """
     chosen, weights = results
-    states, weight, bias, top_k, scaling = _doubled(call.arguments)
+    states, weight, bias, top_k, scaling = router
     scores = (states @ weight.T).sigmoid()
     biased = scores + bias
     if not bool(((chosen >= 0) & (chosen < len(weight))).all()) or bool(
@@ -143,14 +158,13 @@ class Inputs:
         added = self.normal(*shape, width) if delta else None
         return Call("add_rms_norm", (states, added, 1 + self.normal(width, scale=0.3), self.widths.eps), 3)
 
-    def router(self, tokens: int) -> Call:
+    def norm_router(self, tokens: int) -> Call:
         """The scores spread over all of 0 to 1, and the bias is large enough to change choices."""
         widths = self.widths
+        states = self.add_rms_norm(tokens).arguments
         weight = self.normal(widths.experts, widths.hidden, scale=2 * widths.hidden**-0.5)
         bias = self.normal(widths.experts, scale=0.2, dtype=torch.float32)
-        return Call(
-            "router", (self.normal(tokens, widths.hidden), weight, bias, widths.top_k, widths.scaling), roundings=0
-        )
+        return Call("norm_router", (*states, weight, bias, widths.top_k, widths.scaling), roundings=3)
 
     def choices(self, tokens: int, routing: str = "random") -> tuple[Tensor, Tensor]:
         """Experts (T, K) and weights: at random, all tokens the ``same``, or as many ``distinct`` ones as there are."""
@@ -187,24 +201,23 @@ class Inputs:
         states = self.normal(tokens, self.widths.hidden)
         return Call("moe", (states, *self.choices(tokens, routing), *routed, always if shared else None), roundings=3)
 
-    def latent_write(self, tokens: int, unwritten: int = 0) -> Call:
-        """Queries and joint projection as parts of one merged projection; the last tokens have no slot."""
+    def mla_prepare(self, tokens: int, decoding: int | None = None, unwritten: int = 0) -> Call:
+        """Of ``tokens``, the first ``decoding`` are a sequence's only one (None: all); the last ``unwritten`` have no
+        slot. The weight is laid out as the checkpoint has it."""
         widths = self.widths
-        head = widths.nope + widths.rope
-        merged = self.normal(tokens, widths.heads * head + widths.rank + widths.rope, scale=2)
-        query, kv_a = merged.split((widths.heads * head, widths.rank + widths.rope), dim=-1)
-        query_rope = query.unflatten(-1, (widths.heads, head))[..., widths.nope :]
+        joined = self.normal(tokens, widths.heads * (widths.nope + widths.rope) + widths.rank + widths.rope, scale=2)
+        to_key = self.normal(widths.heads, widths.nope, widths.rank, scale=widths.nope**-0.5).transpose(1, 2)
         angles = self.normal(tokens, widths.rope // 2, scale=10, dtype=torch.float32).repeat(1, 2)
+        rope = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.dtype)
         pages = -(-2 * tokens // widths.page_size) + 1
         entries = self.normal(pages, widths.page_size, widths.rank + widths.rope)
         slots = self.shuffled(pages * widths.page_size)[:tokens].long()
         slots[tokens - unwritten :] = -1
         weight = 1 + self.normal(widths.rank, scale=0.3)
         arguments = (
-            query_rope, kv_a, weight, angles.cos().to(self.dtype), angles.sin().to(self.dtype), entries, slots,
-            widths.latent_eps,
+            joined, to_key, weight, rope, entries, slots, widths.latent_eps, tokens if decoding is None else decoding,
         )  # fmt: skip
-        return Call("latent_write", arguments, roundings=2, written=5)
+        return Call("mla_prepare", arguments, roundings=2, written=4)
 
     def mla_decode(self, lengths: Sequence[int], table_pages: int = 0, spare: int = 2, common: int = 0) -> Call:
         """Rows with pages out of order, ``spare`` pages that nobody uses, the first ``common`` ones the same in all.
@@ -231,13 +244,12 @@ class Inputs:
         scale = 2 * (widths.rank + widths.rope) ** -0.5  # scores of a spread of 2: some entries clearly win
         counts = torch.tensor(lengths, dtype=torch.int32, device=self.device)
         rows = Rows(table.to(self.device), counts, size)
-        return Call("mla_decode", (query, entries, rows, scale, widths.rank), roundings=2)
+        return Call("mla_decode", (query, entries, rows, scale, self.to_value()), roundings=3)
 
-    def per_head(self, rows: int) -> Call:
-        """Out of the latent space, by weights that are laid out as the checkpoint has them."""
+    def to_value(self) -> Tensor:
+        """The weight that leads out of the latent space (N, V, R), with as many dims of values as of keys."""
         widths = self.widths
-        weight = self.normal(widths.heads, widths.nope, widths.rank, scale=widths.rank**-0.5)
-        return Call("per_head", (self.normal(rows, widths.heads, widths.rank), weight), roundings=1)
+        return self.normal(widths.heads, widths.nope, widths.rank, scale=widths.rank**-0.5)
 
 
 def with_arguments(call: Call, change: Callable[[list[Any]], None]) -> Call:

@@ -1,20 +1,20 @@
 """Each operation in PyTorch, arranged for speed: what runs where there are no kernels.
 
 Computes what :mod:`kimi_vl.kernels.reference` says; each deviation from the obvious has its reason beside it. Not for
-steps over buffers that stay: the host may wait here, and every token of :func:`latent_write` must have a slot.
+steps over buffers that stay: the host may wait here, and every token of :func:`mla_prepare` must have a slot.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cache import Rows
+from ..cache import Block, Rows
 from ..language import apply_rope, project
 from . import reference
 from .strips import Strips, mlp
@@ -22,6 +22,8 @@ from .strips import Strips, mlp
 # Shapes as in `reference`.
 
 _FEW = 16  # tokens that are taken as columns
+_GROUPED = ((9, 0), (10, 0))  # compute capabilities for which torch has a grouped product
+_HIDDEN = 128  # tokens whose products with one expert take no longer than reading its weights
 _NONE: Mapping[Tensor, Strips] = MappingProxyType({})
 
 
@@ -37,14 +39,28 @@ def moe(
     """``laid_out`` are strips of some of the weights; see :func:`kimi_vl.kernels.strips.lay_out`."""
     if len(states) == 1 and gate_up in laid_out:
         return _of_one(states, chosen, weights, laid_out[gate_up], laid_out[down], len(down))
-    if _groupable(states, down):
-        outputs = _grouped(states, chosen, gate_up, down)
-    elif 1 < len(states) <= _FEW and states.device.type == "cpu" and states.dtype == torch.bfloat16:
+    if states.device.type != "cpu":
+        outputs = _on_device(states, chosen, down)(states, chosen, gate_up, down)
+    elif 1 < len(states) <= _FEW and states.dtype == torch.bfloat16:
         outputs = _of_few(states, chosen, gate_up, down, laid_out)
     else:
         outputs = _by_expert(states, chosen, gate_up, down)
     routed = torch.bmm(weights.unsqueeze(1), outputs.to(weights.dtype)).squeeze(1).to(states.dtype)  # (T, H)
     return routed if shared is None else routed + mlp(states, shared, laid_out)
+
+
+def _on_device(states: Tensor, chosen: Tensor, down: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """How a device computes the experts' outputs (T, K, H), by what is read and written and by who has to wait.
+
+    Where products are not grouped, gathering moves three times the weights of T K experts, products with all of them
+    those of E. These compute E / K times as much as there is to do, which reading the weights hides up to about 128
+    tokens. Longer steps are worth a wait in each layer.
+    """
+    if _groupable(states, down):
+        return _grouped
+    if 3 * chosen.numel() < len(down):
+        return _of_gathered
+    return _of_all if len(states) <= _HIDDEN else _by_expert
 
 
 def _of_one(states: Tensor, chosen: Tensor, weights: Tensor, gate_up: Strips, down: Strips, routed: int) -> Tensor:
@@ -96,11 +112,14 @@ def _from_strips(states: Tensor, experts: Tensor, gate_up: Strips, down: Strips)
 
 
 def _groupable(states: Tensor, down: Tensor) -> bool:
-    """What torch's grouped product is made for: bfloat16 in rows of 16 bytes, on an Ampere GPU or a later one."""
+    """What torch's grouped product is made for: bfloat16 in rows of 16 bytes, on compute capability 9.0 or 10.0.
+
+    On every other one it copies the offsets to the host and multiplies group by group.
+    """
     aligned = all(size % 8 == 0 for size in down.shape[1:])
     if not (aligned and states.is_cuda and states.dtype == torch.bfloat16):
         return False
-    return torch.cuda.get_device_capability(states.device) >= (8, 0)
+    return torch.cuda.get_device_capability(states.device) in _GROUPED
 
 
 def _grouped(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -112,6 +131,24 @@ def _grouped(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> T
     gate, up = F.grouped_mm(states[order // choices], gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)  # (T K, I)
     outputs = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)  # (T K, H)
     return outputs[order.argsort()].view(count, choices, -1)
+
+
+def _of_gathered(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The same from a copy of the chosen experts' weights, a product for each pair of a token and an expert. The host
+    does not wait; each weight is read, written and read again."""
+    count, choices = chosen.shape
+    experts = chosen.flatten()  # (T K)
+    tokens = states.unsqueeze(1).expand(-1, choices, -1).reshape(len(experts), 1, -1)  # (T K, 1, H)
+    gate, up = torch.bmm(tokens, gate_up[experts].transpose(1, 2)).chunk(2, dim=-1)  # (T K, 1, I)
+    return torch.bmm(F.silu(gate) * up, down[experts].transpose(1, 2)).view(count, choices, -1)
+
+
+def _of_all(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The same from the outputs of all experts for all tokens, of which the chosen ones are taken. The host does not
+    wait; each weight is read once, whoever has chosen it."""
+    gate, up = torch.matmul(states, gate_up.transpose(1, 2)).chunk(2, dim=-1)  # (E, T, I)
+    outputs = torch.bmm(F.silu(gate) * up, down.transpose(1, 2))  # (E, T, H)
+    return outputs[chosen.long(), torch.arange(len(states), device=states.device).unsqueeze(1)]
 
 
 def _by_expert(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -133,39 +170,73 @@ def _expert(states: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return project(F.silu(gate) * up, down)[:count]
 
 
-def latent_write(
-    query_rope: Tensor,
-    kv_a: Tensor,
+def mla_prepare(
+    joined: Tensor,
+    to_key: Tensor,
     norm_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    rope: Tensor,
     entries: Tensor,
     slots: Tensor,
     eps: float,
-    out: Tensor | None = None,
-) -> Tensor:
-    rank = norm_weight.numel()
-    latent, key = kv_a.split((rank, kv_a.shape[-1] - rank), dim=-1)
-    both = torch.cat((query_rope, key.unsqueeze(1)), dim=1)  # (T, N+1, P): turned together, in half as many calls
-    turned = apply_rope(both, cos.unsqueeze(1), sin.unsqueeze(1))
+    decoding: int,
+    laid_out: Mapping[Tensor, Strips] = _NONE,
+) -> tuple[Tensor, Tensor]:
+    """``laid_out`` are strips of some of the weights."""
+    heads, rank, nope = to_key.shape
+    cos, sin = rope.unsqueeze(1).chunk(2, dim=-1)  # (T, 1, P)
+    query, latent, key = joined.split((joined.shape[-1] - rank - cos.shape[-1], rank, cos.shape[-1]), dim=-1)
+    query = query.unflatten(-1, (heads, -1))  # (T, N, Q+P)
+    both = torch.cat((query[..., nope:], key.unsqueeze(1)), dim=1)  # (T, N+1, P): together, in half as many calls
+    rotated = apply_rope(both, cos, sin)
     _, normed = reference.add_rms_norm(latent, None, norm_weight, eps)
-    entries.flatten(0, 1)[slots] = torch.cat((normed, turned[:, -1]), dim=-1)  # (T, R+P)
-    queries = turned[:, :-1]
-    return queries if out is None else out.copy_(queries)
+    entries.flatten(0, 1)[slots] = torch.cat((normed, rotated[:, -1]), dim=-1)  # (T, R+P)
+    rotated = rotated[:, :-1]
+    if not decoding:
+        return joined.new_empty(0, heads, rank + cos.shape[-1]), rotated
+    absorbed = _per_head(query[:decoding, :, :nope], to_key, laid_out)  # (B, N, R)
+    return torch.cat((absorbed, rotated[:decoding]), dim=-1), rotated[decoding:]
 
 
-def mla_decode(query: Tensor, entries: Tensor, rows: Rows, scale: float, rank: int, splits: int = 0) -> Tensor:
-    slots, counts = rows.seen
-    # exactly the entries in use: a product would copy a part of whole pages
-    past = entries.flatten(0, 1).index_select(0, slots.flatten()).view(*slots.shape, -1)  # (B, L, R+P)
-    if query.device.type == "cpu":  # heads as the queries of one head that sees all of them
-        mask = None if counts is None else counts[:, None, None]  # (B, 1, 1, L)
-        past = past.unsqueeze(1)
-        mixed = F.scaled_dot_product_attention(query.unsqueeze(1), past, past, mask, scale=scale)[:, 0]  # (B, N, R+P)
+def mla_decode(
+    query: Tensor,
+    entries: Tensor,
+    rows: Rows,
+    scale: float,
+    to_value: Tensor,
+    splits: int = 0,
+    laid_out: Mapping[Tensor, Strips] = _NONE,
+) -> Tensor:
+    """``laid_out`` are strips of some of the weights. Entries are gathered for as many sequences at a time as
+    :attr:`kimi_vl.cache.Rows.blocks` has in a block."""
+    entries, rank = entries.flatten(0, 1), to_value.shape[-1]
+    if len(rows.blocks) == 1:
+        mixed = _mixed(query, entries, rows.blocks[0], scale, rank)
     else:
-        scores = (query @ past.transpose(1, 2)).float() * scale  # (B, N, L)
+        mixed = query.new_empty(*query.shape[:2], rank)  # (B, N, R)
+        for block in rows.blocks:
+            mixed[block.sequences] = _mixed(query[block.sequences], entries, block, scale, rank)
+    return _per_head(mixed, to_value, laid_out)
+
+
+def _mixed(query: Tensor, entries: Tensor, block: Block, scale: float, rank: int) -> Tensor:
+    """Sums (b, N, R) of the latents that the queries (b, N, R+P) of one block look at."""
+    counts = block.counts
+    # exactly the entries in use: a product would copy a part of whole pages
+    past = entries.index_select(0, block.slots.flatten()).view(*block.slots.shape, -1)  # (b, L, R+P)
+    if query.device.type == "cpu":  # heads as the queries of one head that sees all of them
+        mask = None if counts is None else counts[:, None, None]  # (b, 1, 1, L)
+        past = past.unsqueeze(1)
+        mixed = F.scaled_dot_product_attention(query.unsqueeze(1), past, past, mask, scale=scale)[:, 0]  # (b, N, R+P)
+    else:
+        scores = (query @ past.transpose(1, 2)).float() * scale  # (b, N, L)
         if counts is not None:
             scores = scores.masked_fill(~counts.unsqueeze(1), float("-inf"))
         mixed = scores.softmax(-1).to(past.dtype) @ past
-    mixed = mixed[..., :rank]  # (B, N, R)
-    return mixed if counts is None else mixed.masked_fill((rows.lengths == 0)[:, None, None], 0)
+    mixed = mixed[..., :rank]  # (b, N, R)
+    return mixed if counts is None else mixed.masked_fill(block.empty[:, None, None], 0)
+
+
+def _per_head(states: Tensor, weight: Tensor, laid_out: Mapping[Tensor, Strips]) -> Tensor:
+    """:func:`kimi_vl.kernels.reference.per_head`, from strips where there is one sequence and they exist."""
+    strips = laid_out.get(weight) if len(states) == 1 else None
+    return reference.per_head(states, weight) if strips is None else strips.product(states[0]).unsqueeze(0)

@@ -15,7 +15,8 @@ from ..cache import Rows
 from ..language import apply_rope
 
 # Shapes: T tokens, H hidden_size, E routed experts, K experts a token, I expert width, W shared experts' width,
-# B rows that decode one token each, N heads, R rank of the latent, P rotary dims, M pages a row.
+# B sequences that decode one token each, N heads, R rank of the latent, P rotary dims, Q other dims of keys, V dims of
+# values, M pages a sequence.
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -75,30 +76,52 @@ def moe(
     return routed if shared is None else routed + mlp(states, *shared)
 
 
-def latent_write(
-    query_rope: Tensor,
-    kv_a: Tensor,
+def norm_router(
+    residual: Tensor,
+    delta: Tensor,
     norm_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor,
+    top_k: int,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both results of :func:`add_rms_norm`, then both of the :func:`router` for the second of them."""
+    total, normed = add_rms_norm(residual, delta, norm_weight, eps)
+    return total, normed, *router(normed, weight, bias, top_k, scaling)
+
+
+def mla_prepare(
+    joined: Tensor,
+    to_key: Tensor,
+    norm_weight: Tensor,
+    rope: Tensor,
     entries: Tensor,
     slots: Tensor,
     eps: float,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Remember tokens: their normed latent and turned rotary key go to ``slots`` of ``entries``, in place.
+    decoding: int,
+) -> tuple[Tensor, Tensor]:
+    """Remember tokens, and make their queries ready.
 
-    ``kv_a`` (T, R+P) is the joint projection, ``norm_weight`` (R), ``entries`` (pages, page_size, R+P) of one layer,
-    ``slots`` (T) each page * page_size + place; a negative one is not written. ``cos`` and ``sin`` (T, P) are those
-    of the tokens' positions. Returns the turned queries (T, N, P) of ``query_rope`` (T, N, P), in ``out`` where it
-    is given (DeepSeek-V2 report, sections 2.1.2 and 2.1.3).
+    ``joined`` (T, N (Q+P) + R+P) holds each token's queries, head by head, then what its entry is made of: the latent,
+    which ``norm_weight`` (R) norms, and the rotary key. ``rope`` (T, 2P) are the cosines, then the sines of the tokens'
+    positions. Entries go to ``slots`` (T) of ``entries`` (pages, page_size, R+P) of one layer, in place; a slot is
+    page * page_size + place, and a negative one is not written.
+
+    Returns the queries (B, N, R+P) of the first B = ``decoding`` tokens, taken into the latent space by ``to_key``
+    (N, R, Q), then rotated, and the rotary part (T-B, N, P) of the others' queries, rotated (DeepSeek-V2 report,
+    sections 2.1.2 and 2.1.3).
     """
-    latent, key = kv_a.split((norm_weight.numel(), kv_a.shape[-1] - norm_weight.numel()), dim=-1)
+    heads, rank, nope = to_key.shape
+    cos, sin = rope.chunk(2, dim=-1)  # (T, P)
+    query, latent, key = joined.split((joined.shape[-1] - rank - cos.shape[-1], rank, cos.shape[-1]), dim=-1)
+    query = query.unflatten(-1, (heads, -1))  # (T, N, Q+P)
     new = torch.cat((add_rms_norm(latent, None, norm_weight, eps)[1], apply_rope(key, cos, sin)), dim=-1)  # (T, R+P)
     written = slots >= 0
     entries.view(-1, entries.shape[-1])[slots[written].long()] = new[written]
-    turned = apply_rope(query_rope, cos.unsqueeze(1), sin.unsqueeze(1))
-    return turned if out is None else out.copy_(turned)
+    rotated = apply_rope(query[..., nope:], cos.unsqueeze(1), sin.unsqueeze(1))  # (T, N, P)
+    absorbed = per_head(query[:decoding, :, :nope], to_key)  # (B, N, R)
+    return torch.cat((absorbed, rotated[:decoding]), dim=-1), rotated[decoding:]
 
 
 def per_head(states: Tensor, weight: Tensor) -> Tensor:
@@ -107,19 +130,19 @@ def per_head(states: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(states.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
 
 
-def mla_decode(query: Tensor, entries: Tensor, rows: Rows, scale: float, rank: int, splits: int = 0) -> Tensor:
-    """Attention of one token a row over its pages, in the latent space: (B, N, R), R being ``rank``.
+def mla_decode(query: Tensor, entries: Tensor, rows: Rows, scale: float, to_value: Tensor, splits: int = 0) -> Tensor:
+    """Attention of one token a sequence over its pages, in the latent space and out of it again: (B, N, V).
 
     ``query`` (B, N, R+P) holds the queries taken into the latent space, then their rotary part; ``entries``
-    (pages, page_size, R+P) of one layer. Nothing behind a row's length is ever looked at, in its table or among its
-    entries. A row of length 0 gives zeros. ``splits`` is for kernels (DeepSeek-V2 report, section 2.1.2 and
-    appendix C).
+    (pages, page_size, R+P) of one layer; ``to_value`` (N, V, R). Nothing behind a sequence's length is ever looked at,
+    in its table or among its entries. A length of 0 gives zeros. ``splits`` is for kernels (DeepSeek-V2 report, section
+    2.1.2 and appendix C).
     """
-    table, lengths = rows.table, rows.lengths
+    table, lengths, rank = rows.table, rows.lengths, to_value.shape[-1]
     past = entries[table.clamp(min=0).long()].flatten(1, 2)  # (B, L, R+P)
     seen = torch.arange(past.shape[1], device=past.device) < lengths.unsqueeze(1)  # (B, L)
     past = past.masked_fill(~seen.unsqueeze(-1), 0)  # a weight of 0 would let NaN through
     scores = _wide(query @ past.transpose(1, 2)) * scale  # (B, N, L)
     shares = scores.masked_fill(~seen.unsqueeze(1), float("-inf")).softmax(-1)
     mixed = shares.to(past.dtype) @ past[..., :rank]  # (B, N, R)
-    return mixed.masked_fill((lengths == 0)[:, None, None], 0)
+    return per_head(mixed.masked_fill((lengths == 0)[:, None, None], 0), to_value)

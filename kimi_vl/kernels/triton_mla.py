@@ -1,16 +1,19 @@
-"""Latent attention over pages: remembering new tokens, and answering one query a row.
+"""Latent attention over pages in three launches: what a step's tokens need before, the shares, and what comes after.
 
-A row's entries are split among programs (flash decoding): each goes through its share once, all heads of the row in
-one tile, since they read the same latents; a second kernel joins the shares. How many programs there are follows from
-shapes alone, so a captured graph stays valid while rows grow; how far each goes is decided from the lengths on the
-device, so only pages in use cost anything. Joining goes in the order of the shares: the same lengths give the same
-bits.
+The first writes new entries (norm and rotary embedding), rotates the queries and takes them into the latent space. A
+sequence's entries are then split among programs (flash decoding): each goes through its share once, all heads in one
+tile, since they read the same latents. The last joins the shares and takes the result out of the latent space. How many
+programs there are follows from shapes alone, so a captured graph stays valid while sequences grow; how far each goes is
+decided from the lengths on the device, so only pages in use cost anything. Joining goes in the order of the shares: the
+same lengths give the same bits.
 
-Bytes of a decoding step: 2 (R + P) a token in bfloat16, and 8 N R a share for the partial sums, written and read.
+Bytes of a decode step: 2 (R + P) a token in bfloat16, 2 N R (Q + V) for both halves of the weight, and 8 N R a share
+for the partial sums, written and read.
 """
 
-# Options of a launch (num_warps and so on) are no parameters of a kernel.
-# pyright: reportCallIssue=false
+# Options of a launch (num_warps and so on) are no parameters of a kernel, and one kernel's call of another returns
+# what the checker cannot know.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import functools
@@ -27,7 +30,9 @@ from ..cache import Rows
 # Entries a program reads at least; fewer would cost more in partial sums than in entries.
 LEAST_SHARE = 64
 _PROGRAMS = 2  # for each multiprocessor
-_JOINED = 16  # shares that the joining kernel reads at a time
+_TOKENS = 16  # the least that tl.dot takes
+_ABSORBED = 64  # columns of a head's absorbed query that one program computes: 128 programs at the published widths
+_ONE_BY_ONE = 4  # sequences up to which each is joined by programs of its own
 
 
 @dataclass(frozen=True)
@@ -46,108 +51,145 @@ FLOAT32 = Tile(16, 4, 3)
 
 
 @triton.jit
-def _latent_write(
-    query,
-    kv_a,
+def _rotated(even, odd, table, pairs, inside, HALF: tl.constexpr):
+    """Pairs of the last dimension turned by the row of a table: what takes the place of the even ones, and of the odd.
+
+    ``table`` (…, 1) points to cosines, then sines, of a token: one half of each for the even ones, one for the odd.
+    """
+    cos_even = tl.load(table + pairs, mask=inside, other=0.0).to(tl.float32)
+    cos_odd = tl.load(table + HALF + pairs, mask=inside, other=0.0).to(tl.float32)
+    sin_even = tl.load(table + 2 * HALF + pairs, mask=inside, other=0.0).to(tl.float32)
+    sin_odd = tl.load(table + 3 * HALF + pairs, mask=inside, other=0.0).to(tl.float32)
+    return even * cos_even - odd * sin_even, odd * cos_odd + even * sin_odd
+
+
+@triton.jit(do_not_specialize=["tokens", "decoding"])
+def _prepare(
+    joined,
+    to_key,
     norm_weight,
-    cos,
-    sin,
+    rope,
     entries,
     slots,
-    turned,
+    absorbed,
+    rotated,
+    tokens,
+    decoding,
     heads,
-    query_token,
-    query_head,
-    turned_token,
-    turned_head,
-    kv_token,
+    nope,
+    joined_token,
+    key_head,
+    key_rank,
+    key_nope,
     eps,
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token).to(tl.int64)
-    ranks = tl.arange(0, BLOCK_R)
-    latent_inside = (ranks < RANK) & (slot >= 0)
-    latent = tl.load(kv_a + token * kv_token + ranks, mask=ranks < RANK, other=0.0)
-    wide = latent.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / RANK + eps)
-    factor = tl.load(norm_weight + ranks, mask=ranks < RANK, other=0.0).to(tl.float32)
-    normed = (wide * scale).to(latent.dtype).to(tl.float32) * factor
-    entry = entries + slot * (RANK + ROPE)
-    tl.store(entry + ranks, normed.to(latent.dtype), mask=latent_inside)
-
+    """A program has one of three tasks for a block of tokens: their entries, a head's rotary part, or some columns of a
+    head's absorbed query. The first come first, since there are always some of them."""
+    task = tl.program_id(0)
+    rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    real = rows < tokens
+    token = rows.to(tl.int64)[:, None]
     HALF: tl.constexpr = ROPE // 2
-    pairs = tl.arange(0, BLOCK_P)
-    inside = pairs < HALF
-    # rows of a table: one half for the even components, one for the odd
-    cos_even = tl.load(cos + token * ROPE + pairs, mask=inside, other=0.0).to(tl.float32)
-    sin_even = tl.load(sin + token * ROPE + pairs, mask=inside, other=0.0).to(tl.float32)
-    cos_odd = tl.load(cos + token * ROPE + HALF + pairs, mask=inside, other=0.0).to(tl.float32)
-    sin_odd = tl.load(sin + token * ROPE + HALF + pairs, mask=inside, other=0.0).to(tl.float32)
-    key = kv_a + token * kv_token + RANK
-    key_even = tl.load(key + 2 * pairs, mask=inside, other=0.0).to(tl.float32)
-    key_odd = tl.load(key + 2 * pairs + 1, mask=inside, other=0.0).to(tl.float32)
-    kept = inside & (slot >= 0)
-    tl.store(entry + RANK + pairs, (key_even * cos_even - key_odd * sin_even).to(latent.dtype), mask=kept)
-    tl.store(entry + RANK + HALF + pairs, (key_odd * cos_odd + key_even * sin_odd).to(latent.dtype), mask=kept)
+    pairs = tl.arange(0, BLOCK_P)[None, :]
+    inside = real[:, None] & (pairs < HALF)
+    table = rope + token * (2 * ROPE)
+    if task == 0:
+        slot = tl.load(slots + rows, mask=real, other=-1).to(tl.int64)[:, None]
+        ranks = tl.arange(0, BLOCK_R)[None, :]
+        source = joined + token * joined_token + heads * (nope + ROPE)
+        latent = tl.load(source + ranks, mask=real[:, None] & (ranks < RANK), other=0.0)  # (BLOCK_T, BLOCK_R)
+        wide = latent.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / RANK + eps)[:, None]
+        factor = tl.load(norm_weight + ranks, mask=ranks < RANK, other=0.0).to(tl.float32)
+        normed = ((wide * scale).to(latent.dtype).to(tl.float32) * factor).to(latent.dtype)
+        target = entries + slot * (RANK + ROPE)
+        tl.store(target + ranks, normed, mask=(slot >= 0) & (ranks < RANK))
+        even = tl.load(source + RANK + 2 * pairs, mask=inside, other=0.0).to(tl.float32)
+        odd = tl.load(source + RANK + 2 * pairs + 1, mask=inside, other=0.0).to(tl.float32)
+        first, second = _rotated(even, odd, table, pairs, inside, HALF)
+        tl.store(target + RANK + pairs, first.to(latent.dtype), mask=(slot >= 0) & inside)
+        tl.store(target + RANK + HALF + pairs, second.to(latent.dtype), mask=(slot >= 0) & inside)
+    elif task <= heads:
+        head = task - 1
+        source = joined + token * joined_token + head * (nope + ROPE) + nope
+        even = tl.load(source + 2 * pairs, mask=inside, other=0.0).to(tl.float32)
+        odd = tl.load(source + 2 * pairs + 1, mask=inside, other=0.0).to(tl.float32)
+        first, second = _rotated(even, odd, table, pairs, inside, HALF)
+        first, second = first.to(joined.dtype.element_ty), second.to(joined.dtype.element_ty)
+        decodes = token < decoding
+        target = absorbed + (token * heads + head) * (RANK + ROPE) + RANK
+        tl.store(target + pairs, first, mask=inside & decodes)
+        tl.store(target + HALF + pairs, second, mask=inside & decodes)
+        target = rotated + ((token - decoding) * heads + head) * ROPE
+        tl.store(target + pairs, first, mask=inside & (token >= decoding))
+        tl.store(target + HALF + pairs, second, mask=inside & (token >= decoding))
+    elif tl.program_id(1) * BLOCK_T < decoding:
+        blocks = tl.cdiv(RANK, BLOCK_C)
+        head = (task - heads - 1) // blocks
+        columns = (task - heads - 1) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+        depth = tl.arange(0, BLOCK_Q)
+        shown = (rows < decoding)[:, None]
+        source = joined + token * joined_token + head * (nope + ROPE)
+        query = tl.load(source + depth[None, :], mask=shown & (depth < nope)[None, :], other=0.0)
+        place = head * key_head + columns * key_rank + depth[:, None] * key_nope
+        weight = tl.load(to_key + place, mask=(depth < nope)[:, None] & (columns < RANK), other=0.0)
+        product = tl.dot(query, weight, input_precision="ieee")  # (BLOCK_T, BLOCK_C)
+        target = absorbed + (token * heads + head) * (RANK + ROPE) + columns
+        tl.store(target, product.to(absorbed.dtype.element_ty), mask=shown & (columns < RANK))
 
-    for begin in range(0, heads, BLOCK_N):
-        head = begin + tl.arange(0, BLOCK_N)
-        shown = (head < heads)[:, None] & inside[None, :]
-        source = query + token * query_token + head[:, None] * query_head + 2 * pairs[None, :]
-        even = tl.load(source, mask=shown, other=0.0).to(tl.float32)  # (BLOCK_N, BLOCK_P)
-        odd = tl.load(source + 1, mask=shown, other=0.0).to(tl.float32)
-        target = turned + token * turned_token + head[:, None] * turned_head + pairs[None, :]
-        tl.store(target, (even * cos_even[None, :] - odd * sin_even[None, :]).to(latent.dtype), mask=shown)
-        tl.store(target + HALF, (odd * cos_odd[None, :] + even * sin_odd[None, :]).to(latent.dtype), mask=shown)
 
-
-def latent_write(
-    query_rope: Tensor,
-    kv_a: Tensor,
+def mla_prepare(
+    joined: Tensor,
+    to_key: Tensor,
     norm_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    rope: Tensor,
     entries: Tensor,
     slots: Tensor,
     eps: float,
-    out: Tensor | None = None,
-) -> Tensor:
-    """See :func:`kimi_vl.kernels.reference.latent_write`. Inputs may be parts of wider tensors."""
-    tokens, heads, rope = query_rope.shape
-    rank = norm_weight.numel()
-    turned = torch.empty(tokens, heads, rope, dtype=query_rope.dtype, device=query_rope.device) if out is None else out
-    if not entries.is_contiguous() or query_rope.stride(-1) != 1 or kv_a.stride(-1) != 1 or turned.stride(-1) != 1:
-        raise ValueError("entries must be contiguous, and so the last dimension of queries, kv_a and out")
+    decoding: int,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`kimi_vl.kernels.reference.mla_prepare`."""
+    tokens, (heads, rank, nope) = len(joined), to_key.shape
+    rope_dims = rope.shape[-1] // 2
+    if not entries.is_contiguous() or not rope.is_contiguous() or joined.stride(-1) != 1:
+        raise ValueError("entries and rope must be contiguous, and so the last dimension of joined")
+    absorbed = torch.empty(decoding, heads, rank + rope_dims, dtype=joined.dtype, device=joined.device)
+    rotated = torch.empty(tokens - decoding, heads, rope_dims, dtype=joined.dtype, device=joined.device)
     if tokens:
-        _latent_write[(tokens,)](
-            query_rope,
-            kv_a,
+        products = heads * -(-rank // _ABSORBED) if decoding else 0
+        _prepare[(1 + heads + products, -(-tokens // _TOKENS))](
+            joined,
+            to_key,
             norm_weight,
-            cos.contiguous(),
-            sin.contiguous(),
+            rope,
             entries,
             slots,
-            turned,
+            absorbed,
+            rotated,
+            tokens,
+            decoding,
             heads,
-            query_rope.stride(0),
-            query_rope.stride(1),
-            turned.stride(0),
-            turned.stride(1),
-            kv_a.stride(0),
+            nope,
+            joined.stride(0),
+            *to_key.stride(),
             eps,
             RANK=rank,
-            ROPE=rope,
+            ROPE=rope_dims,
+            BLOCK_T=_TOKENS,
+            BLOCK_Q=max(16, triton.next_power_of_2(nope)),
+            BLOCK_C=_ABSORBED,
             BLOCK_R=triton.next_power_of_2(rank),
-            BLOCK_P=triton.next_power_of_2(rope // 2),
-            BLOCK_N=min(16, triton.next_power_of_2(heads)),
+            BLOCK_P=triton.next_power_of_2(rope_dims // 2),
             num_warps=4,
         )
-    return turned
+    return absorbed, rotated
 
 
 @triton.jit
@@ -163,8 +205,7 @@ def _decode_shares(
     table,
     lengths,
     partial,
-    weight,
-    out,
+    logsum,
     heads,
     query_row,
     query_head,
@@ -194,9 +235,9 @@ def _decode_shares(
         first = query + row * query_row + head[:, None] * query_head
         query_latent = tl.load(first + ranks[None, :], mask=real[:, None] & in_rank[None, :], other=0.0)
         query_rope = tl.load(first + RANK + turns[None, :], mask=real[:, None] & in_rope[None, :], other=0.0)
-        top = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
-        total = tl.zeros((BLOCK_N,), dtype=tl.float32)
-        mixed = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+        m_i = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+        l_i = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
         for start in range(begin, end, BLOCK_L):
             at = start + tl.arange(0, BLOCK_L)
             seen = at < end
@@ -212,62 +253,85 @@ def _decode_shares(
             scores = tl.dot(query_rope, tl.trans(key), input_precision="ieee")
             scores = tl.dot(query_latent, tl.trans(latent), scores, input_precision="ieee")
             scores = tl.where(seen[None, :], scores * scale, float("-inf"))  # (BLOCK_N, BLOCK_L), in powers of two
-            higher = tl.maximum(top, tl.max(scores, axis=1))
-            fade = tl.exp2(top - higher)
-            shares = tl.exp2(scores - higher[:, None])
-            total = total * fade + tl.sum(shares, axis=1)
-            mixed = tl.dot(shares.to(latent.dtype), latent, mixed * fade[:, None], input_precision="ieee")
-            top = higher
+            m_new = tl.maximum(m_i, tl.max(scores, axis=1))
+            alpha = tl.exp2(m_i - m_new)
+            p = tl.exp2(scores - m_new[:, None])
+            l_i = l_i * alpha + tl.sum(p, axis=1)
+            acc = tl.dot(p.to(latent.dtype), latent, acc * alpha[:, None], input_precision="ieee")
+            m_i = m_new
         # nothing was seen only in a row of length 0
-        mixed = mixed / tl.where(end > begin, total, 1.0)[:, None]
+        acc = acc / tl.where(end > begin, l_i, 1.0)[:, None]
         kept = real[:, None] & in_rank[None, :]
         if ALONE:
             place = (row * heads + head)[:, None] * RANK + ranks[None, :]
-            tl.store(out + place, mixed.to(out.dtype.element_ty), mask=kept)
+            tl.store(partial + place, acc.to(partial.dtype.element_ty), mask=kept)
         else:
             place = (row * splits + split) * heads + head
-            tl.store(partial + place[:, None] * RANK + ranks[None, :], mixed, mask=kept)
-            tl.store(weight + place, top + tl.log2(total), mask=real)
+            tl.store(partial + place[:, None] * RANK + ranks[None, :], acc, mask=kept)
+            tl.store(logsum + place, m_i + tl.log2(l_i), mask=real)
 
 
-@triton.jit(do_not_specialize=["splits"])
-def _decode_join(
+@triton.jit(do_not_specialize=["batch", "splits"])
+def _decode_values(
     partial,
-    weight,
+    logsum,
     lengths,
+    to_value,
     out,
+    batch,
     heads,
+    values,
     splits,
+    value_head,
+    value_column,
+    value_rank,
     RANK: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_L: tl.constexpr,
     LEAST: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    ALONE: tl.constexpr,
 ):
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    in_rank = ranks < RANK
-    length = tl.load(lengths + row)
-    used = tl.cdiv(length, _share(length, splits, LEAST, BLOCK_L))
-    top = tl.full((1,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((1,), dtype=tl.float32)
-    mixed = tl.zeros((BLOCK_R,), dtype=tl.float32)
-    for begin in range(0, used, BLOCK_S):
-        split = begin + tl.arange(0, BLOCK_S)
-        real = split < used
-        place = (row * splits + split) * heads + head
-        weights = tl.load(weight + place, mask=real, other=float("-inf"))
-        parts = tl.load(
-            partial + place[:, None] * RANK + ranks[None, :], mask=real[:, None] & in_rank[None, :], other=0.0
-        )  # (BLOCK_S, BLOCK_R)
-        higher = tl.maximum(top, tl.max(weights, axis=0))
-        fade = tl.exp2(top - higher)
-        shares = tl.exp2(weights - higher)
-        total = total * fade + tl.sum(shares, axis=0)
-        mixed = mixed * fade + tl.sum(parts * shares[:, None], axis=0)
-        top = higher
-    mixed = mixed / tl.where(used > 0, total, 1.0)
-    tl.store(out + (row * heads + head) * RANK + ranks, mixed.to(out.dtype.element_ty), mask=in_rank)
+    """Joins the shares of some sequences and one head, and takes the result out of the latent space."""
+    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    head = tl.program_id(1)
+    columns = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    ranks = tl.arange(0, BLOCK_R)
+    real, in_rank, inside = rows < batch, ranks < RANK, columns < values
+    row = rows.to(tl.int64)
+    if ALONE:
+        place = (row * heads + head)[:, None] * RANK + ranks[None, :]
+        latent = tl.load(partial + place, mask=real[:, None] & in_rank[None, :], other=0.0)
+    else:
+        length = tl.load(lengths + rows, mask=real, other=0)
+        used = tl.cdiv(length, _share(length, splits, LEAST, BLOCK_L))  # (BLOCK_B)
+        m_i = tl.full((BLOCK_B,), float("-inf"), dtype=tl.float32)
+        l_i = tl.zeros((BLOCK_B,), dtype=tl.float32)
+        acc = tl.zeros((BLOCK_B, BLOCK_R), dtype=tl.float32)
+        for split in range(0, tl.max(used, axis=0)):
+            there = split < used
+            place = (row * splits + split) * heads + head
+            # a share that does not exist has no part in it, not even a maximum of its own
+            log = tl.load(logsum + place, mask=there, other=float("-inf"))
+            part = tl.load(
+                partial + place[:, None] * RANK + ranks[None, :], mask=there[:, None] & in_rank[None, :], other=0.0
+            )  # (BLOCK_B, BLOCK_R)
+            m_new = tl.where(there, tl.maximum(m_i, log), m_i)
+            alpha = tl.where(there, tl.exp2(m_i - m_new), 1.0)
+            p = tl.where(there, tl.exp2(log - m_new), 0.0)
+            l_i = l_i * alpha + p
+            acc = acc * alpha[:, None] + part * p[:, None]
+            m_i = m_new
+        latent = (acc / tl.where(used > 0, l_i, 1.0)[:, None]).to(out.dtype.element_ty)
+    place = columns[:, None] * value_column + ranks[None, :] * value_rank
+    weight = tl.load(to_value + head * value_head + place, mask=inside[:, None] & in_rank[None, :], other=0.0)
+    if BLOCK_B == 1:  # the matrix unit would take 16
+        product = tl.sum(weight.to(tl.float32) * latent.to(tl.float32), axis=1)[None, :]
+    else:
+        product = tl.dot(latent, tl.trans(weight), input_precision="ieee")
+    place = (row * heads + head)[:, None] * values + columns[None, :]
+    tl.store(out + place, product.to(out.dtype.element_ty), mask=real[:, None] & inside[None, :])
 
 
 @functools.cache
@@ -287,7 +351,7 @@ def mla_decode(
     entries: Tensor,
     rows: Rows,
     scale: float,
-    rank: int,
+    to_value: Tensor,
     splits: int = 0,
     tile: Tile | None = None,
 ) -> Tensor:
@@ -297,11 +361,11 @@ def mla_decode(
     rounding.
     """
     table, lengths = rows.table, rows.lengths
-    batch, heads, width = query.shape
+    (batch, heads, width), (values, rank) = query.shape, to_value.shape[1:]
     page_size, rope = entries.shape[1], width - rank
     if not entries.is_contiguous() or query.stride(-1) != 1 or table.stride(-1) != 1:
         raise ValueError("entries must be contiguous, and so the last dimension of queries and table")
-    out = torch.empty(batch, heads, rank, dtype=query.dtype, device=query.device)
+    out = torch.empty(batch, heads, values, dtype=query.dtype, device=query.device)
     if not batch:
         return out
     block_n = 16  # the least that tl.dot takes, and the heads of the published model
@@ -310,8 +374,11 @@ def mla_decode(
     if not splits:
         splits = default_splits(batch, head_blocks, table.shape[1] * page_size, _multiprocessors(query.device))
     alone = splits == 1
-    partial = out if alone else torch.empty(batch, splits, heads, rank, dtype=torch.float32, device=query.device)
-    weight = out if alone else torch.empty(batch, splits, heads, dtype=torch.float32, device=query.device)
+    # what the shares leave to be joined, or, where there is only one, what it has found
+    partial = torch.empty(
+        (batch, splits, heads, rank), dtype=query.dtype if alone else torch.float32, device=query.device
+    )
+    logsum = partial if alone else torch.empty(batch, splits, heads, dtype=torch.float32, device=query.device)
     block_r = max(16, triton.next_power_of_2(rank))
     _decode_shares[(batch, head_blocks, splits)](
         query,
@@ -319,8 +386,7 @@ def mla_decode(
         table,
         lengths,
         partial,
-        weight,
-        out,
+        logsum,
         heads,
         query.stride(0),
         query.stride(1),
@@ -339,20 +405,26 @@ def mla_decode(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    if not alone:
-        block = min(128, block_r)
-        _decode_join[(batch, heads, -(-rank // block))](
-            partial,
-            weight,
-            lengths,
-            out,
-            heads,
-            splits,
-            RANK=rank,
-            BLOCK_R=block,
-            BLOCK_L=tile.entries,
-            LEAST=LEAST_SHARE,
-            BLOCK_S=_JOINED,
-            num_warps=4,
-        )
+    block_b = 1 if batch <= _ONE_BY_ONE else 16
+    block_v = 64 // query.itemsize
+    _decode_values[(-(-batch // block_b), heads, -(-values // block_v))](
+        partial,
+        logsum,
+        lengths,
+        to_value,
+        out,
+        batch,
+        heads,
+        values,
+        splits,
+        *to_value.stride(),
+        RANK=rank,
+        BLOCK_B=block_b,
+        BLOCK_R=block_r,
+        BLOCK_V=block_v,
+        BLOCK_L=tile.entries,
+        LEAST=LEAST_SHARE,
+        ALONE=alone,
+        num_warps=4,
+    )
     return out

@@ -1,7 +1,8 @@
-"""The router in one launch: scores, choice and weights of 16 tokens a program.
+"""Residual, norm and router in one launch: sums, normed states, scores, choice and weights of 16 tokens a program.
 
-Bytes: the weight (E, H) once a program, which all but the first find in the second-level cache. The matrix unit's 16
-rows are there for one token as for 16, so few tokens cost what 16 do.
+Bytes: two rows in and two out for each token, and the weight (E, H) once a program, which all but the first find in the
+second-level cache. The matrix unit's 16 rows are there for one token as for 16, so few tokens cost what 16 do. A row is
+gone through twice, first for its mean square, then for its scores; the second pass finds it in the cache.
 """
 
 # Options of a launch (num_warps and so on) are no parameters of a kernel.
@@ -16,16 +17,29 @@ from torch import Tensor
 _TOKENS = 16  # the least that tl.dot takes
 
 
+@triton.jit
+def _added(residual, delta, place, mask):
+    """The sum as it is stored, which is what the norm is taken of."""
+    value = tl.load(residual + place, mask=mask, other=0.0)
+    added = tl.load(delta + place, mask=mask, other=0.0)
+    return (value.to(tl.float32) + added.to(tl.float32)).to(value.dtype)
+
+
 @triton.jit(do_not_specialize=["tokens"])
-def _router(
-    states,
+def _norm_router(
+    residual,
+    delta,
+    norm_weight,
     weight,
     bias,
+    total,
+    normed,
     chosen,
     weights,
     tokens,
     width,
     experts,
+    eps,
     scaling,
     TOP_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -36,15 +50,25 @@ def _router(
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     ids = tl.arange(0, BLOCK_E)
     real, known = rows < tokens, ids < experts
+    first = rows.to(tl.int64)[:, None] * width
+    squares = tl.zeros((BLOCK_T, BLOCK_H), dtype=tl.float32)
+    for begin in range(0, width, BLOCK_H):
+        at = begin + tl.arange(0, BLOCK_H)
+        mask = real[:, None] & (at < width)[None, :]
+        value = _added(residual, delta, first + at[None, :], mask)
+        tl.store(total + first + at[None, :], value, mask=mask)
+        squares += value.to(tl.float32) * value.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(squares, axis=1) / width + eps)  # (BLOCK_T)
     logits = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.float32)
     for begin in range(0, width, BLOCK_H):
         at = begin + tl.arange(0, BLOCK_H)
         within = at < width
-        state = tl.load(
-            states + rows.to(tl.int64)[:, None] * width + at[None, :],
-            mask=real[:, None] & within[None, :],
-            other=0.0,
-        )
+        mask = real[:, None] & within[None, :]
+        value = _added(residual, delta, first + at[None, :], mask)
+        factor = tl.load(norm_weight + at, mask=within, other=0.0).to(tl.float32)
+        state = (value.to(tl.float32) * scale[:, None]).to(value.dtype).to(tl.float32) * factor[None, :]
+        state = state.to(value.dtype)
+        tl.store(normed + first + at[None, :], state, mask=mask)
         row = tl.load(
             weight + ids[None, :] * width + at[:, None], mask=known[None, :] & within[:, None], other=0.0
         )  # (BLOCK_H, BLOCK_E)
@@ -75,29 +99,45 @@ def _router(
     tl.store(weights + place, best, mask=kept)
 
 
-def router(states: Tensor, weight: Tensor, bias: Tensor, top_k: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """See :func:`kimi_vl.kernels.reference.router`. Of experts that score alike the first is taken."""
-    tokens, width = states.shape
-    chosen = torch.empty(tokens, top_k, dtype=torch.int32, device=states.device)
-    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=states.device)
+def norm_router(
+    residual: Tensor,
+    delta: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor,
+    top_k: int,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`kimi_vl.kernels.reference.norm_router`. Of experts that score alike the first is taken."""
+    tokens, width = residual.shape
+    residual, delta = residual.contiguous(), delta.contiguous()
+    total, normed = torch.empty_like(residual), torch.empty_like(residual)
+    chosen = torch.empty(tokens, top_k, dtype=torch.int32, device=residual.device)
+    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=residual.device)
     if tokens:
-        _router[(-(-tokens // _TOKENS),)](
-            states.contiguous(),
+        _norm_router[(-(-tokens // _TOKENS),)](
+            residual,
+            delta,
+            norm_weight,
             weight.contiguous(),
             bias,
+            total,
+            normed,
             chosen,
             weights,
             tokens,
             width,
             weight.shape[0],
+            eps,
             scaling,
             TOP_K=top_k,
             BLOCK_T=_TOKENS,
             BLOCK_E=max(16, triton.next_power_of_2(weight.shape[0])),
-            # 256 bytes of each row a step: three steps under way are 61 KB of shared memory, which every card has
+            # 256 bytes of each row a step: with three steps under way one program has 48 KB in flight
             BLOCK_H=256 // weight.itemsize,
             BLOCK_K=triton.next_power_of_2(top_k),
             num_warps=4,
             num_stages=4,
         )
-    return chosen, weights
+    return total, normed, chosen, weights

@@ -119,13 +119,13 @@ def counted_experts(engine: Engine, rows: int) -> Iterator[list[int]]:
     decoder, counts = engine._decoder, []
     ops = decoder._ops
 
-    def router(states: torch.Tensor, *more: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        chosen, weights = ops.router(states, *more)
-        if len(states) == rows:
-            counts.append(chosen.unique().numel())
-        return chosen, weights
+    def norm_router(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        results = ops.norm_router(*arguments)
+        if len(results[2]) == rows:
+            counts.append(results[2].unique().numel())
+        return results
 
-    decoder._ops = replace(ops, router=router)
+    decoder._ops = replace(ops, norm_router=norm_router)
     try:
         yield counts
     finally:

@@ -121,11 +121,11 @@ class Cases:
         call = self.inputs.add_rms_norm(tokens)
         return Case("add_rms_norm", f"{tokens} tokens", [call], 2 * width * (4 * tokens + 1), 0)
 
-    def router(self, tokens: int) -> Case:
+    def norm_router(self, tokens: int) -> Case:
         widths = self.widths
-        nbytes = 2 * widths.hidden * (widths.experts + tokens) + 8 * tokens * widths.top_k
-        calls = [self.inputs.router(tokens) for _ in range(_sets(2 * widths.hidden * widths.experts, self.cold))]
-        return Case("router", f"{tokens} tokens", calls, nbytes, 2 * tokens * widths.experts * widths.hidden)
+        nbytes = 2 * widths.hidden * (widths.experts + 4 * tokens + 1) + 8 * tokens * widths.top_k
+        calls = [self.inputs.norm_router(tokens) for _ in range(_sets(2 * widths.hidden * widths.experts, self.cold))]
+        return Case("norm_router", f"{tokens} tokens", calls, nbytes, 2 * tokens * widths.experts * widths.hidden)
 
     def moe(self, tokens: int, shared: bool = True) -> Case:
         """Sets differ in the experts that are chosen, and in their weights as far as three sets go."""
@@ -146,18 +146,15 @@ class Cases:
         size = f"{tokens} tokens, {'with' if shared else 'no'} shared"
         return Case("moe", size, calls, nbytes, operations)
 
-    def latent_write(self, tokens: int) -> Case:
-        widths = self.widths
-        values = 2 * tokens * (widths.rank + widths.rope) + 2 * tokens * widths.heads * widths.rope
-        return Case("latent_write", f"{tokens} tokens", [self.inputs.latent_write(tokens)], 2 * values, 0)
-
-    def per_head(self, rows: int) -> Case:
-        """From the latent space to values, layer by layer."""
+    def mla_prepare(self, tokens: int) -> Case:
+        """Every token is a sequence's only one."""
         widths = self.widths
         weights = 2 * widths.heads * widths.rank * widths.nope
-        calls = [self.inputs.per_head(rows) for _ in range(_sets(weights, self.cold))]
-        nbytes = weights + 2 * rows * widths.heads * (widths.rank + widths.nope)
-        return Case("per_head", f"{rows} rows", calls, nbytes, rows * weights)
+        joined = widths.heads * (widths.nope + widths.rope) + widths.rank + widths.rope
+        written = (widths.heads + 1) * (widths.rank + widths.rope)
+        calls = [self.inputs.mla_prepare(tokens) for _ in range(_sets(weights, self.cold))]
+        nbytes = weights + 2 * tokens * (joined + 2 * widths.rope + written)
+        return Case("mla_prepare", f"{tokens} tokens", calls, nbytes, tokens * weights)
 
     def mla_decode(self, rows: int, context: int) -> Case:
         """Pages in any order, each set its own; the table has room for twice the context."""
@@ -168,15 +165,16 @@ class Cases:
         entries = self.inputs.normal(count * rows * pages, size, width)
         places = self.inputs.shuffled(len(entries)).view(count, rows, pages)
         lengths = torch.full((rows,), context, dtype=torch.int32, device=self.device)
-        scale = 2 * width**-0.5
+        scale, to_value = 2 * width**-0.5, self.inputs.to_value()
         calls = []
         for own in places:
             table = torch.zeros(rows, 2 * pages, dtype=torch.int32, device=self.device)
             table[:, :pages] = own
             query = self.inputs.normal(rows, widths.heads, width)
-            calls.append(Call("mla_decode", (query, entries, Rows(table, lengths, size), scale, widths.rank), 2))
-        nbytes = read + 2 * rows * widths.heads * (width + widths.rank)
-        operations = 2 * rows * context * widths.heads * (width + widths.rank)
+            seen = Rows(table, lengths, size, [context] * rows)
+            calls.append(Call("mla_decode", (query, entries, seen, scale, to_value), 3))
+        nbytes = read + 2 * rows * widths.heads * (width + widths.nope) + to_value.nbytes
+        operations = 2 * rows * widths.heads * (context * (width + widths.rank) + widths.rank * widths.nope)
         return Case("mla_decode", f"{rows} rows of {context}", calls, nbytes, operations)
 
 
@@ -228,9 +226,8 @@ def sizes(cases: Cases, cuda: bool, quick: bool) -> list[Callable[[], Case]]:
     made: list[Callable[[], Case]] = []
     for count in tokens:
         made.append(lambda count=count: cases.add_rms_norm(count))
-        made.append(lambda count=count: cases.router(count))
-        made.append(lambda count=count: cases.latent_write(count))
-        made.append(lambda count=count: cases.per_head(count))
+        made.append(lambda count=count: cases.norm_router(count))
+        made.append(lambda count=count: cases.mla_prepare(count))
     made += [lambda pair=pair: cases.mla_decode(*pair) for pair in contexts]
     if cuda and not quick:
         made.append(lambda: cases.mla_decode(1, 32768))

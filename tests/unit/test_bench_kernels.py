@@ -39,8 +39,8 @@ def test_bytes_of_a_token():
     published = 26 * 6 * PUBLISHED.hidden * PUBLISHED.inner * (PUBLISHED.top_k + 2)
     assert math.isclose(published, 2.699e9 + 0.900e9, rel_tol=1e-3)
     attention = kernels.Cases(Widths(heads=2), torch.device("cpu"), 0).mla_decode(3, 50)
-    assert attention.nbytes == 3 * 50 * 1152 + 2 * 3 * 2 * (576 + 512)
-    assert attention.operations == 3 * 50 * 2 * 2 * (576 + 512)
+    assert attention.nbytes == 3 * 50 * 1152 + 2 * 3 * 2 * (576 + 128) + 2 * 2 * 512 * 128
+    assert attention.operations == 3 * 50 * 2 * 2 * (576 + 512) + 3 * 2 * 2 * 512 * 128
 
 
 def test_attention_cases_use_pages_of_their_own():
@@ -72,7 +72,7 @@ def test_the_table_is_complete(capsys: pytest.CaptureFixture[str]):
     assert "no GPU" in first
     report = json.loads(last)
     assert {row["op"] for row in report["results"]} == {
-        "add_rms_norm", "router", "moe", "latent_write", "per_head", "mla_decode",
+        "add_rms_norm", "norm_router", "moe", "mla_prepare", "mla_decode",
     }  # fmt: skip
     assert {row["who"] for row in report["results"]} == {"torch"}
     assert len([line for line in lines if line.startswith("|")]) == 2 + len(report["results"])

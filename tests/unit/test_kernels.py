@@ -30,7 +30,7 @@ from triton.runtime.errors import InterpreterError  # noqa: E402
 from kimi_vl import kernels, memory  # noqa: E402
 from kimi_vl.cache import Rows  # noqa: E402
 from kimi_vl.kernels import plain, reference, strips, triton_mla, triton_moe, triton_norm  # noqa: E402
-from kimi_vl.kernels.inputs import Call, Inputs, Widths, distance, distances, routed_alike, with_arguments  # noqa: E402
+from kimi_vl.kernels.inputs import Call, Inputs, Widths, apart, distance, routed_alike, with_arguments  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TRITON = kernels.choose("cpu", "triton")
@@ -44,6 +44,7 @@ ODD = Widths(
 )
 # A strip is some multiple of 16 wide, and has inputs for eight streams.
 EVEN = dataclasses.replace(ODD, hidden=80)
+WIDE_RANK = Widths(hidden=64, heads=2, rank=136, rope=16, nope=40, page_size=32)
 WIDE_HEADS = Widths(hidden=64, heads=20, rank=64, rope=16, nope=16, page_size=32)
 REAL_FEW_EXPERTS = Widths(experts=2, top_k=1, shared=1408)
 
@@ -103,17 +104,17 @@ CASES: dict[str, Callable[[torch.dtype], Call]] = {
     "norm of many rows": lambda dtype: Inputs(ODD, dtype).add_rms_norm(2, 5),
     "norm without delta": lambda dtype: Inputs(ODD, dtype).add_rms_norm(3, delta=False),
     "norm, real width": lambda dtype: Inputs(dtype=dtype).add_rms_norm(3),
-    "router, one token": lambda dtype: Inputs(ODD, dtype).router(1),
-    "router, 16 tokens": lambda dtype: Inputs(ODD, dtype).router(16),
-    "router, 35 tokens": lambda dtype: Inputs(ODD, dtype).router(35),
-    "router, real width": lambda dtype: Inputs(dtype=dtype).router(17),
-    "latents, one token": lambda dtype: Inputs(ODD, dtype).latent_write(1),
-    "latents, tokens without a slot": lambda dtype: Inputs(ODD, dtype).latent_write(5, unwritten=2),
-    "latents, more heads than a tile": lambda dtype: Inputs(WIDE_HEADS, dtype).latent_write(2),
-    "latents, real width": lambda dtype: Inputs(dtype=dtype).latent_write(3),
-    "heads, one row": lambda dtype: Inputs(ODD, dtype).per_head(1),
-    "heads, 5 rows": lambda dtype: Inputs(ODD, dtype).per_head(5),
-    "heads, real width": lambda dtype: Inputs(dtype=dtype).per_head(1),
+    "router, one token": lambda dtype: Inputs(ODD, dtype).norm_router(1),
+    "router, 16 tokens": lambda dtype: Inputs(ODD, dtype).norm_router(16),
+    "router, 35 tokens": lambda dtype: Inputs(ODD, dtype).norm_router(35),
+    "router, real width": lambda dtype: Inputs(dtype=dtype).norm_router(17),
+    "entries, one token": lambda dtype: Inputs(ODD, dtype).mla_prepare(1),
+    "entries, tokens without a slot": lambda dtype: Inputs(ODD, dtype).mla_prepare(5, unwritten=2),
+    "entries, tokens of chunks": lambda dtype: Inputs(ODD, dtype).mla_prepare(37, 18),
+    "entries, chunks alone": lambda dtype: Inputs(ODD, dtype).mla_prepare(17, 0),
+    "entries, as many heads as a tile and more": lambda dtype: Inputs(WIDE_HEADS, dtype).mla_prepare(2, 1),
+    "entries, more columns than a program's": lambda dtype: Inputs(WIDE_RANK, dtype).mla_prepare(3),
+    "entries, real width": lambda dtype: Inputs(dtype=dtype).mla_prepare(3, 2),
     "attention, one entry": lambda dtype: Inputs(ODD, dtype).mla_decode([1]),
     "attention, a page less one": lambda dtype: Inputs(ODD, dtype).mla_decode([7]),
     "attention, a page": lambda dtype: Inputs(ODD, dtype).mla_decode([8]),
@@ -121,6 +122,7 @@ CASES: dict[str, Callable[[torch.dtype], Call]] = {
     "attention, all of them and none": lambda dtype: Inputs(ODD, dtype).mla_decode([9, 1, 0, 8, 150, 7, 64], 32),
     "attention, pages shared": lambda dtype: Inputs(ODD, dtype).mla_decode([40, 33, 17, 70], common=3),
     "attention, more heads than a tile": lambda dtype: Inputs(WIDE_HEADS, dtype).mla_decode([31, 33, 140], 16),
+    "attention, more sequences than a tile": lambda dtype: Inputs(ODD, dtype).mla_decode([*range(3, 200, 11)], 25),
     "attention, real width": lambda dtype: Inputs(dtype=dtype).mla_decode([31, 32, 33, 200], 16),
 }  # fmt: skip
 
@@ -129,16 +131,16 @@ CASES: dict[str, Callable[[torch.dtype], Call]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_twin(case: str, dtype: torch.dtype, fences: Fences):
     call = fenced(CASES[case](dtype), fences)
-    found = distances(call.run(TRITON), call.twin())
-    assert max(found) <= call.tolerance(dtype), found
+    found = apart(call, call.run(TRITON), dtype)
+    assert found <= 1, found
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if "without a slot" not in case])  # only static ones take it
 def test_plain_twin(case: str, dtype: torch.dtype, fences: Fences):
     call = fenced(CASES[case](dtype), fences)
-    found = distances(call.run(kernels.TORCH), call.twin())
-    assert max(found) <= call.tolerance(dtype), found
+    found = apart(call, call.run(kernels.TORCH), dtype)
+    assert found <= 1, found
 
 
 # Experts
@@ -159,8 +161,8 @@ PLANS = {
 def test_experts(tokens: int, routing: str, shared: bool, plan: str, fences: Fences):
     dtype = torch.bfloat16 if tokens % 2 else torch.float32
     call = fenced(Inputs(ODD, dtype).moe(tokens, routing, shared), fences)
-    found = distances(call.run(TRITON, plan=PLANS[plan]), call.twin())
-    assert max(found) <= call.tolerance(dtype), found
+    found = apart(call, call.run(TRITON, plan=PLANS[plan]), dtype)
+    assert found <= 1, found
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -174,8 +176,8 @@ def test_experts_without_kernels(
 ):
     monkeypatch.setattr(plain, "_groupable", lambda *_: grouped)
     call = fenced(Inputs(ODD, dtype).moe(tokens, routing, shared=tokens % 2 == 0), fences)
-    found = distances(call.run(kernels.TORCH), call.twin())
-    assert max(found) <= call.tolerance(dtype), found
+    found = apart(call, call.run(kernels.TORCH), dtype)
+    assert found <= 1, found
 
 
 @pytest.mark.parametrize("widest", [16, strips._WIDEST])
@@ -197,8 +199,8 @@ def test_experts_from_strips(tokens: int, routing: str, fences: Fences, anything
     """What an expert does for one token alone comes from its strips, the rest from its rows."""
     call = fenced(Inputs(EVEN, torch.bfloat16).moe(tokens, routing), fences)
     chosen, experts = call.arguments[1], call.arguments[3:]
-    found = distances(call.run(kernels.TORCH, laid_out=strips.lay_out([], [experts])), call.twin())
-    assert max(found) <= call.tolerance(torch.bfloat16), found
+    found = apart(call, call.run(kernels.TORCH, laid_out=strips.lay_out([], [experts])), torch.bfloat16)
+    assert found <= 1, found
     unique, shares = chosen.unique(return_counts=True)
     for weight in experts[:2]:
 
@@ -261,8 +263,8 @@ def test_both_matrices_of_experts_are_laid_out_or_none(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(("tokens", "plan"), [(33, "blocks of 16"), (70, "blocks of 64")])
 def test_an_expert_with_more_rows_than_a_block(tokens: int, plan: str, fences: Fences):
     call = fenced(Inputs(ODD, torch.float32).moe(tokens, "same"), fences)
-    found = distances(call.run(TRITON, plan=PLANS[plan]), call.twin())
-    assert max(found) <= call.tolerance(torch.float32), found
+    found = apart(call, call.run(TRITON, plan=PLANS[plan]), torch.float32)
+    assert found <= 1, found
 
 
 @pytest.mark.parametrize(("tokens", "plan"), [(1, "pairs"), (3, "blocks of 16")])
@@ -272,8 +274,8 @@ def test_experts_at_the_real_widths(tokens: int, plan: str, fences: Fences):
         "blocks of 16": triton_moe.Plan(16, triton_moe.Tile(256, 512, 4, 1), triton_moe.Tile(256, 512, 4, 1)),
     }
     call = fenced(Inputs(REAL_FEW_EXPERTS, torch.bfloat16).moe(tokens), fences)
-    found = distances(call.run(TRITON, plan=tiles[plan]), call.twin())
-    assert max(found) <= call.tolerance(torch.bfloat16), found
+    found = apart(call, call.run(TRITON, plan=tiles[plan]), torch.bfloat16)
+    assert found <= 1, found
 
 
 @pytest.mark.parametrize("tokens", [1, 30])
@@ -281,8 +283,8 @@ def test_the_chosen_plan(tokens: int, fences: Fences):
     """As it is called in earnest, with tiles wider than anything here."""
     widths = Widths(hidden=64, experts=16, top_k=4, inner=32, shared=32)
     call = fenced(Inputs(widths, torch.bfloat16).moe(tokens), fences)
-    found = distances(call.run(TRITON), call.twin())
-    assert max(found) <= call.tolerance(torch.bfloat16), found
+    found = apart(call, call.run(TRITON), torch.bfloat16)
+    assert found <= 1, found
 
 
 def test_plans_by_size():
@@ -367,44 +369,51 @@ def test_a_spoilt_token_spoils_only_itself_without_kernels(
 # The router
 
 
+def routed(states: Tensor, weight: Tensor, bias: Tensor, top_k: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """The choice for states whose root mean square is 1, so that their norm is themselves."""
+    width = states.shape[-1]
+    none = torch.zeros_like(states)
+    return TRITON.norm_router(states, none, torch.ones(width), 0.0, weight, bias, top_k, scaling)[2:]
+
+
 def test_a_spoilt_token_chooses_experts_that_exist():
     """Else a kernel after it would read out of bounds and take everybody down."""
-    call = Inputs(ODD, torch.float32).router(4)
-    clean, clean_weights = call.run(TRITON)
+    call = Inputs(ODD, torch.float32).norm_router(4)
+    clean = call.run(TRITON)
     call.arguments[0][2] = float("nan")
-    call.arguments[0][3, 0] = float("inf")
-    chosen, weights = call.run(TRITON)
+    call.arguments[1][3, 0] = float("inf")
+    spoilt = call.run(TRITON)
+    chosen, weights = spoilt[2:]
     assert ((chosen >= 0) & (chosen < ODD.experts)).all()
-    assert torch.equal(chosen[:2], clean[:2])
-    assert torch.equal(weights[:2], clean_weights[:2])
+    assert all(torch.equal(one[:2], other[:2]) for one, other in zip(spoilt, clean, strict=True))
     assert weights[2].isnan().all()
 
 
 def test_a_score_that_is_no_number_is_chosen_last():
     states, weight = torch.ones(1, 16), torch.ones(5, 16)
     bias = torch.tensor([float("nan"), 0.1, float("nan"), 0.3, 0.2])
-    assert TRITON.router(states, weight, bias, 3, 1.0)[0].tolist() == [[3, 4, 1]]
+    assert routed(states, weight, bias, 3, 1.0)[0].tolist() == [[3, 4, 1]]
 
 
 def test_equal_scores_take_the_first():
     states, weight = torch.ones(2, 16), torch.ones(9, 16)
-    chosen, weights = TRITON.router(states, weight, torch.tensor([0.0, 0, 1, 0, 0, 1, 0, 0, 0]), 4, 2.0)
+    chosen, weights = routed(states, weight, torch.tensor([0.0, 0, 1, 0, 0, 1, 0, 0, 0]), 4, 2.0)
     assert chosen.tolist() == [[2, 5, 0, 1]] * 2
     torch.testing.assert_close(weights, torch.full((2, 4), 0.5))
 
 
 def test_scores_that_all_vanish():
     states, weight = torch.ones(1, 16), torch.full((4, 16), -100.0)
-    chosen, weights = TRITON.router(states, weight, torch.arange(4.0), 2, 2.0)
+    chosen, weights = routed(states, weight, torch.arange(4.0), 2, 2.0)
     assert chosen.tolist() == [[3, 2]]
     assert weights.tolist() == [[0, 0]]
 
 
 def test_router_weights_of_another_dtype():
-    call = Inputs(ODD, torch.bfloat16).router(5)
-    call = with_arguments(call, lambda values: values.__setitem__(1, values[1].float() * 1.001))
-    found = distances(call.run(TRITON), call.twin())
-    assert max(found) <= call.tolerance(torch.float32), found
+    call = Inputs(ODD, torch.bfloat16).norm_router(5)
+    call = with_arguments(call, lambda values: values.__setitem__(4, values[4].float() * 1.001))
+    found = apart(call, call.run(TRITON), torch.bfloat16)
+    assert found <= 1, found
 
 
 # Attention
@@ -414,8 +423,8 @@ def test_router_weights_of_another_dtype():
 def test_any_split(splits: int, page_size: int, fences: Fences):
     widths = Widths(heads=3, rank=40, rope=12, page_size=page_size)
     call = fenced(Inputs(widths, torch.float32).mla_decode([1, 63, 64, 65, 230, 0], 40), fences)
-    found = distances(call.run(TRITON, splits=splits), call.twin())
-    assert max(found) <= call.tolerance(torch.float32), found
+    found = apart(call, call.run(TRITON, splits=splits), torch.float32)
+    assert found <= 1, found
 
 
 def test_more_shares_than_are_joined_at_a_time():
@@ -424,8 +433,8 @@ def test_more_shares_than_are_joined_at_a_time():
     call = Inputs(widths, torch.float32).mla_decode([1300])
     _, entries, rows = call.arguments[:3]
     entries[rows.table[0, -3:].long()] *= 3
-    found = distances(call.run(TRITON, splits=30), call.twin())
-    assert max(found) <= call.tolerance(torch.float32), found
+    found = apart(call, call.run(TRITON, splits=30), torch.float32)
+    assert found <= 1, found
 
 
 def test_rows_do_not_know_each_other():
@@ -458,8 +467,8 @@ def test_lengths_grow_under_the_same_launch():
             for at in range(count, length):
                 entries[rows.table[row, at // ODD.page_size], at % ODD.page_size] = float("nan")
         rows.lengths.fill_(count)
-        found = distances(call.run(TRITON), call.twin())
-        assert max(found) <= call.tolerance(torch.float32), (count, found)
+        found = apart(call, call.run(TRITON), torch.float32)
+        assert found <= 1, (count, found)
 
 
 def test_splits_fill_the_machine_and_are_not_too_short():
@@ -472,24 +481,26 @@ def test_splits_fill_the_machine_and_are_not_too_short():
 
 
 def test_unwritten_entries_stay_as_they_are(fences: Fences):
-    call = fenced(Inputs(ODD, torch.bfloat16).latent_write(5, unwritten=1), fences)
-    before = call.arguments[5].clone()
-    _, after = call.run(TRITON)
+    call = fenced(Inputs(ODD, torch.bfloat16).mla_prepare(5, unwritten=1), fences)
+    before = call.arguments[4].clone()
+    *_, after = call.run(TRITON)
     touched = (before != after).any(-1).flatten().nonzero().flatten().tolist()
-    assert touched == sorted(call.arguments[6][:4].tolist())
-    (_, wanted), width = call.twin(), before.shape[-1]
+    assert touched == sorted(call.arguments[5][:4].tolist())
+    (*_, wanted), width = call.twin(), before.shape[-1]
     found = distance(after.view(-1, width)[touched], wanted.view(-1, width)[touched])
     assert found <= call.tolerance(torch.bfloat16)
 
 
-def test_turned_queries_go_where_they_are_wanted():
-    call = Inputs(ODD, torch.float32).latent_write(3)
-    buffer = torch.zeros(3, ODD.heads, ODD.rank + ODD.rope)
-    returned, _ = call.run(TRITON, out=buffer[..., ODD.rank :])
-    wanted, _ = call.twin()
-    assert returned.data_ptr() == buffer[..., ODD.rank :].data_ptr()
-    assert distance(buffer[..., ODD.rank :], wanted) <= call.tolerance(torch.float32)
-    assert not buffer[..., : ODD.rank].any()
+@pytest.mark.parametrize("decoding", [0, 1, 16, 17, 20])
+def test_tokens_of_chunks_are_not_absorbed(decoding: int):
+    """Each token has the same bits wherever it stands among those that decode and those that do not."""
+    call = Inputs(ODD, torch.float32).mla_prepare(20)
+    whole, _, entries = call.run(TRITON)
+    call = with_arguments(call, lambda values: values.__setitem__(7, decoding))
+    absorbed, rotated, same = call.run(TRITON)
+    assert torch.equal(absorbed, whole[:decoding])
+    assert torch.equal(rotated, whole[decoding:, :, ODD.rank :])
+    assert torch.equal(same, entries)
 
 
 def test_what_the_kernels_do_not_take():
@@ -499,8 +510,8 @@ def test_what_the_kernels_do_not_take():
     with pytest.raises(ValueError, match="contiguous"):
         with_arguments(attention, lambda values: values.__setitem__(1, gaps)).run(TRITON)
     with pytest.raises(ValueError, match="contiguous"):
-        arguments = list(inputs.latent_write(2).arguments)
-        TRITON.latent_write(*arguments[:5], gaps, *arguments[6:])
+        arguments = list(inputs.mla_prepare(2).arguments)
+        TRITON.mla_prepare(*arguments[:4], gaps, *arguments[5:])
     call = inputs.moe(2)
     narrow = tuple(each[: ODD.shared - 1] for each in call.arguments[5][:2])
     with pytest.raises(ValueError, match="multiple"):
@@ -511,8 +522,9 @@ def test_what_the_kernels_do_not_take():
 
 def test_no_tokens():
     inputs = Inputs(ODD, torch.float32)
-    for call in (inputs.add_rms_norm(0), inputs.router(0), inputs.moe(0), inputs.mla_decode([])):
+    for call in (inputs.add_rms_norm(0), inputs.norm_router(0), inputs.moe(0), inputs.mla_decode([])):
         assert all(result.shape[0] == 0 for result in call.run(TRITON))
+    assert all(result.shape[0] == 0 for result in inputs.mla_prepare(0).run(TRITON)[:2])
 
 
 @pytest.mark.parametrize("case", ["router, 35 tokens", "attention, pages shared", "norm of many rows"])
@@ -554,6 +566,11 @@ def _halves_swapped(gate_up: Tensor) -> Tensor:
     return torch.cat(gate_up.chunk(2, dim=1)[::-1], dim=1)
 
 
+def _turned_back(rope: Tensor) -> Tensor:
+    cos, sin = rope.chunk(2, dim=-1)
+    return torch.cat((cos, -sin), dim=-1)
+
+
 def _unlike(values: Tensor) -> Tensor:
     return values.roll(1, 0)
 
@@ -562,9 +579,11 @@ MISTAKES: dict[str, tuple[str, Callable[[list[Any]], None]]] = {
     "delta left out": ("norm of many rows", _changed(1, lambda delta: None)),
     "norm's weight left out": ("norm of many rows", _changed(2, torch.ones_like)),
     "epsilon of the wrong size": ("norm of small values", _changed(3, lambda eps: eps / 10)),
-    "bias left out": ("router, 35 tokens", _changed(2, torch.zeros_like)),
-    "one expert too few": ("router, 35 tokens", _changed(3, lambda top_k: top_k - 1)),
-    "weights not scaled": ("router, 35 tokens", _changed(4, lambda scaling: 1.0)),
+    "bias left out": ("router, 35 tokens", _changed(5, torch.zeros_like)),
+    "one expert too few": ("router, 35 tokens", _changed(6, lambda top_k: top_k - 1)),
+    "weights not scaled": ("router, 35 tokens", _changed(7, lambda scaling: 1.0)),
+    "delta left out before the router": ("router, 35 tokens", _changed(1, torch.zeros_like)),
+    "router's norm weight left out": ("router, 35 tokens", _changed(2, torch.ones_like)),
     "gate and up swapped": ("experts", _changed(3, _halves_swapped)),
     "weights of another token": ("experts", _changed(2, _unlike)),
     "experts of another token": ("experts", _changed(1, _unlike)),
@@ -572,14 +591,12 @@ MISTAKES: dict[str, tuple[str, Callable[[list[Any]], None]]] = {
     "shared experts left out": ("experts", _changed(5, lambda shared: None)),
     "shared gate and up swapped": ("experts", _changed(5, lambda shared: (shared[1], shared[0], shared[2]))),
     "half of the shared experts": ("experts", _changed(5, lambda shared: (shared[0], shared[1], shared[2] * 0.5))),
-    "cosine and sine swapped": ("latents, tokens without a slot", _swapped(3, 4)),
-    "sine negated": ("latents, tokens without a slot", _changed(4, torch.neg)),
-    "another slot": ("latents, tokens without a slot", _changed(6, lambda slots: slots.roll(1))),
-    "latent's weight left out": ("latents, tokens without a slot", _changed(2, torch.ones_like)),
-    "pairs of halves": (
-        "latents, tokens without a slot",
-        _changed(0, lambda query: query.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)),
-    ),
+    "cosine and sine swapped": ("entries, tokens without a slot", _changed(3, lambda rope: rope.roll(ODD.rope, 1))),
+    "sine negated": ("entries, tokens without a slot", _changed(3, _turned_back)),
+    "another slot": ("entries, tokens without a slot", _changed(5, lambda slots: slots.roll(1))),
+    "latent's weight left out": ("entries, tokens without a slot", _changed(2, torch.ones_like)),
+    "rotary part first": ("entries, tokens without a slot", _changed(0, lambda joined: joined.roll(ODD.rope, 1))),
+    "another head's key": ("entries, tokens without a slot", _changed(1, _unlike)),
     "one entry too few": (
         "attention, pages shared", _changed(2, lambda rows: dataclasses.replace(rows, lengths=rows.lengths - 1)),
     ),
@@ -588,7 +605,7 @@ MISTAKES: dict[str, tuple[str, Callable[[list[Any]], None]]] = {
         _changed(2, lambda rows: dataclasses.replace(rows, table=rows.table.roll(1, 1).clamp(min=0))),
     ),
     "scores not scaled": ("attention, pages shared", _changed(3, lambda scale: 1.0)),
-    "another head's matrix": ("heads, 5 rows", _changed(1, lambda weight: weight.roll(1, 0))),
+    "another head's matrix": ("attention, pages shared", _changed(4, _unlike)),
     "rotary part left out": (
         "attention, pages shared",
         _changed(0, lambda query: F.pad(query[..., : ODD.rank], (0, ODD.rope))),
@@ -601,8 +618,8 @@ MISTAKES: dict[str, tuple[str, Callable[[list[Any]], None]]] = {
 def test_planted_mistakes_are_seen(mistake: str, dtype: torch.dtype):
     case, plant = MISTAKES[mistake]
     call, results = _sound(case, dtype)
-    assert max(distances(results, call.twin())) <= call.tolerance(dtype)
-    assert max(distances(results, with_arguments(call, plant).twin())) > 3 * call.tolerance(dtype)
+    assert apart(call, results, dtype) <= 1
+    assert apart(with_arguments(call, plant), results, dtype) > 3
 
 
 @functools.cache
@@ -621,12 +638,18 @@ def _sound(case: str, dtype: torch.dtype) -> tuple[Call, tuple[Tensor, ...]]:
 
 def test_a_router_that_chooses_worse_is_seen():
     """The comparison that allows for ties allows for nothing else."""
-    call = Inputs(ODD, torch.float32).router(9)
-    chosen, weights = call.run(TRITON)
-    assert routed_alike(call, (chosen, weights)) < 1e-6
-    assert routed_alike(call, (chosen.roll(1, 0), weights)) > 1e-2
-    assert routed_alike(call, (chosen, weights.flip(-1))) > 1e-2
-    assert routed_alike(call, (chosen[:, :1].expand(-1, 3), weights)) == float("inf")
+    call = Inputs(ODD, torch.float32).norm_router(9)
+    total, normed, chosen, weights = call.run(TRITON)
+
+    def found(*choice: Tensor) -> float:
+        return routed_alike((normed.double(), *(each.double() for each in call.arguments[4:6]), 3, 1.7), choice)
+
+    assert found(chosen, weights) < 1e-6
+    assert found(chosen.roll(1, 0), weights) > 1e-2
+    assert found(chosen, weights.flip(-1)) > 1e-2
+    assert found(chosen[:, :1].expand(-1, 3), weights) == float("inf")
+    assert apart(call, (total, normed, chosen, weights), torch.float32, ties=True) <= 1
+    assert apart(call, (total, normed * 1.001, chosen, weights), torch.float32, ties=True) > 1
 
 
 # The twin
@@ -634,7 +657,7 @@ def test_a_router_that_chooses_worse_is_seen():
 
 def test_the_reference_keeps_float64():
     inputs = Inputs(ODD, torch.float64)
-    for call in (inputs.add_rms_norm(2), inputs.router(2), inputs.moe(2), inputs.latent_write(2)):
+    for call in (inputs.add_rms_norm(2), inputs.norm_router(2), inputs.moe(2), inputs.mla_prepare(2)):
         results = call.run(kernels.REFERENCE)
         assert all(result.dtype == torch.float64 for result in results if result.is_floating_point())
     # float32 anywhere on the way would leave differences of 1e-8
@@ -705,7 +728,7 @@ def test_every_kernel_compiles_for_an_h200():
         kernels_found.setdefault(name, []).append(matrix)
         assert int(shared) <= 227 * 1024, line
         assert (stack, local) == ("0", "0"), f"{name} spills registers: {line}"
-    plain = {"_add_rms_norm", "_latent_write", "_decode_join", "_pair_gate_up", "_pair_down", "_group", "_combine"}
+    plain = {"_add_rms_norm", "_pair_gate_up", "_pair_down", "_group", "_combine"}
     assert kernels_found.keys() == plain | {"_router", "_decode_shares", "_block_gate_up", "_block_down"}
     assert kernels_found["_router"] == kernels_found["_decode_shares"] == ["mma"]
     for name in ("_block_gate_up", "_block_down"):
