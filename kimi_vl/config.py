@@ -1,7 +1,7 @@
 """Strict, frozen configurations read from a checkpoint's ``config.json``.
 
-Fields are spelled as in the checkpoint and have no defaults: a missing one is an error, and so is a value that
-this implementation does not compute. Knows nothing of tensors.
+Fields are spelled as in the published checkpoints and have no defaults: a missing one is an error, and so is a value
+that this implementation does not compute. Knows nothing of tensors.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from . import published
 from .errors import CheckpointError
 
 _MISSING = object()
@@ -26,7 +27,6 @@ _TEXT_SUPPORTED: dict[str, tuple[Any, Any]] = {
     "scoring_func": ("sigmoid", "softmax"),
     "norm_topk_prob": (True, False),
     "hidden_act": ("silu", "silu"),
-    "rope_scaling": (None, None),
     "attention_bias": (False, False),
     "moe_layer_freq": (1, 1),
     "pretraining_tp": (1, 1),
@@ -114,15 +114,17 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
-        """Build from the parsed content of ``config.json``."""
+        """Build from the parsed content of ``config.json``, in any spelling that :mod:`kimi_vl.published` knows."""
         if not isinstance(values, Mapping):
             raise CheckpointError("the top level must be an object")
         if values.get("model_type") != "kimi_vl":
             raise CheckpointError(f"model_type is {values.get('model_type')!r}; only 'kimi_vl' is supported")
+        values = published.config(values)
         vision = _section(values, "vision_config")
         text = _section(values, "text_config")
-        if vision.get("model_type", "moonvit") != "moonvit":
-            raise CheckpointError(f"vision_config.model_type is {vision['model_type']!r}; only 'moonvit' is supported")
+        for name, section in (("", values), ("text_config.", text), ("vision_config.", vision)):
+            if section.get("quantization_config") is not None:
+                raise CheckpointError(f"{name}quantization_config is there; only weights that are floats are supported")
         for name, (supported, absent) in _TEXT_SUPPORTED.items():
             value = text.get(name, absent)
             if value != supported or isinstance(value, bool) != isinstance(supported, bool):

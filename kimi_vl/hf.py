@@ -13,6 +13,7 @@ be square, the head is not tied to the embedding, and a placeholder without an i
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import io
 import shutil
@@ -50,7 +51,7 @@ from transformers.models.kimi_k25.modeling_kimi_k25 import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from . import chat, data_url
+from . import chat, data_url, published
 from .errors import CheckpointError
 from .images import ImageOptions, preprocess
 from .tokenizer import Tokenizer
@@ -76,6 +77,11 @@ def _as_published(values: dict[str, Any]) -> dict[str, Any]:
     if "dtype" in values:
         values["torch_dtype"] = values.pop("dtype")
     return values
+
+
+def _fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """The declared settings of a configuration that is being made; what else came is not there yet."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
 class KimiVLTextConfig(DeepseekV3Config):
@@ -131,7 +137,10 @@ class KimiVLTextConfig(DeepseekV3Config):
             found = getattr(self, name)
             if found != value:
                 raise ValueError(f"text_config.{name} is {found!r}; only {value!r} is supported")
-        super().__post_init__(**kwargs)
+        settings = published.text(_fields(self) | kwargs)
+        theta = settings.get("rope_theta", self.default_theta)
+        self.rope_parameters = {"rope_type": "default", "rope_theta": theta}
+        super().__post_init__(**{name: value for name, value in kwargs.items() if name not in published.ROPE})
         self.num_mtp_layers = 0  # the checkpoints have none
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,6 +183,10 @@ class KimiVLVisionConfig(PreTrainedConfig):
     merge_kernel_size: tuple[int, int] | list[int] = (2, 2)
     rope_parameters: dict | None = None
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        published.vision(_fields(self) | kwargs)
+        super().__post_init__(**kwargs)
+
     @property
     def pos_emb_time(self) -> int:
         """Frames that the (unused) table of time positions is built for."""
@@ -210,10 +223,16 @@ class KimiVLConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, kind):
                 value = value.to_dict() if isinstance(value, PreTrainedConfig) else dict(value or {})
+                value = published.text(value) if kind is KimiVLTextConfig else published.vision(value)
                 setattr(self, name, kind(**{k: v for k, v in value.items() if k != "model_type"}))
         if self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings is true; only false is supported")
+        published.config(_fields(self) | kwargs | {"text_config": None, "vision_config": None})
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return super().from_dict(published.config(config_dict), **kwargs)
 
     @property
     def projection_hidden_size(self) -> int:
@@ -557,7 +576,13 @@ register_checkpoint_conversion_mapping(KimiVLConfig.model_type, _CONVERSION, ove
 # Processor
 # -----------------------------------------------------------------------------------------------------------
 
-_FILES = ("tiktoken.model", "tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja")
+_FILES = (
+    "tiktoken.model",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.jinja",
+)
 
 
 class KimiVLTokenizer(Tokenizer):

@@ -12,19 +12,21 @@ import json
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
-from . import data_url, image_files
+from . import data_url, image_files, published
 from .errors import CheckpointError, UserError
 from .image_files import MAX_BYTES
 
 MAX_PIXELS = 40_000_000
 MAX_SIDE = 1_000_000
 MAX_IMAGES = 64
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _MAX_GRID = 512  # rows or columns from which the position encoding ends
 _MAX_SCANNED_PIXELS = 32 * MAX_PIXELS  # of a JPEG, all scans together: a scan may cost a few bytes and a tenth second
 _PART_PIXELS = 2**20
@@ -32,7 +34,7 @@ _PART_PIXELS = 2**20
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """``preprocessor_config.json``: what the image processor does, as far as it is used."""
+    """What the image processor does, as far as it is used."""
 
     patch_size: int
     in_token_limit: int
@@ -42,14 +44,9 @@ class ImageOptions:
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> ImageOptions:
-        """Read ``preprocessor_config.json``; :class:`CheckpointError` names the file and field at fault."""
-        path = Path(directory) / "preprocessor_config.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-        except ValueError as error:
-            raise CheckpointError(f"{path}: is not JSON ({error})") from None
+        """Read ``preprocessor_config.json``, or ``image_processor`` in ``processor_config.json``, where newer
+        transformers write it; :class:`CheckpointError` names the file and field at fault."""
+        path, values = _processor_settings(Path(directory))
         if values.get("pad_input") is not True:
             raise CheckpointError(f"{path}: pad_input is {values.get('pad_input')!r}; only true is supported")
         if list(values.get("merge_kernel_size", (2, 2))) != [2, 2]:
@@ -66,6 +63,40 @@ class ImageOptions:
                 raise CheckpointError(f"{path}: {name} is {value!r}; it must be three numbers")
             read[name] = tuple(float(v) for v in value)
         return cls(**read)
+
+
+def _processor_settings(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """The settings of the image processor and the file that they are from; two files must agree."""
+    found: list[tuple[Path, dict[str, Any]]] = []
+    for name in PROCESSOR_FILES:
+        path = directory / name
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        except ValueError as error:
+            raise CheckpointError(f"{path}: is not JSON ({error})") from None
+        if name == "processor_config.json" and isinstance(values, dict):
+            values = values.get("image_processor")
+            if values is None:
+                continue  # older versions write other settings there
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path}: has no object with the settings of the image processor")
+        try:
+            found.append((path, published.image_processor(values)))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+    if not found:
+        raise CheckpointError(f"{directory / PROCESSOR_FILES[0]}: cannot be read (No such file or directory)")
+    (path, values), (other_path, other) = found[0], found[-1]
+    for field in ("pad_input", *(field.name for field in fields(ImageOptions))):
+        if field in values and field in other and values[field] != other[field]:
+            raise CheckpointError(
+                f"{other_path}: {field} is {other[field]!r}, but {path.name} says {values[field]!r}; keep the right one"
+            )
+    return path, values
 
 
 @dataclass(frozen=True)

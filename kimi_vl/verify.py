@@ -27,8 +27,12 @@ log = logging.getLogger(__name__)
 Stamps = dict[str, tuple[int, int, int]]
 """Size, time of change in ns and inode of every file of a folder, by its name."""
 
-# Beside the configuration and the tensors, which `loader.check` knows.
-_COMPANIONS = ("tiktoken.model", "tokenizer_config.json", "preprocessor_config.json")
+# Beside the configuration and the tensors, which `loader.check` knows: one of each.
+_COMPANIONS = (
+    ("tiktoken.model",),
+    ("tokenizer_config.json",),
+    ("preprocessor_config.json", "processor_config.json"),
+)
 _MARKER_VERSION = 1
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _GIT = re.compile(r"[0-9a-f]{40}")
@@ -108,9 +112,9 @@ def check(folder: Path, manifest: Manifest | None = None, *, inside: Path | None
     expected = _expected(folder, stamps, manifest)
     try:
         loader.check(folder)
-        for name in _COMPANIONS:
-            if name not in stamps:
-                raise CheckpointError(f"{folder / name}: is missing")
+        for names in _COMPANIONS:
+            if not stamps.keys() & set(names):
+                raise CheckpointError(f"{folder / names[0]}: is missing")
     except CheckpointError:
         if expected:
             _hash(folder, stamps, expected)  # a damaged file is the better explanation, and one that names it

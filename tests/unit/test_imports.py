@@ -17,13 +17,14 @@ ALLOWED = {
     "__init__": {"errors", "events", "hf", "pipeline"},
     "errors": set(),
     "events": set(),
-    "config": {"errors"},
+    "published": {"errors"},
+    "config": {"errors", "published"},
     "tokenizer": {"errors"},
     "stops": {"errors"},
     "chat": {"errors", "stops", "tokenizer"},
     "image_files": set(),
     "data_url": {"errors", "image_files"},
-    "images": {"data_url", "errors", "image_files"},
+    "images": {"data_url", "errors", "image_files", "published"},
     "repetition": set(),
     "flash": set(),
     "vision": {"config", "flash"},
@@ -54,7 +55,7 @@ ALLOWED = {
         "chat", "engine", "errors", "events", "images", "loader", "model", "parameters", "repetition", "sampling",
         "stops", "tokenizer", "weights",
     },
-    "hf": {"chat", "config", "data_url", "errors", "images", "loader", "tokenizer"},
+    "hf": {"chat", "config", "data_url", "errors", "images", "loader", "published", "tokenizer"},
 }  # fmt: skip
 
 
