@@ -1,0 +1,208 @@
+"""A small model, guides and an engine for the tests on imitated devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from bench_suite import checkpoint, ladder
+from torch import Tensor
+
+from kimi_vl import kernels, loader
+from kimi_vl.config import Config
+from kimi_vl.engine import Engine, EngineOptions, Patches
+from kimi_vl.kernels import plain, reference
+from kimi_vl.model import KimiVL
+from kimi_vl.sampling import Sampling
+
+# KIMI_VL_KERNELS and KIMI_VL_GRAPHS. What is interpreted is slow, so most tests of graphs are "captured", with STATIC
+# in the place of kernels.
+WAYS = {"torch": ("torch", "0"), "kernels": ("triton", "0"), "graphs": ("triton", "1"), "captured": ("torch", "1")}
+PAD = 149
+GREEDY = Sampling(0, 1, 0, 0)
+TEXT_TOKENS = 140  # ids below have text
+OPTIONS = EngineOptions(page_size=8, max_rows=4, step_tokens=24, max_waiting=300, cache_bytes=48 << 10)
+
+
+def _moe(
+    states: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    shared: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Every expert for every token; those that were not chosen weigh nothing."""
+    mixed = torch.zeros_like(states)
+    for expert, (both, last) in enumerate(zip(gate_up, down, strict=True)):
+        weight = (weights * (chosen == expert)).sum(-1, keepdim=True)  # (T, 1)
+        gate, up = both.chunk(2)
+        mixed = mixed + reference.mlp(states, gate, up, last) * weight
+    return mixed if shared is None else mixed + reference.mlp(states, *shared)
+
+
+def _mla_prepare(
+    joined: Tensor,
+    to_key: Tensor,
+    norm_weight: Tensor,
+    rope: Tensor,
+    entries: Tensor,
+    slots: Tensor,
+    eps: float,
+    decoding: int,
+) -> tuple[Tensor, Tensor]:
+    """All entries are written, most of them as they were."""
+    flat = entries.view(-1, entries.shape[-1])
+    new = torch.empty(1, len(joined), entries.shape[-1], device=joined.device)
+    own = torch.arange(len(joined), device=joined.device)
+    queries = plain.mla_prepare(joined, to_key, norm_weight, rope, new, own, eps, decoding)
+    hits = slots[:, None] == torch.arange(len(flat), device=slots.device)  # (T, slots)
+    flat.copy_(new[0][hits.int().argmax(0)].where(hits.any(0)[:, None], flat))
+    return queries
+
+
+# Operations of torch that never wait for a device, as those that are captured must be. For float32, and a small model.
+STATIC = dataclasses.replace(kernels.REFERENCE, name="static", moe=_moe, mla_prepare=_mla_prepare)
+
+
+def save_model(folder: Path) -> None:
+    """A checkpoint of two layers whose operations are of every kind that the published model has."""
+    values = checkpoint.divided(1, 2, 1)
+    values["vision_config"] |= {
+        "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "init_pos_emb_height": 4,
+        "init_pos_emb_width": 4,
+    }  # fmt: skip
+    values["text_config"] |= {
+        "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "max_position_embeddings": 256,
+    }  # fmt: skip
+    values = checkpoint.with_vocabulary(values, 384)
+    (folder / "config.json").write_text(json.dumps(values))
+    made = ladder.random_model(Config.from_dict(values), torch.device("cpu"), torch.float32)
+    loader.save(made, folder / "model.safetensors", torch.float32)
+
+
+def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> KimiVL:
+    return loader.load(folder, dtype=dtype, device=device, threads=2)
+
+
+@dataclass
+class Ask:
+    """A request: what is sent, and what its guide does."""
+
+    ids: list[int]
+    room: int
+    sampling: Sampling = GREEDY
+    pictures: Sequence[Patches] = ()
+    forced: dict[int, int] = field(default_factory=dict)  # tokens that are put in, by how many came before
+    text_only: frozenset[int] = frozenset()  # where tokens without text are ruled out
+
+
+class Guide:
+    """Takes tokens as a request of the pipeline does; keeps them."""
+
+    def __init__(self, ask: Ask):
+        self.ask, self.sampling = ask, ask.sampling
+        self.tokens: list[int] = []
+        self.error: Exception | None = None
+        self.over = threading.Event()
+        self.after: Callable[[int], None] = lambda count: None  # called in the engine's thread, after each token
+
+    @property
+    def text_only(self) -> bool:
+        return len(self.tokens) in self.ask.text_only
+
+    def forced(self) -> int | None:
+        return self.ask.forced.get(len(self.tokens))
+
+    def take(self, token: int) -> int | None:
+        self.tokens.append(token)
+        self.after(len(self.tokens))
+        if len(self.tokens) < self.ask.room:
+            return token
+        self.over.set()
+        return None
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+        self.over.set()
+
+    def result(self) -> list[int]:
+        assert self.over.wait(120), "the request did not end"
+        if self.error:
+            raise self.error
+        return self.tokens
+
+
+def send(engine: Engine, ask: Ask) -> Guide:
+    guide = Guide(ask)
+    engine.submit(ask.ids, ask.pictures, ask.room, guide)
+    return guide
+
+
+def picture(rows: int, columns: int, seed: int) -> Patches:
+    pixels = np.random.default_rng(seed).uniform(-1, 1, (rows * columns, 3, 14, 14)).astype(np.float32)
+    return Patches(pixels, (rows, columns))
+
+
+@contextmanager
+def engine_of(model: KimiVL, way: str = "torch", options: EngineOptions = OPTIONS) -> Iterator[Engine]:
+    """An engine that computes in one of WAYS."""
+    before = {name: os.environ.get(name) for name in ("KIMI_VL_KERNELS", "KIMI_VL_GRAPHS")}
+    os.environ["KIMI_VL_KERNELS"], os.environ["KIMI_VL_GRAPHS"] = WAYS[way]
+    choose = kernels.choose
+    try:
+        if way == "captured":
+            kernels.choose = lambda *_, **__: STATIC
+        engine = Engine(model, TEXT_TOKENS, options)
+    finally:
+        kernels.choose = choose
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
+    try:
+        yield engine
+    finally:
+        engine.close(wait=engine.healthy())
+
+
+def some_asks(most: int = 7) -> list[Ask]:
+    """Prompts of one token and of several chunks, pictures, all ways to draw, tokens that are put in or ruled out."""
+    samplings = [Sampling(0, 1, 0, 0), Sampling(1, 1, 0, 5), Sampling(0.8, 0.9, 0, 6), Sampling(1.5, 1, 20, 7)]
+    pictures = [picture(2, 4, 1), picture(4, 4, 2)]
+    beginning = [*range(40, 60)]  # several share it, pages and all
+    asks = [
+        Ask([3], 5),
+        Ask([5, *[PAD] * 2, 6], 4, samplings[1], [pictures[0]]),
+        Ask(beginning, 6, samplings[2], forced={2: 7, 4: 9}),
+        Ask([*beginning, 8, *[PAD] * 4, 9], 5, samplings[3], [pictures[1]]),
+        Ask([*beginning[:17], 11], 12, samplings[1], text_only=frozenset({3, 4})),
+        Ask([21, *range(60, 95)], 3, samplings[2]),
+        Ask([5, *[PAD] * 2, 6, *[PAD] * 2], 7, samplings[0], [pictures[0], pictures[0]], {3: 1}),
+    ]
+    return asks[:most]
+
+
+def answers(engine: Engine, asks: Sequence[Ask], late: bool = False) -> list[list[int]]:
+    """Tokens of all; sent at once, or each when the one before has drawn its second token."""
+    guides = []
+    for ask in asks:
+        begun = threading.Event()
+        guide = Guide(ask)
+        guide.after = lambda count, begun=begun: begun.set() if count > 1 else None
+        engine.submit(ask.ids, ask.pictures, ask.room, guide)
+        guides.append(guide)
+        if late:
+            assert begun.wait(120)
+    return [guide.result() for guide in guides]
