@@ -1,6 +1,6 @@
-"""Image files as bytes: the format by content, the orientation, and only those parts that decoding needs.
+"""Image files as bytes: the format by content, orientation, ICC profile, and only those parts that decoding needs.
 
-Text, profiles, previews and further pages are left out before a decoder sees a file: reading them can cost far more
+Text, previews and further pages are left out before a decoder sees a file: reading them can cost far more
 than the picture does, and a tenth of a second of decoding must not become minutes for whoever sends an odd file.
 Knows no pixels. What breaks a rule here raises ``ValueError``; what is merely damaged is left to the decoder.
 """
@@ -11,6 +11,8 @@ import re
 import struct
 import zlib
 from dataclasses import dataclass
+
+from . import icc
 
 MAX_BYTES = 32 * 2**20
 """Of one file."""
@@ -24,12 +26,15 @@ MAX_TILE_PIXELS = 40_000_000
 
 @dataclass(frozen=True)
 class ImageFile:
-    """``orientation`` is that of EXIF, 1 to 8. Each of the ``scans`` of a JPEG passes over the whole picture."""
+    """``orientation`` is that of EXIF, 1 to 8. Each of the ``scans`` of a JPEG passes over the whole picture.
+    ``profile`` is an ICC profile as it stands in the file, empty where there is none. A WebP may be ``animated``."""
 
     format: str
     data: bytes
     orientation: int = 1
     scans: int = 1
+    profile: bytes = b""
+    animated: bool = False
 
 
 def read(data: bytes) -> ImageFile | None:
@@ -39,18 +44,18 @@ def read(data: bytes) -> ImageFile | None:
     if data.startswith(b"\xff\xd8\xff"):
         return _jpeg(data)
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return ImageFile("WEBP", data, _orientation(_webp_exif(data)))
+        return _webp(data)
     if data.startswith((b"GIF87a", b"GIF89a")):
         return ImageFile("GIF", data)
     if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
         return _tiff(data)
     if data.startswith(b"BM"):
-        return ImageFile("BMP", data)
+        return ImageFile("BMP", data, profile=_bmp_profile(data))
     return None
 
 
 def _png(data: bytes) -> ImageFile:
-    kept, exif, at = [data[:8]], b"", 8
+    kept, exif, profile, at = [data[:8]], b"", b"", 8
     for _ in range(MAX_PARTS):
         header = data[at : at + 8]
         if len(header) < 8:
@@ -62,12 +67,23 @@ def _png(data: bytes) -> ImageFile:
             kept.append(_png_transparency(data[at:end], kept[1][16:18] if len(kept) > 1 else b""))
         elif kind == b"eXIf":
             exif = data[at + 8 : end - 4]
+        elif kind == b"iCCP" and not profile:
+            profile = _png_profile(data[at + 8 : end - 4])
         if kind == b"IEND":
             break
         at = end
     else:
         raise ValueError("too many chunks")
-    return ImageFile("PNG", b"".join(kept), _orientation(exif))
+    return ImageFile("PNG", b"".join(kept), _orientation(exif), profile=profile)
+
+
+def _png_profile(body: bytes) -> bytes:
+    """The profile of an iCCP chunk: a name, a zero, the method, and the compressed bytes, which may be no such."""
+    try:
+        unpacked = zlib.decompressobj().decompress(body[body.index(b"\0") + 2 :], icc.MAX_BYTES + 1)
+    except (ValueError, zlib.error):
+        return b""
+    return unpacked if len(unpacked) <= icc.MAX_BYTES else b""
 
 
 def _png_transparency(chunk: bytes, depth_and_kind: bytes) -> bytes:
@@ -90,6 +106,7 @@ _JPEG_KEPT = frozenset((*range(0xC0, 0xD0), 0xDA, 0xDB, 0xDC, 0xDD, 0xE0, 0xEE))
 
 def _jpeg(data: bytes) -> ImageFile:
     kept, exif, scans, at = [data[:2]], b"", 0, 2
+    pieces: dict[bytes, bytes] = {}
     for _ in range(MAX_PARTS):
         found = _JPEG_MARKER.search(data, at)
         if found is None:
@@ -109,19 +126,40 @@ def _jpeg(data: bytes) -> ImageFile:
             kept.append(b"\xff%c" % marker + data[begin:at])
         elif marker == 0xE1 and not exif and data.startswith(b"Exif\0\0", begin + 2):
             exif = data[begin + 8 : at]
+        elif marker == 0xE2 and data.startswith(b"ICC_PROFILE\0", begin + 2):
+            # a number and how many there are stand before each piece
+            pieces.setdefault(data[begin + 14 : begin + 15], data[begin + 16 : at])
     else:
         raise ValueError("too many segments")
-    return ImageFile("JPEG", b"".join(kept), _orientation(exif), max(1, scans))
+    return ImageFile("JPEG", b"".join(kept), _orientation(exif), max(1, scans), _joined(pieces))
 
 
-def _webp_exif(data: bytes) -> bytes:
+def _joined(pieces: dict[bytes, bytes]) -> bytes:
+    return b"".join(piece for _, piece in sorted(pieces.items()))
+
+
+def _webp(data: bytes) -> ImageFile:
+    exif = _webp_chunk(data, b"EXIF").removeprefix(b"Exif\0\0")
+    animated = data[12:16] == b"VP8X" and len(data) > 20 and bool(data[20] & 2)
+    return ImageFile("WEBP", data, _orientation(exif), profile=_webp_chunk(data, b"ICCP"), animated=animated)
+
+
+def _webp_chunk(data: bytes, kind: bytes) -> bytes:
     at = 12
     for _ in range(1000):
         size = int.from_bytes(data[at + 4 : at + 8], "little")
-        if data.startswith(b"EXIF", at):
-            return data[at + 8 : at + 8 + size].removeprefix(b"Exif\0\0")
+        if data.startswith(kind, at):
+            return data[at + 8 : at + 8 + size]
         at += 8 + size + size % 2
     return b""
+
+
+def _bmp_profile(data: bytes) -> bytes:
+    """The profile that a header of version 5 says is embedded; its place counts from that header."""
+    if data[14:18] != b"\x7c\0\0\0" or data[70:74] != b"DEBM":
+        return b""
+    begin, size = struct.unpack("<II", data[126:134].ljust(8, b"\0"))
+    return data[14 + begin : 14 + begin + min(size, icc.MAX_BYTES + 1)]
 
 
 # What a TIFF's pixels depend on; everything else, other pages included, is left out.
@@ -130,7 +168,7 @@ _TIFF_KEPT_TAGS = (
     "512 513 514 515 517 518 519 520 521 529 530 531 532 34925 50674"
 )
 _TIFF_KEPT = frozenset(map(int, _TIFF_KEPT_TAGS.split()))
-_TIFF_COMPRESSION, _TIFF_ORIENTATION = 259, 274
+_TIFF_COMPRESSION, _TIFF_ORIENTATION, _TIFF_PROFILE = 259, 274, 34675
 _TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH = 322, 323
 _TIFF_BYTE_COUNTS = (279, 325)
 _TIFF_BYTE_KINDS = (1, 2, 7)  # BYTE, ASCII, UNDEFINED
@@ -187,7 +225,13 @@ def _tiff(data: bytes) -> ImageFile:
     number = struct.Struct(order + ("Q" if inline == 8 else "I"))
     parts = [data[:inline], number.pack(directory), data[2 * inline :], b"\0" * (len(data) % 2)]
     parts += [struct.pack(order + ("Q" if inline == 8 else "H"), len(kept)), *(entry.raw for entry in kept)]
-    return ImageFile("TIFF", b"".join((*parts, number.pack(0))), _turn(entries, order, inline))
+    profile = next((_undefined(entry, data, order, inline) for entry in entries if entry.tag == _TIFF_PROFILE), b"")
+    return ImageFile("TIFF", b"".join((*parts, number.pack(0))), _turn(entries, order, inline), profile=profile)
+
+
+def _undefined(entry: _Entry, data: bytes, order: str, inline: int) -> bytes:
+    at = int.from_bytes(entry.raw[-inline:], "little" if order == "<" else "big")
+    return data[at : at + min(entry.count, icc.MAX_BYTES + 1)] if entry.kind in _TIFF_BYTE_KINDS else b""
 
 
 def _check_tiff(data: bytes, order: str, inline: int, entries: list[_Entry]) -> None:

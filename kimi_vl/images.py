@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
-from . import data_url, image_files, published
+from . import data_url, icc, image_files, published
 from .errors import CheckpointError, UserError
 from .image_files import MAX_BYTES
 
@@ -156,14 +156,16 @@ def load(source: bytes | bytearray | str | Path | Image.Image, options: ImageOpt
     """An upright RGB image that :func:`plan` accepts, of a file's bytes, its path, a data URL or an open image.
 
     The format is decided by the content, size limits are checked from the header before anything is decoded, the
-    first frame is taken, EXIF orientation applied, transparency laid over white, 16-bit samples scaled to 8. An
-    image with a side that the model cannot take is made smaller, keeping its shape. Raises :class:`UserError`
-    (E_IMAGE_UNREADABLE, E_IMAGE_FORMAT, E_IMAGE_TOO_LARGE).
+    first frame is taken, EXIF orientation applied, 16-bit samples scaled to 8, an embedded ICC profile converted to
+    sRGB, and then transparency, and what a first frame leaves uncovered, laid over white. An image with a side that
+    the model cannot take is made smaller, keeping its shape. Raises :class:`UserError` (E_IMAGE_UNREADABLE,
+    E_IMAGE_FORMAT, E_IMAGE_TOO_LARGE).
     """
     if isinstance(source, Image.Image):
         _check_pixels(source)
         with _refusals():
-            return _fitted(_upright(_rgb(source), source.getexif().get(ExifTags.Base.Orientation, 1)), options)
+            image = _rgb(source, source.info.get("icc_profile") or b"")
+            return _fitted(_upright(image, source.getexif().get(ExifTags.Base.Orientation, 1)), options)
     data = _read(source)
     with _refusals():
         file = image_files.read(data)
@@ -176,7 +178,7 @@ def load(source: bytes | bytearray | str | Path | Image.Image, options: ImageOpt
         _check_pixels(opened)
         if file.scans > 1 and file.scans * opened.width * opened.height > _MAX_SCANNED_PIXELS:
             raise ValueError("too many scans")
-        image = _rgb(_decoded(opened))
+        image = _rgb(_decoded(opened, file.animated), file.profile)
         if image is not opened:
             opened.close()  # its memory is needed
         return _fitted(_upright(image, file.orientation), options)
@@ -232,13 +234,16 @@ def _read(source: bytes | bytearray | str | Path) -> bytes:
     return data
 
 
-def _decoded(opened: ImageFile.ImageFile) -> Image.Image:
+def _decoded(opened: ImageFile.ImageFile, animated: bool) -> Image.Image:
     """The first frame. For WebP without Pillow's own way, which holds the picture four times at once."""
     decoder = getattr(opened, "_decoder", None)
     if opened.format != "WEBP" or decoder is None:
         opened.load()
+        if opened.format == "BMP" and opened.mode == "RGBA" and opened.getchannel("A").getextrema() == (0, 0):
+            return opened.convert("RGB")  # clipboards write a channel for alpha and leave it empty
         return opened
-    mode = getattr(opened, "rawmode", opened.mode)
+    # frames need not cover the canvas, whatever the header says about alpha
+    mode = "RGBA" if animated else getattr(opened, "rawmode", opened.mode)
     opened._decoder = None  # pyright: ignore[reportAttributeAccessIssue]
     pixels, _ = decoder.get_next()
     del decoder
@@ -261,35 +266,52 @@ def _too_many_pixels() -> UserError:
     )
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """``image`` over white in sRGB; what the first frame of a GIF does not cover is white."""
+    read = icc.read(profile) if profile else None
+    colours = read if read is not None and read.fits(image.mode) else None
+    frame = getattr(image, "dispose_extent", None) if image.format == "GIF" and image.tell() == 0 else None
+    if frame is None or frame == (0, 0, *image.size):
+        return _opaque(image, colours)
+    canvas = Image.new("RGB", image.size, "white")
+    canvas.paste(_opaque(image.crop(frame), colours), frame)
+    return canvas
+
+
+def _opaque(image: Image.Image, colours: icc.Profile | None) -> Image.Image:
     """``image`` over white in RGB, made part by part: a second whole picture of another kind may not fit."""
-    if image.mode == "RGB" and "transparency" not in image.info:
+    if image.mode == "RGB" and "transparency" not in image.info and colours is None:
         return image
     result = Image.new("RGB", image.size)
     width = min(image.width, _PART_PIXELS)
-    height = max(1, _PART_PIXELS // width)
+    height = max(1, _PART_PIXELS // width) if width else 1
     for top in range(0, image.height, height):
         for left in range(0, image.width, width):
             box = (left, top, min(image.width, left + width), min(image.height, top + height))
-            result.paste(_part_rgb(image.crop(box)), box)
+            result.paste(_part_rgb(image.crop(box), colours), box)
     return result
 
 
-def _part_rgb(image: Image.Image) -> Image.Image:
+def _part_rgb(image: Image.Image, colours: icc.Profile | None) -> Image.Image:
+    alpha: Image.Image | None = None
     if image.mode.startswith("I;16") or image.mode == "I":
         samples = np.asarray(image).astype(np.float64)
-        scaled = np.clip(samples / 257, 0, 255).round().astype(np.uint8)
         if "transparency" in image.info:
-            scaled[samples == image.info["transparency"]] = 255
-        return Image.fromarray(scaled).convert("RGB")
-    if image.mode == "F":
+            alpha = Image.fromarray(np.where(samples == image.info["transparency"], 0, 255).astype(np.uint8))
+        image = Image.fromarray(np.clip(samples / 257, 0, 255).round().astype(np.uint8))
+    elif image.mode == "F":
         samples = np.nan_to_num(np.asarray(image), nan=0.0, posinf=255.0, neginf=0.0)
-        return Image.fromarray(np.clip(samples, 0, 255).round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+        image = Image.fromarray(np.clip(samples, 0, 255).round().astype(np.uint8))
+    elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("LA") if image.mode == "La" else image
+        with_alpha = image.convert("RGBA")
+        image, alpha = with_alpha.convert("RGB"), with_alpha.getchannel("A")
+    image = image.convert("RGB") if colours is None else colours.to_srgb(image)
+    if alpha is None:
+        return image
+    image.putalpha(alpha)
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
 _TURNS = {

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import icc_profiles
 import numpy as np
 from PIL import Image, features
 
@@ -589,7 +590,7 @@ def odd_exif() -> Iterator[Case]:
 
 
 def odd_profiles() -> Iterator[Case]:
-    """Colour profiles are not used, so a bad one costs nothing."""
+    """A colour profile that makes no sense changes nothing, costs little and breaks nothing."""
     picture = quarters()
     profiles = {
         "empty": b"",
@@ -616,6 +617,29 @@ def odd_profiles() -> Iterator[Case]:
     not_compressed = chunk(b"iCCP", b"x\0\0not compressed")
     yield Case("PNG profile not compressed", lambda: deep_png(8, 2, before=not_compressed), digest=digest(picture))
     pieces = b"".join(segment(0xE2, b"ICC_PROFILE\0" + bytes([1 + n % 3, 9]) + bytes(100)) for n in range(5))
+    for name, profile in (
+        ("RGB", icc_profiles.matrix(icc_profiles.ADOBE, 2.2)),
+        ("inks", icc_profiles.inks()),
+        ("grey", icc_profiles.grey(1.8)),
+    ):
+        mode = {"RGB": "RGB", "inks": "CMYK", "grey": "L"}[name]
+        for number in range(40):
+            rng = random.Random(f"{name} {number}")
+            damaged = bytearray(profile)
+            for _ in range(rng.choice((1, 4, 30))):
+                damaged[rng.randrange(len(damaged) if number % 2 else 300)] = rng.choice((0, 1, 127, 128, 255))
+            damaged = damaged[: rng.choice((len(damaged), len(damaged), rng.randrange(len(damaged))))]
+            yield Case(
+                f"TIFF {name} profile damaged {number}",
+                lambda m=mode, d=bytes(damaged): saved(picture.convert(m), "TIFF", icc_profile=d),
+                size=SIZE,
+            )
+    yield Case(
+        "TIFF of 30 million inks with a profile",
+        lambda: saved(Image.new("CMYK", (6000, 5000)), "TIFF", compression="zstd", icc_profile=icc_profiles.inks()),
+        size=(6000, 5000),
+        colours=(WHITE,) * 4,
+    )
     yield Case("JPEG profile in odd pieces", lambda: jpeg(picture, pieces), colours=COLOURS, tolerance=12)
 
 
