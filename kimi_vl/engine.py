@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import graphs, kernels, memory, sampling
 from .cache import Chunk, PagedCache
+from .config import TextConfig
 from .errors import UserError
 from .fused import FusedDecoder
 from .graphs import CudaGraphs, Launched, Row, StaticDecoder
@@ -47,6 +48,10 @@ class EngineOptions:
     cache_bytes: int = 0
     embedding_bytes: int = 256 << 20
     reuse: bool = True
+
+    def use(self, config: TextConfig, dtype: torch.dtype) -> kernels.Use:
+        """What this asks of the decoder's operations."""
+        return kernels.Use(config, dtype, self.page_size, self.max_rows, self.step_tokens)
 
 
 class Patches:
@@ -120,6 +125,8 @@ class Engine:
         self._text_tokens = text_tokens
         self.options = options = options or EngineOptions()
         text = model.config.text_config
+        # before memory is counted: kernels are compiled and tried
+        ops, capture = kernels.choose(model.device, use=options.use(text, model.dtype)), graphs.wanted()
         page_bytes = PagedCache.page_bytes(text, options.page_size, model.dtype)
         # no more pages than all rows could ever fill
         most = options.max_rows * -(-text.max_position_embeddings // options.page_size)
@@ -135,7 +142,6 @@ class Engine:
             max_waiting=options.max_waiting,
             reuse=options.reuse,
         )
-        ops, capture = kernels.choose(model.device), graphs.wanted()
         self._decoder, self._static = FusedDecoder(model.language_model, ops), None
         if ops.static and capture and model.device.type == "cuda":
             recorder = CudaGraphs(model.device)

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from . import chat, images, loader, parameters, weights
+from . import chat, images, kernels, loader, parameters, weights
+from .config import Config
 from .engine import Engine, EngineOptions, Patches, Ticket
 from .errors import UserError
 from .events import Answer, ClosedBy, Done, Event, FinishReason, Reasoning, Usage
@@ -30,6 +31,7 @@ from .repetition import Repetition
 from .sampling import Sampling
 from .stops import StopSequences
 from .tokenizer import TextStream, Tokenizer
+from .warm_up import warm_up
 
 ImageSource = bytes | str | Path | Image.Image
 Deliver = Callable[[Event | Exception], None]
@@ -47,21 +49,23 @@ def load(
 
     ``device`` None takes a CUDA GPU if there is one; ``dtype`` None is bfloat16 there and float32 on a CPU; ``thinks``
     None is what :func:`kimi_vl.weights.thinks` knows of the model. Raises :class:`~kimi_vl.errors.CheckpointError`
-    naming what is wrong with the files.
+    naming what is wrong with the files, and RuntimeError where a first request, which is made here, fails.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     directory = weights.resolve(model, has_gpu=chosen.type == "cuda")
     thinks = weights.thinks(model, directory) if thinks is None else thinks
-    network = loader.load(
-        directory, dtype=dtype or (torch.bfloat16 if chosen.type == "cuda" else torch.float32), device=chosen
-    )
-    return Pipeline(
-        network,
+    dtype = dtype or (torch.bfloat16 if chosen.type == "cuda" else torch.float32)
+    options = options or EngineOptions()
+    kernels.prepare(chosen, options.use(Config.from_directory(directory).text_config, dtype))
+    pipeline = Pipeline(
+        loader.load(directory, dtype=dtype, device=chosen),
         Tokenizer.from_directory(directory),
         ImageOptions.from_directory(directory),
         thinks=thinks,
         options=options,
     )
+    warm_up(pipeline.engine)
+    return pipeline
 
 
 class Pipeline:

@@ -1,4 +1,4 @@
-"""The decoder's operations behind one table: plain PyTorch everywhere, Triton on a GPU where it is asked for.
+"""The decoder's operations behind one table: plain PyTorch everywhere, Triton on a GPU for what serves there.
 
 Triton is imported only when it is chosen; nothing else of the package knows it. Kernels name the integers that differ
 from step to step as ``do_not_specialize``: Triton compiles a kernel once more for an integer that is 1 and for one that
@@ -7,19 +7,38 @@ from step to step as ``do_not_specialize``: Triton compiles a kernel once more f
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..config import TextConfig
 from . import plain, reference, strips
 from .strips import Experts, Strips, mlp, project
 
-__all__ = ["REFERENCE", "TORCH", "VARIABLE", "Experts", "Ops", "choose", "mlp", "project"]
+__all__ = [
+    "OPERATIONS",
+    "REFERENCE",
+    "TORCH",
+    "VARIABLE",
+    "Experts",
+    "Ops",
+    "Use",
+    "choose",
+    "mlp",
+    "prepare",
+    "project",
+]
 
 VARIABLE = "KIMI_VL_KERNELS"
+WAITING = frozenset({"moe", "mla_prepare", "mla_decode"})
+"""Plain operations that no captured step may hold: they make the host wait, or want a slot for every token."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,6 +58,22 @@ class Ops:
     mla_prepare: Callable[..., tuple[Tensor, Tensor]]
     mla_decode: Callable[..., Tensor]
     lay_out: Callable[[Sequence[Tensor], Sequence[Experts]], dict[Tensor, Strips]] = lambda weights, experts: {}
+
+
+OPERATIONS = tuple(
+    field.name for field in dataclasses.fields(Ops) if field.name not in ("name", "static", "lay_out")
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Use:
+    """What an engine asks of the operations: the widths of its model, and how much it takes on in one step."""
+
+    config: TextConfig
+    dtype: torch.dtype
+    page_size: int
+    max_rows: int
+    step_tokens: int
 
 
 REFERENCE = Ops(
@@ -62,27 +97,43 @@ TORCH = Ops(
 )
 
 
-def choose(device: torch.device | str, name: str | None = None) -> Ops:
-    """The operations for a device: those called ``name``, else what the variable KIMI_VL_KERNELS names, else "torch".
+def choose(device: torch.device | str, name: str | None = None, use: Use | None = None) -> Ops:
+    """The operations for a device: those called ``name``, else what the variable KIMI_VL_KERNELS names, else "auto".
 
-    Raises ValueError for an unknown name, and RuntimeError where Triton is asked for and cannot be had.
+    "auto" is "torch" on a CPU. On a GPU it takes every kernel that proves itself there at the sizes of ``use``, and
+    plain PyTorch for the others, with a line in the log for each reason; see :mod:`kimi_vl.kernels.startup_check`.
+    With ``use``, kernels are compiled for every launch that a step can need before this returns. Raises ValueError for
+    an unknown name or without what "auto" needs, and RuntimeError where Triton is asked for and cannot be had.
     """
-    device = torch.device(device)
-    asked = name or os.environ.get(VARIABLE) or "torch"
-    if asked == "torch":
+    device, asked = torch.device(device), _asked(name)
+    if asked == "torch" or (asked == "auto" and device.type != "cuda"):
         return TORCH
-    if asked != "triton":
-        raise ValueError(f"kernels are 'torch' or 'triton', not {asked!r}; change {VARIABLE}")
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError(
-            f"Triton's kernels run on an NVIDIA GPU, not on {device.type}; ask for 'torch' there, or unset {VARIABLE}"
-        )
-    try:
-        from . import triton_mla, triton_moe, triton_norm, triton_router
-    except ImportError as error:
-        raise RuntimeError(
-            f"Triton's kernels were asked for and cannot be imported ({error}); install triton, or unset {VARIABLE}"
-        ) from error
+    if asked == "triton":
+        ops = _forced(device)
+    elif use is None:
+        raise ValueError("kernels are chosen by trying them: say what for, or ask for 'torch' or 'triton'")
+    else:
+        ops = _automatic(device, use)
+    if use is not None and device.type == "cuda" and ops is not TORCH:
+        from . import startup_check
+
+        startup_check.launch_all(ops, device, use)
+    return ops
+
+
+def prepare(device: torch.device | str, use: Use) -> None:
+    """Begin what :func:`choose` will wait for, so that it goes on while the weights are loaded."""
+    device = torch.device(device)
+    if _asked(None) == "auto" and device.type == "cuda":
+        from . import startup_check
+
+        startup_check.begin(device, use)
+
+
+def triton_ops() -> Ops:
+    """All kernels. Raises ImportError where Triton is missing."""
+    from . import triton_mla, triton_moe, triton_norm, triton_router
+
     return Ops(
         "triton",
         True,
@@ -92,3 +143,56 @@ def choose(device: torch.device | str, name: str | None = None) -> Ops:
         triton_mla.mla_prepare,
         triton_mla.mla_decode,
     )
+
+
+def without(ops: Ops, refused: Collection[str]) -> Ops:
+    """``ops`` with plain PyTorch in the place of some operations."""
+    if not refused:
+        return ops
+    if all(name in refused or getattr(ops, name) is getattr(TORCH, name) for name in OPERATIONS):
+        return TORCH
+    plainly = {name: getattr(TORCH, name) for name in refused}
+    return dataclasses.replace(ops, name="mixed", static=ops.static and not WAITING & set(refused), **plainly)
+
+
+def _asked(name: str | None) -> str:
+    asked = name or os.environ.get(VARIABLE) or "auto"
+    if asked not in ("auto", "torch", "triton"):
+        raise ValueError(f"kernels are 'auto', 'torch' or 'triton', not {asked!r}; change {VARIABLE}")
+    return asked
+
+
+def _forced(device: torch.device) -> Ops:
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            f"Triton's kernels run on an NVIDIA GPU, not on {device.type}; ask for 'torch' there, or unset {VARIABLE}"
+        )
+    try:
+        return triton_ops()
+    except ImportError as error:
+        raise RuntimeError(
+            f"Triton's kernels were asked for and cannot be imported ({error}); install triton, or unset {VARIABLE}"
+        ) from error
+
+
+def _automatic(device: torch.device, use: Use) -> Ops:
+    from . import startup_check
+
+    try:
+        ops = triton_ops()
+    except ImportError as error:
+        log.warning("all operations run in plain PyTorch: Triton cannot be imported (%s)", error)
+        return TORCH
+    refused = startup_check.refusals(device, use)
+    ops = without(ops, refused)
+    report(refused, ops)
+    return ops
+
+
+def report(refused: Mapping[str, str], ops: Ops) -> None:
+    """One line for each reason, and one where the step cannot be captured for it."""
+    for reason in dict.fromkeys(refused.values()):
+        names = ", ".join(name for name, own in refused.items() if own == reason)
+        log.warning("plain PyTorch instead of kernels for %s: %s", names, reason)
+    if refused and not ops.static:
+        log.warning("decoding steps are not captured as CUDA graphs: plain PyTorch in them waits for the host")

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ..cache import Rows
+from ..config import TextConfig
+from ..language import LATENT_NORM_EPS
 from . import REFERENCE, Ops, reference
 
 # Unit roundoffs: a rounding to bfloat16 (8 significant bits) is off by at most 2^-8 of the value. Float32 sums of
@@ -37,6 +39,25 @@ class Widths:
     scaling: float = 2.446
     eps: float = 1e-5
     latent_eps: float = 1e-6
+
+    @classmethod
+    def of(cls, config: TextConfig, page_size: int) -> Widths:
+        """Those of a model."""
+        return cls(
+            hidden=config.hidden_size,
+            experts=config.n_routed_experts,
+            top_k=config.num_experts_per_tok,
+            inner=config.moe_intermediate_size,
+            shared=config.n_shared_experts * config.moe_intermediate_size,
+            heads=config.num_attention_heads,
+            rank=config.kv_lora_rank,
+            rope=config.qk_rope_head_dim,
+            nope=config.qk_nope_head_dim,
+            page_size=page_size,
+            scaling=config.routed_scaling_factor,
+            eps=config.rms_norm_eps,
+            latent_eps=LATENT_NORM_EPS,
+        )
 
 
 PUBLISHED = Widths()
@@ -95,13 +116,15 @@ def distances(results: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[float
     return [distance(*pair) for pair in zip(results, wanted, strict=True)]
 
 
-def apart(call: Call, results: Sequence[Tensor], dtype: torch.dtype, ties: bool = False) -> float:
-    """How far results are from the float64 twin of their call, as a multiple of what is allowed.
+def apart(
+    call: Call, results: Sequence[Tensor], dtype: torch.dtype, ties: bool = False, wanted: Sequence[Tensor] = ()
+) -> float:
+    """How far results are from ``wanted``, or else the float64 twin of their call, as a multiple of what is allowed.
 
     Experts are held to the states as the same call has stored them, so that a rounding of those is no fault of the
     choice. With ``ties`` scores may lie closer than float32 tells apart, as they will among many tokens.
     """
-    twin = call.twin()
+    twin = wanted or call.twin()
     if call.op != "norm_router":
         return max(distances(results, twin)) / call.tolerance(dtype)
     stored = max(distances(results[:2], twin[:2])) / call.tolerance(dtype)

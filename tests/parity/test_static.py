@@ -167,7 +167,7 @@ def test_the_engine_with_kernels_gives_the_same_tokens(model, plain, monkeypatch
 
 def test_kernels_and_graphs_are_chosen_by_variables(model, monkeypatch):
     for name, value, message in [
-        (kernels.VARIABLE, "fast", "'torch' or 'triton', not 'fast'; change KIMI_VL_KERNELS"),
+        (kernels.VARIABLE, "fast", "'auto', 'torch' or 'triton', not 'fast'; change KIMI_VL_KERNELS"),
         (graphs.VARIABLE, "yes", "0 or 1, not 'yes'"),
     ]:
         with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):

@@ -43,7 +43,8 @@ ALLOWED = {
     "pages": set(),
     "scheduler": {"pages"},
     "engine": {
-        "cache", "errors", "fused", "graphs", "kernels", "memory", "model", "pages", "sampling", "scheduler", "vision",
+        "cache", "config", "errors", "fused", "graphs", "kernels", "memory", "model", "pages", "sampling", "scheduler",
+        "vision",
     },
     "archive": {"errors"},
     "progress": set(),
@@ -53,9 +54,10 @@ ALLOWED = {
     "weights": {"download", "errors", "hub", "verify"},
     "pack": {"download", "errors", "loader", "progress", "verify"},
     "pipeline": {
-        "chat", "engine", "errors", "events", "images", "loader", "model", "parameters", "repetition", "sampling",
-        "stops", "tokenizer", "weights",
+        "chat", "config", "engine", "errors", "events", "images", "kernels", "loader", "model", "parameters",
+        "repetition", "sampling", "stops", "tokenizer", "warm_up", "weights",
     },
+    "warm_up": {"engine", "sampling"},
     "hf": {"chat", "config", "data_url", "errors", "images", "loader", "published", "tokenizer"},
 }  # fmt: skip
 

@@ -670,9 +670,11 @@ def test_the_reference_keeps_float64():
 # The table
 
 
-def test_torch_unless_asked(monkeypatch: pytest.MonkeyPatch):
+def test_ways_that_are_asked_for(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
-    assert kernels.choose("cuda") is kernels.choose("cpu") is kernels.choose(torch.device("cpu"), "torch")
+    assert kernels.choose("cpu") is kernels.choose("cpu", "auto") is kernels.choose("cuda", "torch") is kernels.TORCH
+    with pytest.raises(ValueError, match="what for"):
+        kernels.choose("cuda")
     monkeypatch.setenv(kernels.VARIABLE, "triton")
     assert kernels.choose("cuda").name == kernels.choose("cpu").name == "triton"
     assert kernels.choose("cuda", "torch").name == "torch"

@@ -1,0 +1,269 @@
+"""Whether each kernel serves on this card: compiled for it, launched, and compared with the plain operation.
+
+The check runs in a process of its own. A kernel that never ends cannot be stopped from within its process, and one that
+reads where there is nothing leaves its process without a GPU; both end with the process, which is killed after a limit,
+and another one goes on with the operations that are left. What was compiled there is found in Triton's compile cache
+(``TRITON_CACHE_DIR``, else ``~/.triton/cache``) by the process that serves.
+
+A kernel is refused where it does not compile, needs more shared memory than the card has, fails, takes longer than
+``CALL_S`` for one call, compiling included, or where its result is further from the reference, computed in the same
+dtype, than ``AGREEING`` allows: in bfloat16 2 to 3 roundings of each, which is 1.6 % to 2.3 % of the norm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import TextConfig
+from . import OPERATIONS, REFERENCE, TORCH, Ops, Use, triton_ops
+from .inputs import Call, Inputs, Widths, apart
+
+CALL_S = 60.0
+"""For one call of an operation: a kernel compiles within seconds, and runs for less than a second."""
+START_S = 180.0
+"""For the process to import torch and to find the device."""
+KILLED_S = 10.0
+AGREEING = 2
+"""Times :meth:`Call.tolerance`: once for the kernel and once for the plain operation."""
+COMMAND = (sys.executable, "-m", __name__)
+
+_running: dict[tuple[torch.device, Use], Future[dict[str, str]]] = {}
+
+
+def token_counts(most: int) -> list[int]:
+    """1, 2, 4, … and ``most``: so many tokens reach every variant that a step of up to ``most`` tokens can launch."""
+    return [*(1 << power for power in range(most.bit_length()) if 1 << power < most), most]
+
+
+class Calls:
+    """Calls of each operation as steps of an engine make them: all variants of its kernels, at the model's widths."""
+
+    def __init__(self, use: Use, device: torch.device | str):
+        self._use, self._inputs = use, Inputs(Widths.of(use.config, use.page_size), use.dtype, device)
+
+    def of(self, operation: str) -> Iterator[Call]:
+        return getattr(self, operation)()
+
+    def add_rms_norm(self) -> Iterator[Call]:
+        yield self._inputs.add_rms_norm(1, delta=False)
+        yield self._inputs.add_rms_norm(self._use.step_tokens)
+
+    def norm_router(self) -> Iterator[Call]:
+        for tokens in (1, self._use.step_tokens):
+            yield self._inputs.norm_router(tokens)
+
+    def moe(self) -> Iterator[Call]:
+        inputs = self._inputs
+        weights = inputs.experts(), inputs.shared_experts()
+        for tokens in token_counts(self._use.step_tokens):
+            yield inputs.moe(tokens, shared=inputs.widths.shared > 0, weights=weights)
+
+    def mla_prepare(self) -> Iterator[Call]:
+        yield self._inputs.mla_prepare(1)
+        decoding = min(self._use.max_rows, self._use.step_tokens - 1)
+        yield self._inputs.mla_prepare(self._use.step_tokens, decoding, unwritten=1)
+
+    def mla_decode(self) -> Iterator[Call]:
+        """Short contexts, which one program goes through, and longer ones, which several share."""
+        for count in token_counts(self._use.max_rows):
+            yield self._inputs.mla_decode([3] * count)
+            yield self._inputs.mla_decode(
+                [700, *[1, 64, 33][: count - 1]] + [5] * (count - 4), 1024 // self._use.page_size
+            )
+
+
+def reason_against(
+    operation: str, ops: Ops, calls: Iterator[Call], dtype: torch.dtype, begins: Callable[[], object] = lambda: None
+) -> str:
+    """Why an operation's kernel does not serve, or "". ``begins`` is told of each call before it is made."""
+    import triton
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    try:
+        begins()
+        for call in calls:
+            away = apart(call, call.run(ops), dtype, ties=True, wanted=call.run(REFERENCE))
+            if not away <= AGREEING:
+                return f"its result is off by {away:.1f} times what rounding explains, and {AGREEING} times is allowed"
+            begins()
+    except OutOfResources as error:
+        return f"a program needs {error.required} of {error.name}, and this card has {error.limit}"
+    except (triton.CompilationError, PTXASError) as error:
+        return f"it does not compile ({_first_line(error)})"
+    except Exception as error:
+        return f"it fails ({_first_line(error)})"
+    return ""
+
+
+def launch_all(ops: Ops, device: torch.device, use: Use) -> None:
+    """Launch every variant once, so that this process compiles nothing (or finds it compiled) while it serves."""
+    calls = Calls(use, device)
+    with torch.inference_mode():
+        for operation in OPERATIONS:
+            if getattr(ops, operation) is not getattr(TORCH, operation):
+                for call in calls.of(operation):
+                    call.run(ops)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()  # before the memory that is left is counted
+
+
+# The process that asks
+
+
+def begin(device: torch.device, use: Use) -> Future[dict[str, str]]:
+    """Start the check, once for the same device and sizes."""
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if (device, use) not in _running:
+        future: Future[dict[str, str]] = Future()
+        _running[device, use] = future
+
+        def work() -> None:
+            try:
+                future.set_result(check(device, use))
+            except Exception as error:
+                future.set_exception(error)
+
+        threading.Thread(target=work, name="kimi_vl kernel check", daemon=True).start()
+    return _running[device, use]
+
+
+def refusals(device: torch.device, use: Use) -> dict[str, str]:
+    """Operations whose kernels do not serve, and why each does not."""
+    return begin(device, use).result()
+
+
+def check(
+    device: torch.device,
+    use: Use,
+    command: Sequence[str] = COMMAND,
+    call_seconds: float = CALL_S,
+    start_seconds: float = START_S,
+) -> dict[str, str]:
+    """The same, waiting for it. ``command`` starts a process that runs :func:`main`."""
+    left, refused = list(OPERATIONS), {}
+    while left:
+        before = len(left)
+        with _Checker(command, _encoded(device, use, left)) as checker:
+            current = ""
+            while left:
+                try:
+                    message = checker.next(call_seconds if current else start_seconds)
+                except TimeoutError:
+                    ended = f"a call does not end within {call_seconds:g} s"
+                    break
+                if message is None:
+                    ended = f"the process that checks it ended (exit status {checker.status()})"
+                    break
+                current, reason = message["operation"], message.get("reason")
+                if reason is not None:
+                    left.remove(current)
+                    if reason:
+                        refused[current] = reason
+                    current = ""
+            else:
+                break
+        if current:
+            left.remove(current)
+            refused[current] = ended
+        elif len(left) == before:  # not even a first operation
+            refused |= dict.fromkeys(left, "kernels cannot be checked here: the process for that does not start")
+            break
+    return refused
+
+
+class _Checker:
+    """A process that checks, and the lines it says."""
+
+    def __init__(self, command: Sequence[str], job: str):
+        path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", ""))))
+        self._process = subprocess.Popen(
+            [*command, job],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": path},
+        )
+        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def __enter__(self) -> _Checker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that does not let go of it, either
+            self._process.wait(KILLED_S)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as lines:
+            for line in lines:
+                self._lines.put(line)
+        self._lines.put(b"")
+
+    def next(self, seconds: float) -> dict[str, Any] | None:
+        """The next message, or None at the end. Raises TimeoutError."""
+        try:
+            line = self._lines.get(timeout=seconds)
+        except queue.Empty:
+            raise TimeoutError from None
+        return json.loads(line) if line else None
+
+    def status(self) -> int:
+        return self._process.wait(KILLED_S)
+
+
+def _encoded(device: torch.device, use: Use, operations: Sequence[str]) -> str:
+    values = {field.name: getattr(use, field.name) for field in dataclasses.fields(use)}
+    values |= {"config": dataclasses.asdict(use.config), "dtype": str(use.dtype).removeprefix("torch.")}
+    return json.dumps({"device": str(device), "use": values, "operations": operations})
+
+
+# The process that checks
+
+
+def main(ops: Ops | None = None) -> int:
+    """Check the operations that the last argument names; a line before each call, and one with each verdict."""
+    job = json.loads(sys.argv[-1])
+    device, values = torch.device(job["device"]), job["use"]
+    use = Use(**values | {"config": TextConfig(**values["config"]), "dtype": getattr(torch, values["dtype"])})
+    told = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes elsewhere
+
+    def tell(operation: str, **more: str) -> None:
+        told.write(json.dumps({"operation": operation, **more}) + "\n")
+        told.flush()
+
+    ops, calls = ops or triton_ops(), Calls(use, device)
+    with torch.inference_mode(), torch.cuda.device(device if device.type == "cuda" else -1):
+        for operation in job["operations"]:
+            reason = ""
+            if getattr(ops, operation) is not getattr(TORCH, operation):
+                reason = reason_against(operation, ops, calls.of(operation), use.dtype, lambda: tell(operation))  # noqa: B023
+            tell(operation, reason=reason)
+            if reason and device.type == "cuda":
+                torch.cuda.synchronize(device)  # where the device is lost this ends the process, and the next goes on
+    return 0
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
