@@ -51,7 +51,7 @@ Message = dict[str, Any]
 class Inputs:
     """What both predictors take. Cog resolves `Inputs.name` where this class stands at the top of the same file."""
 
-    prompt = Input(default="", description="What to ask. Required unless messages is given.")
+    prompt = Input(default="", description="What to ask. Required unless an image or messages is given.")
     image = Input(
         default=None,
         description="An image: PNG, JPEG, WebP, GIF, BMP or TIFF, up to 32 MiB and 40 million pixels.",
@@ -256,7 +256,7 @@ def _deadline() -> float:
 def build_chat(
     prompt: str, system_prompt: str, messages: list[Message], image: Any, images: list[Any]
 ) -> tuple[list[Message], list[Any]]:
-    """The conversation with bare image parts, and the images they stand for, in order.
+    """The conversation, and the images that its bare image parts take, in order; both are checked by the pipeline.
 
     An image is a Path that Cog wrote, or the bytes of a data URL that Cog did not read.
     """
@@ -266,9 +266,7 @@ def build_chat(
             raise UserError(
                 "E_PARAMETER", "give either messages or prompt and system_prompt, and leave the other empty."
             )
-        return _read_messages(messages, files)
-    if not prompt.strip():
-        raise UserError("E_PROMPT_EMPTY", "give a prompt, or a conversation in messages.")
+        return messages, files
     content: list[Message] = [{"type": "image"} for _ in files]
     chat: list[Message] = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
     if system_prompt:
@@ -283,49 +281,6 @@ def _file(value: Any) -> Path | bytes:
     if not isinstance(value, Path):
         raise UserError("E_IMAGE_SOURCE", "give each image as a file upload, an http or https URL, or a data URL.")
     return value
-
-
-def _read_messages(messages: list[Message], files: list[Any]) -> tuple[list[Message], list[Any]]:
-    """Makes every image part of `messages` a bare one and lists the images in the order of the parts."""
-    waiting = iter(files)
-    images: list[Any] = []
-
-    def read_part(part: Any) -> Any:
-        if not isinstance(part, dict):
-            raise UserError("E_MESSAGES_INVALID", "each part of a message's content must be an object with a type.")
-        if part.get("type") not in ("image", "image_url") and not {"image", "image_url"} & part.keys():
-            return part
-        url = _image_url(part)
-        image = next(waiting, None) if url is None else data_url.decode(url)
-        if image is None:
-            raise UserError("E_MESSAGES_INVALID", "there are more bare image parts in messages than images.")
-        images.append(image)
-        return {"type": "image"}
-
-    chat: list[Message] = []
-    for message in messages:
-        if not isinstance(message, dict) or "content" not in message:
-            raise UserError("E_MESSAGES_INVALID", "each of the messages must be an object with role and content.")
-        content = message["content"]
-        if isinstance(content, list):
-            content = [read_part(part) for part in content]
-        chat.append({**message, "content": content})
-    if next(waiting, None) is not None:
-        raise UserError("E_MESSAGES_INVALID", "there are more images than bare image parts in messages.")
-    return chat, images
-
-
-def _image_url(part: Message) -> str | None:
-    """The URL in an image part of any common spelling, or None for a bare part."""
-    urls = [part[key] for key in ("image_url", "image", "url") if part.get(key) is not None]
-    if not urls and part.get("type") == "image":
-        return None
-    url = urls[0] if len(urls) == 1 else None
-    if isinstance(url, dict):
-        url = url.get("url")
-    if not isinstance(url, str):
-        raise UserError("E_MESSAGES_INVALID", 'write an image part as {"type": "image_url", "image_url": {"url": …}}.')
-    return url
 
 
 def _token_limit(max_length_tokens: Any, max_tokens: Any, max_new_tokens: Any) -> int:

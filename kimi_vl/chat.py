@@ -6,19 +6,20 @@ Source of the format: the chat template of the published checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from .errors import UserError
+from .messages import ImagePart, Message, Role, Turn, read
 from .stops import overlap
 from .tokenizer import Tokenizer
 
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant"
 THINK_OPEN, THINK_CLOSE = "◁think▷", "◁/think▷"
+MARKERS = ((THINK_OPEN, THINK_CLOSE), ("<think>", "</think>"))
+"""Around thinking in what the assistant said before: the model's own, and those that clients keep."""
 MEDIA_PAD = "<|media_pad|>"
-
-Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,16 @@ class _Text:
 
 _Part = _Control | _Text
 
+_IMAGE_SLOT: tuple[_Part, ...] = (
+    _Control("<|media_start|>"),
+    _Text("image"),
+    _Control("<|media_content|>"),
+    _Control(MEDIA_PAD),
+    _Control("<|media_end|>"),
+)
 
-def is_image(part: Any) -> bool:
-    """Whether a content part is an image: its type says so, or it has an ``image`` or ``image_url`` key."""
-    return isinstance(part, Mapping) and (part.get("type") == "image" or "image" in part or "image_url" in part)
 
-
-def render(messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+def render(messages: Sequence[Message | Turn], add_generation_prompt: bool = True) -> str:
     """The conversation as the published chat template prints it, one ``<|media_pad|>`` an image."""
     parts = _layout(messages, add_generation_prompt)
     return "".join(part.name if isinstance(part, _Control) else part.text for part in parts)
@@ -49,7 +53,7 @@ def render(messages: Sequence[Message], add_generation_prompt: bool = True) -> s
 
 def encode(
     tokenizer: Tokenizer,
-    messages: Sequence[Message],
+    messages: Sequence[Message | Turn],
     image_tokens: Sequence[int],
     add_generation_prompt: bool = True,
     limit: int | None = None,
@@ -86,79 +90,63 @@ def encode(
     return ids
 
 
-def begun(messages: Sequence[Message]) -> str | None:
-    """The text of a last message of the assistant's own, which is then continued; None where there is none."""
-    last = messages[-1]
-    if not isinstance(last, Mapping) or last.get("role") != "assistant":
-        return None
-    parts = _content(_field(last, "content"))
-    return "".join(part.text for part in parts if isinstance(part, _Text))
+def begun(turns: Sequence[Turn]) -> str | None:
+    """The text of a last turn of the assistant's own, which is then continued; None where there is none."""
+    return turns[-1].text if turns and turns[-1].role == "assistant" else None
 
 
-def without_earlier_thinking(messages: Sequence[Message]) -> list[Message]:
-    """``messages`` with the thinking taken out of what the assistant said: a model is given earlier answers alone."""
+def without_earlier_thinking(turns: Sequence[Turn]) -> list[Turn]:
+    """``turns`` with the thinking taken out of what the assistant said: a model is given earlier answers alone.
 
-    def answer(content: Any) -> Any:
-        if isinstance(content, str):
-            return content.rpartition(THINK_CLOSE)[2]
-        if isinstance(content, Sequence):
-            return [
-                {**part, "text": answer(part["text"])}
-                if isinstance(part, Mapping) and isinstance(part.get("text"), str)
-                else part
-                for part in content
-            ]
-        return content
-
-    return [
-        {**message, "content": answer(message.get("content"))}
-        if isinstance(message, Mapping) and message.get("role") == "assistant"
-        else message
-        for message in messages
-    ]
+    Thinking begins with an opening marker, the model's own or a think tag, at the start (white space before it does
+    not count), and goes on to the first closing one, or to the end where it was cut off. Anything else is an answer.
+    """
+    return [_answer(turn) if turn.role == "assistant" else turn for turn in turns]
 
 
-def _layout(messages: Sequence[Message], add_generation_prompt: bool) -> list[_Part]:
+def _answer(turn: Turn) -> Turn:
+    """``turn`` without its thinking, which may go over several parts."""
+    begin = len(turn.text) - len(answer_of(turn.text))
+    parts: list[str | ImagePart] = []
+    for part in turn.parts:
+        if isinstance(part, str):
+            parts.append(part[begin:])
+            begin = max(0, begin - len(part))
+        else:
+            parts.append(part)
+    return Turn(turn.role, tuple(parts))
+
+
+def answer_of(text: str) -> str:
+    """What follows the thinking in a whole text, all of it where it does not begin with thinking."""
+    said = text.lstrip()
+    for opener, closer in MARKERS:
+        if said.startswith(opener):
+            return said[len(opener) :].partition(closer)[2]
+    return text
+
+
+def _layout(messages: Sequence[Message | Turn], add_generation_prompt: bool) -> list[_Part]:
     parts: list[_Part] = []
-    if not messages or _field(messages[0], "role") != "system":
-        parts += _message("system", [_Text(DEFAULT_SYSTEM_PROMPT)])
-    for message in messages:
-        parts += _message(_field(message, "role"), list(_content(_field(message, "content"))))
+    turns = read(messages)
+    if not turns or turns[0].role != "system":
+        parts += _turn(Turn("system", (DEFAULT_SYSTEM_PROMPT,)))
+    for turn in turns:
+        parts += _turn(turn)
     if add_generation_prompt:
-        parts += [_Control("<|im_assistant|>"), _Text("assistant"), _Control("<|im_middle|>")]
+        parts += _opening("assistant")
     return _joined(parts)
 
 
-def _message(role: str, content: list[_Part]) -> list[_Part]:
-    opener: list[_Part] = [_Control(f"<|im_{role}|>")] if role in ("system", "user", "assistant") else []
-    return [*opener, _Text(role), _Control("<|im_middle|>"), *content, _Control("<|im_end|>")]
+def _turn(turn: Turn) -> list[_Part]:
+    content: list[_Part] = []
+    for part in turn.parts:
+        content += [_Text(part)] if isinstance(part, str) else _IMAGE_SLOT
+    return [*_opening(turn.role), *content, _Control("<|im_end|>")]
 
 
-def _content(content: Any) -> Iterator[_Part]:
-    if isinstance(content, str):
-        yield _Text(content)
-        return
-    if not isinstance(content, Sequence):
-        raise UserError("E_MESSAGES_INVALID", "the content of a message must be a text or a list of parts.")
-    for part in content:
-        if is_image(part):
-            yield _Control("<|media_start|>")
-            yield _Text("image")
-            yield _Control("<|media_content|>")
-            yield _Control(MEDIA_PAD)
-            yield _Control("<|media_end|>")
-        elif isinstance(part, Mapping) and isinstance(part.get("text"), str):
-            yield _Text(part["text"])
-        else:
-            raise UserError("E_MESSAGES_INVALID", "a content part must be an image or have a text.")
-
-
-def _field(message: Any, name: str) -> Any:
-    if not isinstance(message, Mapping) or name not in message:
-        raise UserError("E_MESSAGES_INVALID", f"a message must be an object with a {name}.")
-    if name == "role" and not isinstance(message[name], str):
-        raise UserError("E_MESSAGES_INVALID", "the role of a message must be a text.")
-    return message[name]
+def _opening(role: Role) -> list[_Part]:
+    return [_Control(f"<|im_{role}|>"), _Text(role), _Control("<|im_middle|>")]
 
 
 def _joined(parts: list[_Part]) -> list[_Part]:
@@ -213,6 +201,12 @@ class ThinkingSplitter:
             pieces.append(("answer", self._held))
             self._held = ""
         return [piece for piece in pieces if piece[1]]
+
+    def drop_unfinished(self) -> None:
+        """Forget what is held back because it may become a marker: something else comes now, or nothing."""
+        if self._held and self.section is None:
+            self._space = []  # it came before an opening marker, where it is skipped
+        self._held = ""
 
     def finish(self) -> list[tuple[Section, str]]:
         """What is still held back, once no more text comes."""

@@ -54,6 +54,7 @@ from transformers.utils.generic import can_return_tuple
 from . import chat, data_url, published
 from .errors import CheckpointError
 from .images import ImageOptions, preprocess
+from .messages import read
 from .tokenizer import Tokenizer
 
 _EOS_OFFSET, _IM_END_OFFSET = 1, 2  # from the first special token, [BOS]
@@ -670,14 +671,7 @@ class KimiVLProcessor:
         texts = [chat.render(messages, add_generation_prompt) for messages in rows]
         if not tokenize:
             return texts if several else texts[0]
-        images = [
-            part.get("image")
-            for messages in rows
-            for message in messages
-            if not isinstance(message["content"], str)
-            for part in message["content"]
-            if chat.is_image(part)
-        ]
+        images = [part.source for messages in rows for turn in read(messages) for part in turn.images]
         return self(text=texts, images=images, return_tensors=kwargs.get("return_tensors"))
 
     def __call__(

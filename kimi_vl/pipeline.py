@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from . import chat, images, kernels, loader, parameters, weights
+from . import chat, data_url, images, kernels, loader, parameters, weights
 from .config import Config
 from .engine import Engine, EngineOptions, Patches, Ticket
 from .errors import UserError
 from .events import Answer, ClosedBy, Done, Event, FinishReason, Reasoning, Usage
 from .images import ImageOptions
+from .messages import ImagePart, Message, Turn, asks_something, read
 from .model import KimiVL
 from .repetition import Repetition
 from .sampling import Sampling
@@ -33,7 +34,7 @@ from .stops import StopSequences
 from .tokenizer import TextStream, Tokenizer
 from .warm_up import warm_up
 
-ImageSource = bytes | str | Path | Image.Image
+ImageSource = bytes | bytearray | str | Path | Image.Image
 Deliver = Callable[[Event | Exception], None]
 POLL_S = 0.05  # an exception that is raised in a waiting thread from outside is seen this soon
 
@@ -97,7 +98,7 @@ class Pipeline:
         self.engine.close()
 
     def stream(
-        self, messages: Sequence[chat.Message], images: Sequence[ImageSource] = (), **params: Any
+        self, messages: Sequence[Message | Turn], images: Sequence[ImageSource] = (), **params: Any
     ) -> EventStream:
         """Events of one request: :class:`Reasoning` and :class:`Answer` pieces as they come, then :class:`Done`.
 
@@ -111,7 +112,7 @@ class Pipeline:
         return EventStream(self.engine, self.submit(messages, images, events.put, **params), events)
 
     async def astream(
-        self, messages: Sequence[chat.Message], images: Sequence[ImageSource] = (), **params: Any
+        self, messages: Sequence[Message | Turn], images: Sequence[ImageSource] = (), **params: Any
     ) -> AsyncGenerator[Event, None]:
         """:meth:`stream` for an event loop, which is never held up; images are decoded in another thread."""
         loop = asyncio.get_running_loop()
@@ -137,7 +138,7 @@ class Pipeline:
         finally:
             self.engine.cancel(ticket)
 
-    def complete(self, messages: Sequence[chat.Message], images: Sequence[ImageSource] = (), **params: Any) -> Done:
+    def complete(self, messages: Sequence[Message | Turn], images: Sequence[ImageSource] = (), **params: Any) -> Done:
         """The summary of a whole request; parameters as for :meth:`stream`."""
         for event in self.stream(messages, images, **params):
             if isinstance(event, Done):
@@ -146,7 +147,7 @@ class Pipeline:
 
     def submit(
         self,
-        messages: Sequence[chat.Message],
+        messages: Sequence[Message | Turn],
         images: Sequence[ImageSource],
         deliver: Deliver,
         *,
@@ -190,25 +191,48 @@ class Pipeline:
         return self.engine.submit(ids, patches, room, guide, float("inf") if deadline is None else deadline)
 
     def _prompt(
-        self, messages: Sequence[chat.Message], sources: Sequence[ImageSource]
+        self, messages: Sequence[Message | Turn], sources: Sequence[ImageSource]
     ) -> tuple[list[int], list[Patches], str | None]:
         """The ids, the images, and with what the answer begins, if a turn of it is to be continued."""
-        if len(sources) > images.MAX_IMAGES:
+        turns = read(messages)
+        begun = chat.begun(turns)
+        continues = begun is not None
+        last = len(turns) - continues
+        turns = [*chat.without_earlier_thinking(turns[:last]), *turns[last:]]
+        if not asks_something(turns):
+            raise UserError("E_PROMPT_EMPTY", "nothing is asked; give a prompt or a message with a text or an image.")
+        parts = [part for turn in turns for part in turn.images]
+        if max(len(parts), len(sources)) > images.MAX_IMAGES:
             raise UserError("E_TOO_MANY_IMAGES", f"a request may have {images.MAX_IMAGES} images; send fewer.")
-        if not messages:
-            raise UserError("E_PROMPT_EMPTY", "the conversation is empty; send a message.")
         patches = [
             Patches(*images.preprocess(images.load(source, self.image_options), self.image_options))
-            for source in sources
+            for source in image_sources(parts, sources)
         ]
-        begun = chat.begun(messages)
-        continues = begun is not None
-        last = len(messages) - continues
-        history = [*chat.without_earlier_thinking(messages[:last]), *messages[last:]]
         context = self.model.config.text_config.max_position_embeddings
         counts = [image.tokens for image in patches]
-        ids = chat.encode(self.tokenizer, history, counts, limit=context, continue_last=continues)
+        ids = chat.encode(self.tokenizer, turns, counts, limit=context, continue_last=continues)
         return ids, patches, begun
+
+
+def image_sources(parts: Sequence[ImagePart], beside: Sequence[ImageSource]) -> list[ImageSource]:
+    """An image for each part, the bare ones taking those beside the messages in order.
+
+    A text in a part is a data URL, or refused: others than the one who runs this program may have written it, so
+    that nothing it names is fetched or opened. Raises :class:`UserError` (E_IMAGE_SOURCE, E_MESSAGES_INVALID).
+    """
+    for part in parts:
+        if isinstance(part.source, str) and not data_url.is_data_url(part.source):
+            raise UserError("E_IMAGE_SOURCE", "an image in messages must be a data URL; nothing else is looked up.")
+        if not isinstance(part.source, ImageSource | None):
+            raise UserError("E_MESSAGES_INVALID", "a value in messages is no image that is read; send a data URL.")
+    bare = sum(part.source is None for part in parts)
+    if bare != len(beside):
+        raise UserError(
+            "E_MESSAGES_INVALID",
+            f"the messages have {bare} bare image parts and {len(beside)} images came beside them; make these equal.",
+        )
+    waiting = iter(beside)
+    return [next(waiting) if part.source is None else part.source for part in parts]
 
 
 class EventStream(Iterator[Event]):
@@ -259,6 +283,8 @@ class _Guide:
         self._began, self._first_at = began, None
         self._count = 0
         self._deliver = deliver
+        if steer.closing:
+            text.drop_unfinished()
 
     @property
     def text_only(self) -> bool:
@@ -271,13 +297,15 @@ class _Guide:
     def take(self, token: int) -> int | None:
         if token in self._stop_ids and self._text.splitter.section == "reasoning":
             token = self._steer.close()  # a turn that would end inside the thinking is led to its answer
+            self._text.drop_unfinished()
         self._count += 1
         self._first_at = self._first_at or time.monotonic()
         if token in self._stop_ids:
             return self._finish("stop")
         for event in self._text.push(token):
             self._deliver(event)
-        self._steer.saw(token, self._text.splitter.section)
+        if self._steer.saw(token, self._text.splitter.section):
+            self._text.drop_unfinished()
         if self._text.stopped:
             return self._finish("stop_sequence")
         return token if self._count < self._room else self._finish("length")
@@ -287,6 +315,8 @@ class _Guide:
 
     def _finish(self, reason: FinishReason) -> None:
         text, steer = self._text, self._steer
+        if reason == "length":
+            text.drop_unfinished()
         if not text.stopped:
             for event in text.finish():
                 self._deliver(event)
@@ -316,9 +346,10 @@ class _Steering:
 
     def __init__(self, tokenizer: Tokenizer, thinks: bool, room: int, budget: int | None, section: chat.Section | None):
         """``section`` is where a text that is continued stands."""
-        self._closer = tokenizer.encode(chat.THINK_CLOSE)
+        self._opener, self._closer = tokenizer.encode(chat.THINK_OPEN), tokenizer.encode(chat.THINK_CLOSE)
+        self._thinks = thinks
         self._queue: list[int] = []
-        self._closing = False
+        self.closing = False  # the closing marker is put there, or will be
         self._inside = 0  # tokens after the opening marker
         self._loop = Repetition()
         self.closed_by: ClosedBy = "none"
@@ -326,8 +357,7 @@ class _Steering:
         longest = max(0, room - min(1024, room // 4) - len(self._closer))
         self._budget = longest if budget is None else min(budget, longest)
         if thinks and budget == 0 and section != "answer":
-            self._closing = True
-            self._queue = ([] if section else tokenizer.encode(chat.THINK_OPEN)) + self._closer
+            self._queue, self.closing = self._closing_tokens(section), True
 
     def forced(self) -> int | None:
         """The next token where it is not drawn."""
@@ -335,23 +365,31 @@ class _Steering:
 
     def close(self) -> int:
         """End the thinking now, with this token; the others that it takes are forced."""
-        self._queue, self._closing = self._closer[1:], True
+        self._queue, self.closing = self._closer[1:], True
         return self._closer[0]
 
-    def saw(self, token: int, section: chat.Section | None) -> None:
-        """This token was added, after which the text is in ``section`` (None while that is not known)."""
+    def saw(self, token: int, section: chat.Section | None) -> bool:
+        """This token was added, after which the text is in ``section`` (None while that is not known). Whether the
+        thinking is closed now, in the middle of whatever was being said."""
         if section == "answer":
-            if self._inside or self._closing:
+            if self._inside or self.closing:
                 if self.closed_by == "none":
                     self.reasoning_tokens += 1
-                    self.closed_by = "budget" if self._closing else "model"
+                    self.closed_by = "budget" if self.closing else "model"
             else:
                 self.reasoning_tokens = 0  # what came so far only looked like an opening marker
-            return
+            return False
         self.reasoning_tokens += 1
         self._inside += section == "reasoning"
-        if (self._inside >= max(1, self._budget) or self._loop.push(token)) and not self._closing:
-            self._queue, self._closing = list(self._closer), True
+        circles = self._loop.push(token) and (self._thinks or section == "reasoning")
+        closes = (circles or self._inside >= max(1, self._budget)) and not self.closing
+        if closes:
+            self._queue, self.closing = self._closing_tokens(section), True
+        return closes
+
+    def _closing_tokens(self, section: chat.Section | None) -> list[int]:
+        """A closing marker has its opening one before it."""
+        return [*([] if section else self._opener), *self._closer]
 
 
 class _OutputText:
@@ -371,6 +409,11 @@ class _OutputText:
     @property
     def stopped(self) -> bool:
         return self._stops.stopped
+
+    def drop_unfinished(self) -> None:
+        """Half a character, or half a marker, is no text once something else comes, or nothing."""
+        self._stream.drop_unfinished()
+        self.splitter.drop_unfinished()
 
     def push(self, token: int) -> list[Event]:
         return self._events(self.splitter.push(self._stream.push(token)))

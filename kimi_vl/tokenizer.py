@@ -151,6 +151,10 @@ class TextStream:
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(index))
 
+    def drop_unfinished(self) -> None:
+        """Forget the beginning of a character that is held back."""
+        self._decoder.reset()
+
     def finish(self) -> str:
         """What is still held back; an incomplete character becomes U+FFFD."""
         return self._decoder.decode(b"", final=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 
 import kimi_vl
+import predict
 from demo_world import evaluate, lessons
 from kimi_vl import weights
 
@@ -79,6 +82,32 @@ def test_a_budget_still_brings_an_answer(pipeline):
         done = pipeline.complete(messages, images, temperature=0, thinking_budget=budget)
         assert (done.thinking_closed_by, done.finish_reason) == ("budget", "stop")
         assert done.answer.strip()
+
+
+def test_an_output_of_any_length_has_whole_markers_in_every_form(pipeline):
+    """All at once: equal beginnings are computed once, and the steps are shared. Every length and budget is cut in
+    tests/unit/test_cut_output.py, and here with KIMI_VL_FUZZ."""
+    every = "KIMI_VL_FUZZ" in os.environ
+    messages = [{"role": "user", "content": "What is 12 + 30?"}]
+    whole = pipeline.complete(messages, temperature=0)
+    assert whole.answer == "12 + 30 = 42"
+    streams = {
+        (length, budget): pipeline.stream(messages, temperature=0, max_length_tokens=length, thinking_budget=budget)
+        for length in (range(1, 41) if every else (*range(1, 11), 13, 40))
+        for budget in ((None, 0, 1, 2, 5, 20) if every else (None, 0, 2, 5))
+    }
+    for case, stream in streams.items():
+        events = list(stream)
+        done = events[-1]
+        assert whole.reasoning.startswith(done.reasoning), case
+        assert not re.search(r"[◁▷\ufffd]|think", done.reasoning + done.answer), case
+        around = f"◁think▷{done.reasoning}◁/think▷" if done.reasoning else ""
+        tags = f"<think>{done.reasoning}</think>" if done.reasoning else ""
+        said = {"text": around + done.answer, "think_tags": tags + done.answer, "answer": done.answer}
+        for form, expected in said.items():
+            assert "".join(predict.format_events(iter(events), form)) == expected, (case, form)
+        lines = [json.loads(line) for line in predict.format_events(iter(events), "json")]
+        assert "".join(line["text"] for line in lines if line["type"] == "answer") == done.answer, case
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ import pytest
 
 from kimi_vl import chat
 from kimi_vl.errors import UserError
+from kimi_vl.messages import read
 from kimi_vl.tokenizer import Tokenizer
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
@@ -38,7 +39,6 @@ def test_rendered_examples():
     assert chat.render(own, add_generation_prompt=False) == (
         f"<|im_system|>system<|im_middle|>Be brief.<|im_end|>{ask}Hi<|im_end|>"
     )
-    assert "<|im_end|>tool<|im_middle|>42" in chat.render([own[1], {"role": "tool", "content": "42"}])
 
 
 def test_ids_equal_those_of_the_rendered_text(tokenizer):
@@ -107,25 +107,12 @@ def test_split_is_the_same_under_any_chunking(whole):
         assert all(piece for _, piece in pieces)
 
 
-def test_history_keeps_the_answer_alone():
-    thought = "◁think▷x◁/think▷answer"
-    history = [
-        {"role": "user", "content": thought},
-        {"role": "assistant", "content": thought},
-        {"role": "assistant", "content": [text(thought)]},
-    ]
-    kept = chat.without_earlier_thinking(history)
-    assert [message["content"] for message in kept] == [thought, "answer", [text("answer")]]
-    assert history[1]["content"] == thought
-
-
 def test_a_last_turn_of_the_assistant_stays_open(tokenizer):
     asked = [user(IMAGE, text("Why?"))]
     begun = [*asked, {"role": "assistant", "content": [text("◁think▷Hm.◁/think▷Bec"), text("ause<|im_end|>")]}]
     said = "◁think▷Hm.◁/think▷Because<|im_end|>"
-    assert chat.begun(begun) == said
+    assert chat.begun(read(begun)) == said
     ids = chat.encode(tokenizer, begun, [3], continue_last=True)
     assert ids == chat.encode(tokenizer, asked, [3]) + tokenizer.encode(said)
-    assert chat.begun(asked) is None
-    with pytest.raises(UserError, match="E_MESSAGES_INVALID"):
-        chat.begun([{"role": "assistant", "content": 3}])
+    assert chat.begun(read(asked)) is None
+    assert chat.begun([]) is None

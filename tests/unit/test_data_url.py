@@ -25,6 +25,8 @@ from kimi_vl import data_url, images
 from kimi_vl.errors import UserError
 from kimi_vl.image_files import MAX_BYTES
 from kimi_vl.images import ImageOptions
+from kimi_vl.messages import read
+from kimi_vl.pipeline import image_sources
 
 OPTIONS = ImageOptions(14, 4096, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 PICTURE = Image.fromarray(np.random.default_rng(5).integers(0, 256, (9, 12, 3), dtype=np.uint8))
@@ -114,7 +116,8 @@ def by_cog(url: str) -> Any:
 
 def in_messages(url: str) -> Any:
     part = {"type": "image_url", "image_url": {"url": url}}
-    return predict.build_chat("", "", [{"role": "user", "content": [part]}], None, [])[1][0]
+    (source,) = image_sources(read([{"role": "user", "content": [part]}])[0].images, [])
+    return source
 
 
 def by_processor(url: str) -> Image.Image:

@@ -21,7 +21,8 @@ ALLOWED = {
     "config": {"errors", "published"},
     "tokenizer": {"errors"},
     "stops": {"errors"},
-    "chat": {"errors", "stops", "tokenizer"},
+    "messages": {"errors"},
+    "chat": {"errors", "messages", "stops", "tokenizer"},
     "icc": set(),
     "image_files": {"icc"},
     "data_url": {"errors", "image_files"},
@@ -54,11 +55,11 @@ ALLOWED = {
     "weights": {"download", "errors", "hub", "verify"},
     "pack": {"download", "errors", "loader", "progress", "verify"},
     "pipeline": {
-        "chat", "config", "engine", "errors", "events", "images", "kernels", "loader", "model", "parameters",
-        "repetition", "sampling", "stops", "tokenizer", "warm_up", "weights",
+        "chat", "config", "data_url", "engine", "errors", "events", "images", "kernels", "loader", "messages", "model",
+        "parameters", "repetition", "sampling", "stops", "tokenizer", "warm_up", "weights",
     },
     "warm_up": {"engine", "sampling"},
-    "hf": {"chat", "config", "data_url", "errors", "images", "loader", "published", "tokenizer"},
+    "hf": {"chat", "config", "data_url", "errors", "images", "loader", "messages", "published", "tokenizer"},
 }  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def test_directions(module):
     assert own <= ALLOWED[module]
     assert "cog" not in foreign
     assert "transformers" not in foreign or module == "hf"
-    if module in ("scheduler", "errors", "events", "config", "tokenizer", "chat"):
+    if module in ("scheduler", "errors", "events", "config", "tokenizer", "messages", "chat"):
         assert "torch" not in foreign
 
 

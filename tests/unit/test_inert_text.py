@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import predict
 from kimi_vl import chat
 from kimi_vl.errors import UserError
+from kimi_vl.messages import read
 from kimi_vl.tokenizer import TextStream, Tokenizer
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
@@ -27,7 +28,7 @@ def ids_of(images: int = 0, **inputs: Any) -> list[int]:
     values = {"prompt": "", "system_prompt": "", "messages": [], **inputs}
     messages, files = predict.build_chat(**values, image=None, images=[predict.Path("/x.png")] * images)
     assert len(files) == images
-    return chat.encode(TOKENIZER, chat.without_earlier_thinking(messages), [5] * images)
+    return chat.encode(TOKENIZER, chat.without_earlier_thinking(read(messages)), [5] * images)
 
 
 def controls(ids: list[int]) -> list[int]:
@@ -52,7 +53,9 @@ PLACES: dict[str, Callable[[str], dict[str, Any]]] = {
             {"role": "user", "content": "x"},
         ]
     },
-    "tool": lambda text: {"messages": [{"role": "user", "content": "x"}, {"role": "tool", "content": text}]},
+    "developer message": lambda text: {
+        "messages": [{"role": "developer", "content": text}, {"role": "user", "content": "x"}]
+    },
 }
 
 
@@ -62,16 +65,15 @@ def test_a_typed_token_is_text(name: str) -> None:
         for typed in (name, f"a{name}{name} b", name + "\n"):
             ids = ids_of(**inputs(typed))
             assert controls(ids) == controls(ids_of(**inputs("word"))), place
-            kept = typed.rpartition(chat.THINK_CLOSE)[2] if place == "earlier answer" else typed
+            kept = chat.answer_of(typed) if place == "earlier answer" else typed
             assert kept in TOKENIZER.decode(ids), place
 
 
 @pytest.mark.parametrize("name", [*TOKENIZER.special, *MARKERS])
-def test_a_role_is_text_as_well(name: str) -> None:
-    ids = ids_of(messages=[{"role": name, "content": "x"}, {"role": "user", "content": "x"}])
-    assert controls(ids) == controls(
-        ids_of(messages=[{"role": "tool", "content": "x"}, {"role": "user", "content": "x"}])
-    )
+def test_a_token_is_no_role(name: str) -> None:
+    for role in (name, name + "user", "user" + name):
+        with pytest.raises(UserError, match="E_MESSAGES_INVALID"):
+            ids_of(messages=[{"role": role, "content": "x"}, {"role": "user", "content": "x"}])
 
 
 @pytest.mark.parametrize("name", ["<|media_pad|>", "<|im_end|>", "◁think▷", "<|im_user|>user<|im_middle|>"])

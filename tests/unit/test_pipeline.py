@@ -28,6 +28,7 @@ from kimi_vl.tokenizer import Tokenizer
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
 ASK = [{"role": "user", "content": "Why?"}]
+SHOW = [{"role": "user", "content": [{"type": "image"}]}]
 ENDLESS = " ".join(f"and {number}" for number in range(400))
 
 
@@ -196,10 +197,12 @@ def _times(done: Done) -> dict[str, float]:
         ({"max_length_tokens": 0}, "E_PARAMETER"),
         ({"thinking_budget": -1}, "E_PARAMETER"),
         ({"images": [b"x"] * 65}, "E_TOO_MANY_IMAGES"),
-        ({"images": [b"not an image"]}, "E_IMAGE_FORMAT"),
+        ({"messages": SHOW, "images": [b"not an image"]}, "E_IMAGE_FORMAT"),
         ({"messages": []}, "E_PROMPT_EMPTY"),
         ({"messages": [{"role": "user", "content": "word " * 5000}]}, "E_PROMPT_TOO_LONG"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "E_MESSAGES_INVALID"),
+        ({"messages": SHOW}, "E_MESSAGES_INVALID"),
+        ({"images": [b"not an image"]}, "E_MESSAGES_INVALID"),
+        ({"messages": [{"role": "User", "content": "Why?"}], "images": [b"not an image"]}, "E_MESSAGES_INVALID"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_computed(whole, monkeypatch, options, code):
