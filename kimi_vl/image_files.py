@@ -13,6 +13,7 @@ import zlib
 from dataclasses import dataclass
 
 from . import icc
+from .tiff_samples import GreySamples
 
 MAX_BYTES = 32 * 2**20
 """Of one file."""
@@ -24,10 +25,16 @@ MAX_TILE_PIXELS = 40_000_000
 """Of one TIFF tile, which may be larger than its picture."""
 
 
+class UnsupportedError(ValueError):
+    """A file that is whole, but of a kind that nothing here decodes."""
+
+
 @dataclass(frozen=True)
 class ImageFile:
     """``orientation`` is that of EXIF, 1 to 8. Each of the ``scans`` of a JPEG passes over the whole picture.
-    ``profile`` is an ICC profile as it stands in the file, empty where there is none. A WebP may be ``animated``."""
+    ``profile`` is an ICC profile as it stands in the file, empty where there is none. A WebP may be ``animated``.
+    Of a TIFF with ``grey`` samples ``data`` declares each of their bytes a pixel, and so does ``alpha``, a file for
+    samples that lie apart. A TIFF that is not ``whole`` lacks tags that a decoder needs."""
 
     format: str
     data: bytes
@@ -35,6 +42,9 @@ class ImageFile:
     scans: int = 1
     profile: bytes = b""
     animated: bool = False
+    grey: GreySamples | None = None
+    alpha: bytes = b""
+    whole: bool = True
 
 
 def read(data: bytes) -> ImageFile | None:
@@ -170,7 +180,13 @@ _TIFF_KEPT_TAGS = (
 _TIFF_KEPT = frozenset(map(int, _TIFF_KEPT_TAGS.split()))
 _TIFF_COMPRESSION, _TIFF_ORIENTATION, _TIFF_PROFILE = 259, 274, 34675
 _TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH = 322, 323
+_TIFF_WIDTH, _TIFF_LENGTH, _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_CHANNELS = 256, 257, 258, 262, 277
+_TIFF_PLANAR, _TIFF_PREDICTOR, _TIFF_EXTRA_SAMPLES, _TIFF_SAMPLE_FORMAT = 284, 317, 338, 339
+_TIFF_PARTS = (273, 324)  # where strips or tiles begin
 _TIFF_BYTE_COUNTS = (279, 325)
+_TIFF_LAYOUT = (257, 259, 266, 273, 278, 279, 323, 324, 325)  # what stays when bytes become pixels
+_TIFF_OF_BYTES = (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, deflate, packbits, deflate, LZMA, zstd
+_TIFF_PREDICTED = (5, 8, 32946, 34925, 50000)
 _TIFF_BYTE_KINDS = (1, 2, 7)  # BYTE, ASCII, UNDEFINED
 _TIFF_INTEGER_CODES = {1: "B", 3: "H", 4: "I", 16: "Q"}  # BYTE, SHORT, LONG, LONG8
 
@@ -221,12 +237,125 @@ def _tiff(data: bytes) -> ImageFile:
         _check_tiff(data, order, inline, kept)
     except struct.error:
         raise ValueError("the directory is cut off") from None
+    profile = next((_undefined(entry, data, order, inline) for entry in entries if entry.tag == _TIFF_PROFILE), b"")
+    turn = _turn(entries, order, inline)
+    grey = _grey_samples(data, order, inline, kept)
+    if grey is None:
+        whole = _is_whole(data, order, inline, kept)
+        return ImageFile("TIFF", _with_directory(data, order, inline, kept), turn, profile=profile, whole=whole)
+    planes = 1 if grey.channels > 1 else _scalar(data, order, inline, kept, _TIFF_CHANNELS, 1)
+    picture = _with_directory(data, order, inline, _as_bytes(data, order, inline, kept, grey, planes, 0))
+    alpha = b""
+    if grey.alpha and planes > 1:
+        apart = _as_bytes(data, order, inline, kept, grey, planes, grey.alpha_channel)
+        alpha = _with_directory(data, order, inline, apart)
+    return ImageFile("TIFF", picture, turn, profile=profile, grey=grey, alpha=alpha)
+
+
+def _is_whole(data: bytes, order: str, inline: int, entries: list[_Entry]) -> bool:
+    """Whether the tags that a decoder needs are there and make sense, so that what it refuses is no damage."""
+    try:
+        values = {e.tag: e.integers(data, order, inline) for e in entries if e.kind in _TIFF_INTEGER_CODES}
+    except struct.error:
+        return False
+    channels, bits = sum(values.get(_TIFF_CHANNELS, (1,))), values.get(_TIFF_BITS, (1,))
+    sized = all(sum(values.get(tag, ())) > 0 for tag in (_TIFF_WIDTH, _TIFF_LENGTH))
+    return (
+        sized
+        and not values.keys().isdisjoint(_TIFF_PARTS)
+        and channels <= 16
+        and len(bits) in (1, channels)
+        and all(1 <= size <= 64 for size in bits)
+    )
+
+
+def _with_directory(data: bytes, order: str, inline: int, entries: list[_Entry]) -> bytes:
+    """The file with a directory of these entries at its end in the place of its own."""
     directory = len(data) + len(data) % 2
     number = struct.Struct(order + ("Q" if inline == 8 else "I"))
     parts = [data[:inline], number.pack(directory), data[2 * inline :], b"\0" * (len(data) % 2)]
-    parts += [struct.pack(order + ("Q" if inline == 8 else "H"), len(kept)), *(entry.raw for entry in kept)]
-    profile = next((_undefined(entry, data, order, inline) for entry in entries if entry.tag == _TIFF_PROFILE), b"")
-    return ImageFile("TIFF", b"".join((*parts, number.pack(0))), _turn(entries, order, inline), profile=profile)
+    parts += [struct.pack(order + ("Q" if inline == 8 else "H"), len(entries)), *(entry.raw for entry in entries)]
+    return b"".join((*parts, number.pack(0)))
+
+
+def _scalar(data: bytes, order: str, inline: int, entries: list[_Entry], tag: int, default: int) -> int:
+    return next((entry.integers(data, order, inline)[0] for entry in entries if entry.tag == tag), default)
+
+
+def _grey_samples(data: bytes, order: str, inline: int, entries: list[_Entry]) -> GreySamples | None:
+    """The samples of a grey picture that is not compressed as a picture; None for any other."""
+
+    def scalar(tag: int, default: int) -> int:
+        return _scalar(data, order, inline, entries, tag, default)
+
+    def values(tag: int, default: int) -> set[int]:
+        return {v for entry in entries if entry.tag == tag for v in entry.integers(data, order, inline)} or {default}
+
+    photometric, compression = scalar(_TIFF_PHOTOMETRIC, 0), scalar(_TIFF_COMPRESSION, 1)
+    width, height = scalar(_TIFF_WIDTH, 0), scalar(_TIFF_LENGTH, 0)
+    channels = scalar(_TIFF_CHANNELS, 1)
+    if photometric not in (0, 1) and scalar(_TIFF_PLANAR, 1) == 2 and channels > 1 and scalar(_TIFF_BITS, 1) > 8:
+        raise UnsupportedError("Pillow takes them for single bits")
+    if photometric not in (0, 1) or compression not in _TIFF_OF_BYTES or not width or not height:
+        return None
+    bits, kinds = values(_TIFF_BITS, 1), values(_TIFF_SAMPLE_FORMAT, 1)
+    extra = next((e.integers(data, order, inline) for e in entries if e.tag == _TIFF_EXTRA_SAMPLES), ())
+    alpha = next((at for at, meaning in enumerate(extra) if meaning in (1, 2)), None)
+    found = GreySamples(
+        width,
+        height,
+        min(bits),
+        min(kinds),
+        1 if scalar(_TIFF_PLANAR, 1) == 2 else channels,
+        scalar(_TIFF_TILE_WIDTH, width),
+        photometric == 0,
+        order == ">",
+        scalar(_TIFF_PREDICTOR, 1) if compression in _TIFF_PREDICTED else 1,
+        0 if alpha is None else extra[alpha],
+        1 if alpha is None else alpha + 1,
+    )
+    if not found.block or not 1 <= channels <= 16 or (found.alpha and found.alpha_channel >= channels):
+        raise ValueError("the samples make no sense")
+    if len(bits) > 1 or len(kinds) > 1 or not found.supported():
+        raise UnsupportedError("samples of this kind")
+    return found
+
+
+def _as_bytes(
+    data: bytes, order: str, inline: int, entries: list[_Entry], grey: GreySamples, planes: int, plane: int
+) -> list[_Entry]:
+    """Entries that declare each byte of ``grey`` a pixel, in one of the planes."""
+    replaced = {_TIFF_WIDTH: grey.row_bytes, _TIFF_BITS: 8, _TIFF_PHOTOMETRIC: 1, _TIFF_TILE_WIDTH: grey.block_bytes}
+    number = struct.Struct(order + "I")
+    kept = []
+    present = {entry.tag for entry in entries}
+    for tag, value in replaced.items():
+        if tag in present or tag != _TIFF_TILE_WIDTH:
+            raw = struct.pack(order + ("HHQ" if inline == 8 else "HHI"), tag, 4, 1) + number.pack(value)
+            kept.append(_Entry(tag, 4, 1, raw.ljust(len(entries[0].raw), b"\0")))
+    for entry in entries:
+        if entry.tag in (*_TIFF_PARTS, *_TIFF_BYTE_COUNTS) and planes > 1:
+            kept.append(_slice(entry, data, order, inline, planes, plane))
+        elif entry.tag in _TIFF_LAYOUT:
+            kept.append(entry)
+    return sorted(kept, key=lambda entry: entry.tag)
+
+
+def _slice(entry: _Entry, data: bytes, order: str, inline: int, planes: int, plane: int) -> _Entry:
+    """An entry with the values of one of so many planes; they stay where they are, unless they fit the entry."""
+    count, rest = divmod(entry.count, planes)
+    if rest:
+        raise ValueError("the planes differ")
+    code = _TIFF_INTEGER_CODES.get(entry.kind, "B")
+    size = struct.calcsize(code)
+    values = entry.integers(data, order, inline)[plane * count : (plane + 1) * count]
+    if count * size <= inline:
+        place = struct.pack(f"{order}{count}{code}", *values).ljust(inline, b"\0")
+    else:
+        word = struct.Struct(order + ("Q" if inline == 8 else "I"))
+        place = word.pack(word.unpack(entry.raw[-inline:])[0] + plane * count * size)
+    head = struct.pack(order + ("HHQ" if inline == 8 else "HHI"), entry.tag, entry.kind, count)
+    return _Entry(entry.tag, entry.kind, count, head + place)
 
 
 def _undefined(entry: _Entry, data: bytes, order: str, inline: int) -> bytes:

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from . import data_url, icc, image_files, published
+from . import data_url, icc, image_files, published, tiff_samples
 from .errors import CheckpointError, UserError
 from .image_files import MAX_BYTES
 
@@ -174,7 +174,14 @@ def load(source: bytes | bytearray | str | Path | Image.Image, options: ImageOpt
                 "E_IMAGE_FORMAT", "an image is not a PNG, JPEG, WebP, GIF, BMP or TIFF file; convert it first."
             )
         del data
-        opened = Image.open(_Steps(file.data), formats=(file.format,))
+        if file.grey is not None:
+            return _fitted(_upright(_rgb(_grey(file, file.grey), file.profile), file.orientation), options)
+        try:
+            opened = Image.open(_Steps(file.data), formats=(file.format,))
+        except UnidentifiedImageError:
+            if file.format == "TIFF" and file.whole:
+                raise image_files.UnsupportedError("samples of this kind") from None
+            raise
         _check_pixels(opened)
         if file.scans > 1 and file.scans * opened.width * opened.height > _MAX_SCANNED_PIXELS:
             raise ValueError("too many scans")
@@ -205,6 +212,10 @@ def _refusals() -> Iterator[None]:
             yield
     except UserError:
         raise
+    except image_files.UnsupportedError:
+        raise UserError(
+            "E_IMAGE_FORMAT", "an image keeps its samples in a way that is not read here; save it anew as PNG or JPEG."
+        ) from None
     except (Image.DecompressionBombError, MemoryError):
         raise _too_many_pixels() from None
     except Exception:
@@ -250,12 +261,29 @@ def _decoded(opened: ImageFile.ImageFile, animated: bool) -> Image.Image:
     return Image.frombuffer(mode, opened.size, pixels, "raw", mode, 0, 1)
 
 
+def _grey(file: image_files.ImageFile, samples: tiff_samples.GreySamples) -> Image.Image:
+    """A grey TIFF, of which Pillow only unpacks the bytes."""
+    _check_size(samples.width, samples.height)
+    if samples.row_bytes * samples.height > tiff_samples.MAX_RAW_BYTES:
+        raise UserError("E_IMAGE_TOO_LARGE", "an image has too many bits a pixel for its size; save it as PNG or JPEG.")
+    raw, *alpha = [
+        _decoded(Image.open(_Steps(data), formats=("TIFF",)), animated=False)
+        for data in (file.data, file.alpha)
+        if data
+    ]
+    return tiff_samples.picture(raw, samples, *alpha)
+
+
 def _check_pixels(image: Image.Image) -> None:
-    if image.width * image.height > MAX_PIXELS:
+    _check_size(*image.size)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
         raise _too_many_pixels()
-    if max(image.size) > MAX_SIDE:
+    if max(width, height) > MAX_SIDE:
         raise UserError("E_IMAGE_TOO_LARGE", f"an image has a side of more than {MAX_SIDE:,} pixels; crop it.")
-    if not image.width or not image.height:
+    if not width or not height:
         raise UserError("E_IMAGE_UNREADABLE", "an image has no pixels; send another one.")
 
 

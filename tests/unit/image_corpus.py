@@ -983,9 +983,59 @@ def large() -> Iterator[Case]:
     yield Case("TIFF F of 40 million pixels", lambda: saved(most.image("F"), "TIFF", compression="zstd"), size=size)
 
 
+def grey_tiffs() -> Iterator[Case]:
+    """Grey TIFFs of odd samples: large ones within the bounds, and directories that make no sense."""
+    size = (8000, 5000)
+
+    def zeros(bits: int, kind: int = 1, channels: int = 1, tags: tuple[Tag, ...] = ()) -> bytes:
+        body = zlib.compress(bytes(size[0] * size[1] * bits // 8 if bits < 64 and channels == 1 else 100), 1)
+        own = [(258, SHORT, [bits] * channels), (277, SHORT, [channels]), (339, SHORT, [kind] * channels), *tags]
+        rest = [tag for tag in grey_tags(size, [16], [len(body)], size[1], 8) if tag[0] not in {t[0] for t in own}]
+        return tiff([*rest, *own], body)
+
+    for bits, kind, name in ((12, 1, "12 bits"), (32, 3, "float")):
+        yield Case(
+            f"TIFF of 40 million grey samples, {name}",
+            lambda b=bits, k=kind: zeros(b, k),
+            size=size,
+            colours=(BLACK,) * 4,
+        )
+    yield Case("TIFF of 40 million long floats", lambda: zeros(64, 3), (TOO_LARGE,))
+    yield Case("TIFF of 40 million of many samples", lambda: zeros(8, 1, 16), (TOO_LARGE,))
+    yield Case("TIFF of a predictor of floats", lambda: zeros(32, 3, tags=((317, SHORT, [3]),)), colours=(BLACK,) * 4)
+    level = bytes(quarters().convert("L").tobytes())
+    good = grey_tags(SIZE, [16], [len(level)], SIZE[1])
+    for name, tag, codes in (
+        ("no samples", (277, SHORT, [0]), (UNREADABLE,)),
+        ("many samples", (277, LONG, [2**31]), (UNREADABLE,)),
+        ("bits of none", (258, SHORT, [0]), (FORMAT,)),
+        ("many bits", (258, SHORT, [65535]), (FORMAT,)),
+        ("alpha of no sample", (338, SHORT, [2]), (UNREADABLE,)),
+        ("no width", (256, LONG, [0]), (UNREADABLE,)),
+        ("too wide", (256, LONG, [2**32 - 1]), (TOO_LARGE,)),
+        ("too high", (257, LONG, [2**32 - 1]), (TOO_LARGE,)),
+        ("tiles of no width", (322, LONG, [0]), (UNREADABLE,)),
+        ("strange samples", (339, SHORT, [9]), (FORMAT,)),
+    ):
+        tags = [other for other in good if other[0] != tag[0]]
+        yield Case(f"grey TIFF, {name}", lambda t=(*tags, tag): tiff(list(t), level), codes)
+    deep = [tag for tag in good if tag[0] not in (258, 279)] + [(258, SHORT, [12]), (279, LONG, [2304])]
+    whole = tiff(deep, level + level[:768])
+    for number in range(40):
+        rng = random.Random(f"grey {number}")
+        damaged = bytearray(whole)
+        for _ in range(rng.choice((1, 3, 10))):
+            damaged[rng.randrange(2320 if number % 4 else 4, len(whole))] = rng.choice((0, 1, 2, 8, 127, 255))
+        yield Case(
+            f"grey TIFF damaged {number}",
+            lambda d=bytes(damaged): d,
+            (ANSWER, UNREADABLE, TOO_LARGE, FORMAT),
+        )
+
+
 GROUPS = (
-    modes, orientations, odd_exif, odd_profiles, several_frames, truncations, damages, wrong_names, no_images, bombs,
-    shapes, large,
+    modes, grey_tiffs, orientations, odd_exif, odd_profiles, several_frames, truncations, damages, wrong_names,
+    no_images, bombs, shapes, large,
 )  # fmt: skip
 
 
