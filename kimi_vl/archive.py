@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .errors import CheckpointError
+from .foreign import is_foreign
 
 LARGEST_END = 2**20
 """Bytes to read after the last entry: an archive is padded with zeros, but not with this many."""
@@ -71,10 +72,10 @@ class Contents:
             raise CheckpointError(f"{self.name}: the archive holds no files; make it anew")
 
     def difference(self, tree: Path) -> str:
-        """Where ``tree`` is not exactly what the archive holds; empty where it is."""
+        """Where ``tree`` is not exactly what the archive holds, foreign files aside; empty where it is."""
         wanted = {folder: Entry("folder") for folder in self._above} | self.entries
         found = _on_disk(tree)
-        for name in sorted(wanted.keys() | found.keys()):
+        for name in sorted(wanted.keys() | {name for name in found if not is_foreign(name)}):
             if name not in found:
                 return f"{name[:200]!r} of the archive was not extracted"
             if wanted.get(name) != found[name]:

@@ -45,11 +45,19 @@ def snapshot(tree: Path, revision: str) -> Path | None:
     return folder if commit and folder.is_dir() else None
 
 
-def discard(folder: Path, damaged: list[Path]) -> None:
-    """Delete what the client would take for good: damaged blobs, and the links of the snapshot ``folder``."""
+def discard(folder: Path, damaged: list[Path], *, keep_files: bool) -> None:
+    """Delete what the client would take for good: damaged files, and the links of the snapshot ``folder``.
+
+    Files in place of links are the only copy where the client makes no links: with ``keep_files`` those that are not
+    known to be damaged stay, so that only what is missing is fetched.
+    """
     for file in damaged:
         file.unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    if not keep_files:
+        shutil.rmtree(folder, ignore_errors=True)
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            path.unlink()
 
 
 def fetch(name: str, revision: str, cache: Path) -> Path:

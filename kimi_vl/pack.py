@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from . import download, loader, verify
 from .errors import CheckpointError
+from .foreign import is_foreign
 from .progress import Progress
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class _Hashing:
 
 def _choose(folder: Path) -> tuple[list[str], list[str]]:
     """The names that are packed, and those that are not."""
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(path.name for path in folder.iterdir() if not is_foreign(path.name))
     packed = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in PACKED)]
     packed = [name for name in packed if (folder / name).is_file()]
     return packed, [name for name in names if name not in packed]
@@ -99,7 +100,9 @@ def _name_blobs(folder: Path, names: list[str]) -> tuple[dict[str, str], str]:
     """The blob's name of every file, and the revision: those of the tree where it is one, else from the contents."""
     if verify.is_snapshot(folder):
         verify.check(folder)
-        return {name: os.path.basename(os.readlink(folder / name)) for name in names}, folder.name
+        links = {name: os.readlink(folder / name) for name in names if (folder / name).is_symlink()}
+        files = verify.sha256(folder, [name for name in names if name not in links])
+        return files | {name: os.path.basename(target) for name, target in links.items()}, folder.name
     loader.check(folder)
     blobs = verify.sha256(folder, names)
     listing = "".join(f"{blobs[name]}  {name}\n" for name in names)

@@ -1,7 +1,8 @@
 """A checkpoint folder to the byte: every file has the hash that its name or a manifest says, and none leads outside.
 
-A marker beside the folder remembers what was found, so that the next start needs only to look at sizes and times.
-Knows no network, and of parameters only that `loader.check` accepts them.
+What an operating system leaves among the files is no part of it. A marker beside the folder remembers what was found,
+so that the next start needs only to look at sizes and times. Knows no network, and of parameters only that
+`loader.check` accepts them.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from typing import Any
 
 from . import loader
 from .errors import CheckpointError
+from .foreign import is_foreign
 from .progress import Progress, amount
 
 log = logging.getLogger(__name__)
 
 Stamps = dict[str, tuple[int, int, int]]
 """Size, time of change in ns and inode of every file of a folder, by its name."""
+
+Expected = dict[str, list[tuple[str, ...]]]
+"""For each file, by its name: of every entry one hash must be that of its content."""
 
 # Beside the configuration and the tensors, which `loader.check` knows: one of each.
 _COMPANIONS = (
@@ -103,6 +108,8 @@ def check(folder: Path, manifest: Manifest | None = None, *, inside: Path | None
     """Verify the checkpoint in ``folder`` to the byte; what its files looked like, for :func:`mark`.
 
     In a Hugging Face cache tree, a blob of 64 hex digits is named by its SHA-256, one of 40 by its git blob hash.
+    A file there in place of a link must be one of the blobs of its size that no link leads to; where there is none
+    (the client moves blobs where it makes no links), its hash is not known, as in a plain folder.
     ``inside`` is a tree that nothing in it may leave, for what came from elsewhere. Raises :class:`CheckpointError`
     naming the first file at fault; the cheap checks come first.
     """
@@ -121,8 +128,12 @@ def check(folder: Path, manifest: Manifest | None = None, *, inside: Path | None
         raise
     if expected:
         _hash(folder, stamps, expected)
-    else:
-        log.info("%s: no hashes are known, so only names, shapes and types are checked", folder)
+    if unknown := len(stamps) - len(expected):
+        log.info(
+            "%s: no hash is known of %s, so only names, shapes and types are checked",
+            folder,
+            f"{unknown} of {len(stamps)} files" if expected else "any file",
+        )
     if _stamps(folder) != stamps:
         raise CheckpointError(f"{folder}: changed while it was verified; start again when nothing writes to it")
     return stamps
@@ -188,12 +199,14 @@ def _write_whole(path: Path, data: Mapping[str, Any], indent: int | None = None)
 
 
 def _names(folder: Path) -> Iterator[str]:
-    """Every entry below ``folder`` that is not a folder; a link to a folder is an entry."""
+    """Every entry below ``folder`` that is no folder and not foreign; a link to a folder is an entry."""
     pending = [""]
     while pending:
         above = pending.pop()
         for item in os.scandir(folder / above):
             name = os.path.join(above, item.name)
+            if is_foreign(item.name):
+                continue
             if item.is_dir(follow_symlinks=False):
                 pending.append(name)
             else:
@@ -224,24 +237,41 @@ def _confine(tree: Path) -> None:
 # What should be there
 
 
-def _expected(folder: Path, stamps: Stamps, manifest: Manifest | None) -> dict[str, list[str]]:
-    """The hashes that each file must have; empty where none are known."""
-    expected: dict[str, list[str]] = {name: [] for name in stamps}
+def _expected(folder: Path, stamps: Stamps, manifest: Manifest | None) -> Expected:
+    """The hashes that files must have, without the files of which none is known."""
+    expected: Expected = {name: [] for name in stamps}
     if manifest is not None:
         _compare_names(folder, stamps, manifest)
-        for name, (_, digest) in manifest.files.items():
-            expected[name].append(digest)
+        for name in stamps:
+            expected[name].append((manifest.files[name][1],))
     if is_snapshot(folder):
-        for name, digests in expected.items():
-            if manifest is None or (folder / name).is_symlink():
-                digests.append(_blob(folder, name).name)
-    return expected if any(expected.values()) else {}
+        unlinked = _unlinked_blobs(folder.absolute().parents[1])
+        for name, hashes in expected.items():
+            if (folder / name).is_symlink():
+                hashes.append((_blob(folder, name).name,))
+            elif manifest is None and (blobs := unlinked.get(stamps[name][0])):
+                hashes.append(tuple(blobs))
+    return {name: hashes for name, hashes in expected.items() if hashes}
+
+
+def _unlinked_blobs(tree: Path) -> dict[int, list[str]]:
+    """By their size, the blobs that no snapshot of ``tree`` links to: a copy of the tree has files in place of links.
+
+    A blob with a link is of that file, and says nothing of another that happens to have its size.
+    """
+    links = {os.path.basename(os.readlink(path)) for path in tree.glob("snapshots/*/**/*") if path.is_symlink()}
+    blobs: dict[int, list[str]] = {}
+    for path in sorted((tree / "blobs").iterdir()):
+        if (_SHA256.fullmatch(path.name) or _GIT.fullmatch(path.name)) and path.name not in links and path.is_file():
+            blobs.setdefault(path.stat().st_size, []).append(path.name)
+    return blobs
 
 
 def _compare_names(folder: Path, stamps: Stamps, manifest: Manifest) -> None:
     if manifest.revision and is_snapshot(folder) and folder.name != manifest.revision:
         raise CheckpointError(f"{folder}: the manifest is of another revision, {manifest.revision}")
-    for name in sorted(stamps.keys() | manifest.files.keys()):
+    listed = {name for name in manifest.files if not is_foreign(name)}
+    for name in sorted(stamps.keys() | listed):
         if name not in stamps:
             raise CheckpointError(f"{folder / name}: is missing, but the manifest lists it")
         if name not in manifest.files:
@@ -254,8 +284,6 @@ def _compare_names(folder: Path, stamps: Stamps, manifest: Manifest) -> None:
 def _blob(folder: Path, name: str) -> Path:
     """The blob that a file of a snapshot links to, by the link's text alone."""
     path = folder / name
-    if not path.is_symlink():
-        raise CheckpointError(f"{path}: is no link to a blob, so its hash is not known; fetch the model anew")
     target = os.readlink(path)
     blob = Path(os.path.normpath(path.parent.absolute() / target))
     if os.path.isabs(target) or blob.parent != folder.absolute().parents[1] / "blobs":
@@ -267,29 +295,31 @@ def _blob(folder: Path, name: str) -> Path:
     return blob
 
 
-def _hash(folder: Path, stamps: Stamps, expected: Mapping[str, list[str]]) -> None:
+def _hash(folder: Path, stamps: Stamps, expected: Expected) -> None:
     jobs = sorted(
-        ((name, digest) for name, digests in expected.items() for digest in set(digests)),
+        ((name, hashes) for name, needed in expected.items() for hashes in set(needed)),
         key=lambda job: -stamps[job[0]][0],  # the largest first: none is left to a single core at the end
     )
     total = sum(stamps[name][0] for name, _ in jobs)
-    log.info("verifying %s: %d files, %s", folder, len(stamps), amount(total))
+    log.info("verifying %s: %d files, %s", folder, len(expected), amount(total))
     progress = Progress("verifying", total)
 
-    def good(job: tuple[str, str]) -> bool:
-        name, digest = job
-        if _GIT.fullmatch(digest):
+    def good(job: tuple[str, tuple[str, ...]]) -> bool:
+        name, hashes = job
+        found = set()
+        if any(_SHA256.fullmatch(digest) for digest in hashes):
+            found.add(_digest(folder / name, hashlib.sha256(), progress))
+        if any(_GIT.fullmatch(digest) for digest in hashes):
             hasher = hashlib.sha1(f"blob {stamps[name][0]}\0".encode(), usedforsecurity=False)
-        else:
-            hasher = hashlib.sha256()
-        return _digest(folder / name, hasher, progress) == digest
+            found.add(_digest(folder / name, hasher, progress))
+        return not found.isdisjoint(hashes)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         bad = [job for job, fine in zip(jobs, pool.map(good, jobs), strict=True) if not fine]
     if bad:
         more = f" (and so are {len(bad) - 1} more)" if len(bad) > 1 else ""
         raise DamagedError(
-            f"{folder / bad[0][0]}: is damaged or was altered, its hash is not {bad[0][1]}{more}",
+            f"{folder / bad[0][0]}: is damaged or was altered, its hash is not {' or '.join(bad[0][1])}{more}",
             [(folder / name).resolve() for name, _ in bad],
         )
     progress.finish("verified")

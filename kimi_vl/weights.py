@@ -257,7 +257,8 @@ def _from_hub(repository: str, cache: Path, manifest: Manifest | None) -> Path:
                         raise CheckpointError(f"{error}; the copy on the Hub cannot be used, name another") from None
                     log.warning("%s; fetching it again", error)
                     marker.unlink(missing_ok=True)
-                    hub.discard(folder, error.files if isinstance(error, DamagedError) else [])
+                    damaged = error.files if isinstance(error, DamagedError) else []
+                    hub.discard(folder, damaged, keep_files=tries_left == 2)
             folder = hub.fetch(name, revision, cache)
     raise AssertionError("the last try returns or raises")
 

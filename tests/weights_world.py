@@ -87,6 +87,7 @@ class FaultServer:
     override: Callable[[str], bytes | None] = lambda path: None  # content that is not in the folder
     headers_for: Callable[[str], dict[str, str]] = lambda path: {}
     requests: list[tuple[str, str]] = field(default_factory=list)  # path with query, range
+    delivered: list[str] = field(default_factory=list)  # path of every answer with content
     sent: int = 0
 
     def __enter__(self) -> FaultServer:
@@ -140,6 +141,8 @@ class FaultServer:
         if start >= len(content):
             return self.plain(handler, 416, {})
         partial = self.ranges and bool(span)
+        if handler.command == "GET":
+            self.delivered.append(path)
         handler.send_response(206 if partial else 200)
         if partial:
             handler.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content) + self.length_error}")

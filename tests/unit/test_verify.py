@@ -14,6 +14,7 @@ from kimi_vl import progress, verify
 from kimi_vl.archive import Contents, end_fault
 from kimi_vl.download import redact, shown
 from kimi_vl.errors import CheckpointError
+from kimi_vl.foreign import is_foreign
 from tests.weights_world import CHECKPOINT, NAME, REVISION, blob_name, cache_tree, flip, largest_blob
 
 
@@ -111,6 +112,108 @@ def test_a_file_in_a_folder_of_the_snapshot(tree, snapshot):
 
 def flip_small(path: Path) -> None:
     path.write_bytes(bytes([path.read_bytes()[0] ^ 1]))
+
+
+# Files in place of links, and files that are no part of a checkpoint
+
+FOREIGN = (
+    ".DS_Store", "._config.json", "._model.safetensors", "Thumbs.db", "thumbs.db", "desktop.ini", "Desktop.ini",
+    ".nfs000000000012ab34", ".fuse_hidden0001", ".gitattributes", "__pycache__/modeling.cpython-311.pyc",
+    ".cache/huggingface/download/config.json.metadata", "lost+found/#123", "@eaDir/config.json@SynoEAStream",
+    "System Volume Information/x", ".ipynb_checkpoints/config.json", "figures/.DS_Store",
+)  # fmt: skip
+
+
+def leave_foreign_files(folder: Path) -> None:
+    for name in FOREIGN:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"not ours")
+
+
+def files_for_links(snapshot: Path, *, keep_blobs: bool) -> None:
+    """As a copy of the tree has them, or as the client leaves them where it makes no links."""
+    for path in list(snapshot.iterdir()):
+        blob = path.resolve()
+        path.unlink()
+        shutil.copyfile(blob, path)
+        if not keep_blobs:
+            blob.unlink()
+
+
+@pytest.mark.parametrize("form", ["links", "copies", "moved", "plain"])
+def test_foreign_files_are_no_part_of_a_checkpoint(tree, snapshot, plain, tmp_path, form):
+    folder = plain if form == "plain" else snapshot
+    if form in ("copies", "moved"):
+        files_for_links(snapshot, keep_blobs=form == "copies")
+    clean = verify.check(folder)
+    verify.write_manifest(folder, "mine", tmp_path / "manifest.json")
+    manifest = verify.Manifest.read(tmp_path / "manifest.json")
+    verify.mark(tmp_path / "x.verified", folder, None, clean)
+    leave_foreign_files(folder)
+    leave_foreign_files(tree / "blobs")
+    leave_foreign_files(tree.parent)
+    assert verify.check(folder, inside=tree if form != "plain" else None) == clean
+    assert verify.check(folder, manifest) == clean
+    assert verify.is_marked(tmp_path / "x.verified", folder, None)
+    verify.write_manifest(folder, "mine", tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == (tmp_path / "manifest.json").read_text()
+
+
+def test_a_manifest_may_list_files_that_are_no_part(plain, tmp_path):
+    verify.write_manifest(plain, "mine", tmp_path / "manifest.json")
+    data = json.loads((tmp_path / "manifest.json").read_text())
+    data["files"][".gitattributes"] = {"size": 3, "sha256": "0" * 64}
+    (tmp_path / "manifest.json").write_text(json.dumps(data))
+    verify.check(plain, verify.Manifest.read(tmp_path / "manifest.json"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "DS_Store", "a.DS_Store.json", "nfs", "model.safetensors", "cache/x"])
+def test_names_that_are_not_foreign(name):
+    assert not is_foreign(name)
+
+
+def test_files_in_place_of_links_are_compared_with_the_blobs(snapshot, caplog):
+    caplog.set_level(logging.INFO)
+    files_for_links(snapshot, keep_blobs=True)
+    verify.check(snapshot)
+    assert "no hash is known" not in caplog.text
+    for path in snapshot.iterdir():
+        flip(path)
+        with pytest.raises(verify.DamagedError, match=f"{path.name}: is damaged") as caught:
+            verify.check(snapshot)
+        assert caught.value.files == [path]
+        flip(path)
+
+
+def test_files_whose_blobs_were_moved_are_checked_as_a_plain_folder_is(snapshot, caplog):
+    caplog.set_level(logging.INFO)
+    files_for_links(snapshot, keep_blobs=False)
+    verify.check(snapshot)
+    assert "no hash is known of any file, so only names, shapes and types are checked" in caplog.text
+    content = (snapshot / "model.safetensors").read_bytes()
+    (snapshot / "model.safetensors").write_bytes(content[:-4])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is not a complete safetensors file"):
+        verify.check(snapshot)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_links_and_files_in_one_snapshot(tree, snapshot, caplog, name):
+    """The client was kept from making links half-way: what has a link is proven, the rest is not, and no blob of a
+    link is taken for that of a file of its size."""
+    caplog.set_level(logging.INFO)
+    blob = (snapshot / name).resolve()
+    (snapshot / name).unlink()
+    blob.rename(snapshot / name)
+    older = tree / "snapshots" / ("f" * 40)
+    older.mkdir()
+    other = tree / "blobs" / ("e" * 64)
+    other.write_bytes(bytes((snapshot / name).stat().st_size))
+    (older / name).symlink_to(f"../../blobs/{other.name}")
+    verify.check(snapshot)
+    assert "no hash is known of 1 of 6 files" in caplog.text
+    flip(snapshot / "tiktoken.model")
+    with pytest.raises(verify.DamagedError, match=r"tiktoken\.model: is damaged"):
+        verify.check(snapshot)
 
 
 def test_which_snapshot(tree, snapshot):
@@ -238,7 +341,7 @@ def test_a_file_that_cannot_be_read(snapshot, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise OSError(5, "Input/output error")
 
-    expected = {"config.json": ["0" * 64]}
+    expected = {"config.json": [("0" * 64,)]}
     stamps = verify._stamps(snapshot)
     monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(CheckpointError, match=r"config\.json: cannot be read \(Input/output error\)"):
@@ -311,6 +414,8 @@ def test_what_an_archive_is_compared_with(tmp_path):
     (tmp_path / "x" / "a" / "b").write_text("12")
     assert "'a/b' was not extracted as" in contents.difference(tmp_path / "x")
     (tmp_path / "x" / "a" / "b").write_text("123")
+    (tmp_path / "x" / "a" / ".nfs0001").touch()
+    assert contents.difference(tmp_path / "x") == ""
     (tmp_path / "x" / "e").touch()
     assert "'e' was not extracted as" in contents.difference(tmp_path / "x")
 

@@ -342,7 +342,7 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path):
 def test_a_plain_folder_has_no_hashes_and_leaves_nothing_in_the_cache(cache, caplog):
     caplog.set_level(logging.INFO)
     assert weights.resolve(str(CHECKPOINT), has_gpu=False, cache=cache) == CHECKPOINT
-    assert "no hashes are known" in caplog.text and not cache.exists()
+    assert "no hash is known of any file" in caplog.text and not cache.exists()
 
 
 @pytest.mark.parametrize("place", ["tree", "snapshot", "above"])

@@ -134,6 +134,62 @@ def test_a_cache_that_is_not_complete_is_completed(boots, hub, cache, environmen
     assert "fetched 2.5 MB" in report["log"]
 
 
+NO_LINKS = {"HF_HUB_DISABLE_SYMLINKS": "1"}
+
+
+def fetched(report: dict[str, str]) -> list[str]:
+    return [line for line in report["log"].splitlines() if line.startswith("fetched ")]
+
+
+def downloads(hub: Hub) -> list[str]:
+    return sorted(path.rpartition("/")[2] for path in hub.server.delivered if "/resolve/" in path)
+
+
+def test_a_cache_without_links_is_fetched_once(boots, hub, cache, environment):
+    report = started(boots, cache, environment | NO_LINKS)
+    folder = Path(report["folder"])
+    assert not any(path.is_symlink() for path in folder.iterdir()) and len(fetched(report)) == 1
+    loader.load(folder)
+    assert len(downloads(hub)) == len(set(downloads(hub))) == 6
+    before = len(hub.server.requests)
+    for name in (".DS_Store", "Thumbs.db", "._config.json", ".nfs01"):
+        (folder / name).write_text("x")
+    assert started(boots, cache, environment | NO_LINKS)["folder"] == str(folder)
+    (cache / f"{TREE}.verified").unlink()
+    report = started(boots, cache, environment)
+    assert report["folder"] == str(folder) and "no hash is known of any file" in report["log"]
+    assert len(hub.server.requests) == before
+
+
+def test_a_cache_without_links_is_completed_by_what_is_missing(boots, hub, cache, environment):
+    folder = Path(started(boots, cache, environment | NO_LINKS)["folder"])
+    (folder / "config.json").unlink()
+    assert started(boots, cache, environment | NO_LINKS)["folder"] == str(folder)
+    assert downloads(hub).count("config.json") == 2 and downloads(hub).count("model.safetensors") == 1
+
+
+def test_a_cache_without_links_that_cannot_be_used_is_fetched_anew(boots, hub, cache, environment):
+    folder = Path(started(boots, cache, environment | NO_LINKS)["folder"])
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(2_000_000)
+    report = started(boots, cache, environment | NO_LINKS)
+    assert "is not a complete safetensors file" in report["log"]
+    assert Path(report["folder"], "model.safetensors").read_bytes() == hub.files["model.safetensors"]
+
+
+def test_a_copied_cache_with_an_altered_file_is_repaired_without_a_download(boots, hub, cache, environment):
+    folder = Path(started(boots, cache, environment)["folder"])
+    (cache / f"{TREE}.verified").unlink()
+    shutil.copytree(cache / TREE, cache / "copied")
+    shutil.rmtree(cache / TREE)
+    (cache / "copied").rename(cache / TREE)
+    flip(folder / "model.safetensors")
+    report = started(boots, cache, environment)
+    assert "model.safetensors: is damaged" in report["log"]
+    assert (folder / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
+    assert downloads(hub).count("model.safetensors") == 1
+
+
 def test_a_damaged_source_is_refused(boots, hub, cache, environment):
     hub.damaged = True
     report = started(boots, cache, environment)
