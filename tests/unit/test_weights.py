@@ -402,13 +402,9 @@ def test_a_manifest_is_applied_to_what_is_fetched_and_outdates_a_marker(site, no
 def test_the_command_fetches_and_writes_a_manifest(site, tmp_path, monkeypatch):
     tree = cache_tree(tmp_path / "made")
     monkeypatch.chdir(tmp_path)
-    command = [sys.executable, "-P", "-m", "fetch", "made", "--write-manifest", "out.json"]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'scripts'}:{ROOT}"}
-    program = f"import sys, fetch, pathlib; fetch.CACHE = pathlib.Path('cache'); sys.argv[1:] = {command[4:]!r}; "
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", program + "sys.exit(fetch.main())"],
-        env=environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    command = [sys.executable, "-P", "-m", "kimi_vl.cli", "fetch", "made", "--write-manifest", "out.json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert Path(done.stdout.strip()) == Path("made") / NAME / "snapshots" / REVISION
     manifest = verify.Manifest.read(tmp_path / "out.json")
     assert manifest.revision == REVISION and set(manifest.files) == {path.name for path in CHECKPOINT.iterdir()}
