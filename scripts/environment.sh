@@ -1,6 +1,8 @@
 # Sourced by the other scripts: keeps .venv in the repository's root as its requirements file wants it.
 #
-#   kimi_vl_environment run|dev     sets KIMI_VL_PYTHON; silent unless something has to be installed
+#   kimi_vl_environment run|dev               sets KIMI_VL_PYTHON; silent unless something has to be installed
+#   kimi_vl_transformers oldest|newest        after `dev`: prints the Python of an environment over .venv, with the
+#                                             oldest or newest transformers that pyproject.toml allows
 #
 # What was installed is remembered as the text of the requirements, in .venv itself. A mark stands there while it is
 # being made; where it is found later, that installation was cut off, and the environment is made from nothing.
@@ -78,4 +80,33 @@ _kimi_vl_install() {
   if [ "$1" = dev ]; then printf '%s\n' "$2" > "$kimi_vl_venv/.installed-dev" || return 1; fi
   rm -f "$kimi_vl_venv/.installing"
   echo "set-up: done" >&2
+}
+
+# The environment has only what differs from .venv, whose packages it finds after its own: torch is never installed
+# anew, and no other package moves further than that transformers needs.
+kimi_vl_transformers() {
+  local over="$kimi_vl_root/.venv-$1" allowed wanted base
+  allowed="$("$KIMI_VL_PYTHON" -c 'import sys, tomllib
+dependencies = tomllib.load(open(sys.argv[1], "rb"))["project"]["dependencies"]
+print(next(text for text in dependencies if text.startswith("transformers")))' "$kimi_vl_root/pyproject.toml")" || return 1
+  case "$1" in
+    oldest) wanted="$(sed -E 's/^([a-z]+)>=([0-9.]+).*$/\1==\2/' <<< "$allowed")" ;;
+    newest) wanted="$allowed" ;;
+    *) echo "error: unknown environment $1" >&2; return 1 ;;
+  esac
+  base="$("$KIMI_VL_PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || return 1
+  # Made from nothing where its making was cut off, and where .venv has changed below it.
+  if [ -e "$over/.installing" ] || ! [ "$over/.made" -nt "$kimi_vl_venv/.installed-dev" ]; then
+    rm -rf "$over"
+    "$KIMI_VL_PYTHON" -m venv --without-pip "$over" >&2 || return 1
+    echo "$base" > "$("$over/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth" || return 1
+    grep '^torch==' "$kimi_vl_root/scripts/requirements.txt" > "$over/constraints.txt" || return 1
+    touch "$over/.made"
+  fi
+  touch "$over/.installing" || return 1
+  echo "set-up: $wanted in .venv-$1" >&2
+  "$KIMI_VL_PYTHON" -m pip --python "$over/bin/python" install --disable-pip-version-check --no-input --quiet --upgrade \
+    --constraint "$over/constraints.txt" "$wanted" >&2 || return 1
+  rm -f "$over/.installing"
+  echo "$over/bin/python"
 }
