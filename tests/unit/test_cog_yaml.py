@@ -104,6 +104,14 @@ def test_environment_is_allowed(config: dict[str, Any]) -> None:
     assert "KIMI_VL_MODEL=thinking" in config["environment"]
 
 
+def test_gpu_memory_grows_in_place(config: dict[str, Any]) -> None:
+    """torch 2.9 takes this name without effect."""
+    values = dict(entry.split("=", 1) for entry in config["environment"])
+    assert values["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in values, "an older name of the same, which torch warns of"
+    assert tuple(int(part) for part in pins("requirements.txt")["torch"].split(".")) >= (2, 10, 0)
+
+
 def test_predictor_exists(config: dict[str, Any]) -> None:
     match = re.fullmatch(r"([^:]+\.py):(\w+)", config["predict"])
     assert match
