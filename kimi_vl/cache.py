@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from . import flash
+from . import devices, flash
 from .config import TextConfig
 from .language import Attention
 
@@ -97,9 +97,9 @@ class PagedCache:
         return config.num_hidden_layers * page_size * (config.kv_lora_rank + config.qk_rope_head_dim) * dtype.itemsize
 
     def clear(self, pages: Sequence[int]) -> None:
-        """Set all entries of some pages to zero."""
+        """Set all entries of some pages to zero. The host does not wait, so a step may be under way meanwhile."""
         if pages:
-            self.entries[:, torch.tensor(pages, device=self.entries.device)] = 0
+            self.entries.index_fill_(1, devices.tensor(pages, torch.int64, self.entries.device), 0)
 
     def step(self, chunks: Sequence[Chunk]) -> Step:
         """For the new tokens of ``chunks``, one after another; chunks of one token come first."""
@@ -114,16 +114,16 @@ class PagedCache:
             count, mask = chunk.end - chunk.begin, None
             if chunk.begin and not flash.usable(self.entries):
                 mask = torch.ones(count, chunk.end, dtype=torch.bool, device=device).tril(chunk.begin)  # (S, L)
-            own = torch.tensor(chunk.pages[: -(-chunk.end // size)], device=device)
+            own = devices.tensor(chunk.pages[: -(-chunk.end // size)], torch.int64, device)
             longer.append(LongChunk(slice(first, first + count), own, chunk.end, mask))
             first += count
         return Step(
             self.entries,
-            torch.tensor(positions, device=device),
-            torch.tensor(slots, device=device),
+            devices.tensor(positions, torch.int64, device),
+            devices.tensor(slots, torch.int64, device),
             Rows(
-                torch.tensor(table, dtype=torch.int32, device=device).view(len(single), most),
-                torch.tensor([chunk.end for chunk in single], dtype=torch.int32, device=device),
+                devices.tensor(table, torch.int32, device).view(len(single), most),
+                devices.tensor([chunk.end for chunk in single], torch.int32, device),
                 size,
                 [chunk.end for chunk in single],
             ),

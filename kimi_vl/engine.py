@@ -1,39 +1,45 @@
 """One thread that serves every request: plan, tensors, forward, sample, commit.
 
 Knows ids, images as patches, and a guide for each request that says what to do with a drawn token; no text and no
-files. Whatever goes wrong with one request reaches that request alone.
+files. Whatever goes wrong with one request reaches that request alone; :mod:`kimi_vl.faults` says what ends the engine.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import hashlib
+import itertools
 import logging
 import queue
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import graphs, kernels, memory, sampling
+from . import devices, graphs, kernels, sampling
+from .budget import spare_bytes
 from .cache import Chunk, PagedCache
 from .config import TextConfig
+from .embeddings import EmbeddingCache
 from .errors import UserError
+from .faults import Broken, Failed, Faults, NotFinite, Overloaded
 from .fused import FusedDecoder
-from .graphs import CudaGraphs, Launched, Row, StaticDecoder
+from .graphs import Action, CudaGraphs, Launched, Row, StaticDecoder
 from .model import KimiVL
 from .pages import PagePool
-from .sampling import Sampling, draw, uniforms
+from .sampling import draw
 from .scheduler import NeverFits, Request, Scheduler, Span, Work
-from .vision import Grid
+from .tickets import Guide, Patches, Ticket, Unguided, spans
 
+__all__ = ["Engine", "EngineOptions", "Guide", "Overloaded", "Patches", "Ticket"]
+
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -54,86 +60,46 @@ class EngineOptions:
         return kernels.Use(config, dtype, self.page_size, self.max_rows, self.step_tokens)
 
 
-class Patches:
-    """An image as the vision tower takes it: ``pixel_values`` (P, 3, 14, 14), float32, in a ``grid``.
-
-    The digest is the SHA-256 of exactly these values, so that only equal pictures are taken for each other.
-    """
-
-    def __init__(self, pixel_values: np.ndarray, grid: Grid):
-        self.pixel_values, self.grid = pixel_values, grid
-        self.digest = hashlib.sha256(repr(grid).encode() + np.ascontiguousarray(pixel_values).tobytes()).digest()
-
-    @property
-    def tokens(self) -> int:
-        return self.grid[0] * self.grid[1] // 4
-
-
-class Guide(Protocol):
-    """What the engine asks about a request. All calls come from the engine's thread, and must not wait."""
-
-    sampling: Sampling
-
-    @property
-    def text_only(self) -> bool:
-        """Whether tokens without text are ruled out in the next draw."""
-        ...
-
-    def forced(self) -> int | None:
-        """The next token where it is not drawn."""
-        ...
-
-    def take(self, token: int) -> int | None:
-        """What follows the sequence after this token was drawn: it, another one, or None when all is said."""
-        ...
-
-    def fail(self, error: Exception) -> None:
-        """The request is over, without an end."""
-        ...
-
-
-class Ticket:
-    """A request in the engine; :meth:`Engine.cancel` takes it back."""
-
-    def __init__(self, request: Request, patches: Sequence[Patches], guide: Guide, deadline: float):
-        self.request, self.patches, self.guide, self.deadline = request, patches, guide, deadline
-        self.drawn = 0
-        self.cancelled = False
-        self._numbers: tuple[int, list[float]] = (0, [])  # where they begin, and uniform numbers from there on
-
-    def number(self, position: int) -> float:
-        """What the draw at ``position`` is decided by."""
-        begin, numbers = self._numbers
-        if not begin <= position < begin + len(numbers):
-            begin, numbers = self._numbers = position, uniforms(self.guide.sampling.seed, position, 64)
-        return numbers[position - begin]
-
-
-class Overloaded(UserError):
-    """More work than the queue may hold, or than was done in time."""
-
-    def __init__(self, message: str):
-        super().__init__("E_OVERLOADED", message)
-
-
 class Engine:
     """Requests side by side through one model. Callers may be in any thread."""
 
-    def __init__(self, model: KimiVL, text_tokens: int, options: EngineOptions | None = None):
-        """Token ids below ``text_tokens`` have a text."""
+    def __init__(
+        self,
+        model: KimiVL,
+        text_tokens: int,
+        options: EngineOptions | None = None,
+        *,
+        ops: kernels.Ops | None = None,
+        capture: Callable[[Action], Action] | None = None,
+    ):
+        """Token ids below ``text_tokens`` have a text.
+
+        ``ops`` None takes those that KIMI_VL_KERNELS names. Where they are static, decoding steps run over buffers that
+        stay: on a GPU as graphs, and for ``ops`` given here on any device, as ``capture`` makes of them.
+        """
         self.model = model
         self._text_tokens = text_tokens
         self.options = options = options or EngineOptions()
-        text = model.config.text_config
+        self._device, text = model.device, model.config.text_config
+        on_gpu, wanted = self._device.type == "cuda", graphs.wanted()
         # before memory is counted: kernels are compiled and tried
-        ops, capture = kernels.choose(model.device, use=options.use(text, model.dtype)), graphs.wanted()
+        with devices.current(self._device):
+            chosen = ops or kernels.choose(self._device, use=options.use(text, model.dtype))
         page_bytes = PagedCache.page_bytes(text, options.page_size, model.dtype)
         # no more pages than all rows could ever fill
         most = options.max_rows * -(-text.max_position_embeddings // options.page_size)
-        pages = min(most, (options.cache_bytes or spare_bytes(model.device)) // page_bytes)
+        spare = options.cache_bytes or spare_bytes(
+            self._device,
+            text,
+            model.dtype,
+            sequences=options.max_rows,
+            step_tokens=options.step_tokens,
+            images=options.embedding_bytes,
+        )
+        pages = min(most, spare // page_bytes)
         if pages < 1:
             raise MemoryError("there is no memory left for a cache; free some or take a smaller model")
-        self._cache = PagedCache(text, pages, options.page_size, dtype=model.dtype, device=model.device)
+        self._cache = PagedCache(text, pages, options.page_size, dtype=model.dtype, device=self._device)
         self.scheduler = Scheduler(
             PagePool(pages),
             options.page_size,
@@ -142,12 +108,14 @@ class Engine:
             max_waiting=options.max_waiting,
             reuse=options.reuse,
         )
-        self._decoder, self._static = FusedDecoder(model.language_model, ops), None
-        if ops.static and capture and model.device.type == "cuda":
-            recorder = CudaGraphs(model.device)
-            self._static = StaticDecoder(model, self._decoder, self._cache, options.max_rows, recorder)
-            self._static.prepare()
-        self._embeddings = _Embeddings(options.embedding_bytes)
+        self._embeddings = EmbeddingCache(options.embedding_bytes)
+        self._faults = Faults(self._device)
+        with devices.current(self._device):
+            self._decoder, self._static = FusedDecoder(model.language_model, chosen), None
+            if chosen.static and wanted and (on_gpu or ops):
+                capture = capture or (CudaGraphs(self._device) if on_gpu else None)
+                self._static = StaticDecoder(model, self._decoder, self._cache, options.max_rows, capture)
+                self._static.prepare()
         self._tickets: dict[Request, Ticket] = {}
         self._new: deque[Ticket] = deque()
         # No Condition here: an exception that is raised in a caller's thread from outside (a cancelled prediction's)
@@ -157,7 +125,7 @@ class Engine:
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closing = False
-        self._broken: Exception | None = None
+        self._broken: BaseException | None = None
         self.steps = 0
 
     def submit(
@@ -167,7 +135,10 @@ class Engine:
 
         Raises :class:`UserError` (E_OVERLOADED, E_PROMPT_TOO_LONG) at once; what happens later reaches the guide.
         """
-        request = Request(list(ids), room, self._spans(ids, patches))
+        if not ids or not 0 <= min(ids) <= max(ids) < self.model.config.text_config.vocab_size:
+            raise ValueError("a prompt has at least one token, and none outside of the vocabulary")
+        pad = self.model.config.media_placeholder_token_id
+        request = Request(list(ids), room, spans(ids, patches, pad))
         ticket = Ticket(request, patches, guide, time.monotonic() + seconds)
         try:
             self._queue(ticket)
@@ -188,11 +159,12 @@ class Engine:
                 ) from None
             if len(self._new) + len(self.scheduler.waiting) >= self.options.max_waiting:
                 raise Overloaded("too many requests are waiting; try again later.")
-            self._new.append(ticket)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name="kimi_vl engine", daemon=True)
-                self._thread.start()
                 atexit.register(self._abandon)
+            if self._thread.ident is None:  # it may not have started when it was made: the system may refuse
+                self._thread.start()
+            self._new.append(ticket)
         self._bell.put(None)
 
     def cancel(self, ticket: Ticket) -> None:
@@ -217,23 +189,22 @@ class Engine:
         self.close()
 
     def healthy(self) -> bool:
-        """False once the thread has died of an error."""
+        """False once no request can be served any more; each is refused then."""
         return self._broken is None
 
     # The thread
 
     def _serve(self) -> None:
         try:
-            while self._collect():
-                self._drop_the_late_and_cancelled()
-                works = self.scheduler.plan()
-                # a value that is not finite, left by an earlier user of a page, would spoil even masked products
-                self._cache.clear(self.scheduler.fresh)
-                if self._static is not None and works and all(work.decodes for work in works):
-                    self._decode(self._static, works)
-                elif works:
-                    self._step(works)
-        except Exception as error:
+            with devices.current(self._device):
+                while self._collect():
+                    self._drop_the_late_and_cancelled()
+                    works = self.scheduler.plan()
+                    if self._static is not None and works and all(work.decodes for work in works):
+                        self._decode(self._static, works)
+                    elif works:
+                        self._step(works)
+        except BaseException as error:  # whatever it is, nobody may wait for this thread any longer
             self._break(error)
 
     def _collect(self) -> bool:
@@ -261,57 +232,61 @@ class Engine:
     @torch.inference_mode()
     def _step(self, works: Sequence[Work]) -> None:
         """Compute all works together; where that fails, each alone, so that only those at fault fail."""
+        if not works:
+            return
         self.steps += 1
-        try:
-            logits = self._forward(works)
-        except Exception as error:
-            if len(works) == 1:
-                self._fail(works[0].request, _blamed(error))
-                return
-            log.warning("a step of %d requests failed (%s); each is tried alone", len(works), type(error).__name__)
+        logits = self._faults.attempt(self._forward, works)
+        if not isinstance(logits, Failed):
+            for work in works:
+                self.scheduler.computed(work)
+            ready = [work for work in works if work.complete]
+            if ready:
+                self._advance([self._tickets[work.request] for work in ready], logits)
+        elif len(works) == 1:
+            self._fail_alone(works[0].request, logits.reason)
+        else:
+            log.warning("a step of %d requests failed (%s); each is tried alone", len(works), logits.kind)
             for work in works:
                 self._step([work])
-            return
-        for work in works:
-            self.scheduler.computed(work)
-        ready = [work for work in works if work.complete]
-        if ready:
-            self._advance([self._tickets[work.request] for work in ready], logits)
 
     def _decode(self, static: StaticDecoder, works: Sequence[Work]) -> None:
-        """Decode until something else is to be done, each step begun before the tokens of the last one are read.
+        """Decode until something else is to be done, each step begun before the tokens of the last one are read::
+
+            host    launch 1  launch 2  read 1, commit  launch 3  read 2, commit  ...
+            device            step 1 .........  step 2 .................  step 3 ....
 
         It takes for granted that each of them follows as it was drawn, and that the next one is drawn by the same
         rules. Where that turns out to be wrong for a request, its part of the step does not count, and what has to be
-        computed instead overwrites it.
+        computed instead overwrites it. Nothing between two launches may wait for the device.
         """
-        try:
-            launched = self._launch(static, works, 0)
-        except Exception as error:
-            log.warning("a decoding step failed (%s); it is tried another way", type(error).__name__)
-            self._step(works)
-            return
+        flight = self._faults.attempt(self._launch, static, works, 0)
         counts = [True] * len(works)
-        while launched is not None:
+        while flight is not None:
+            if isinstance(flight, Failed):
+                log.warning("a decoding step failed (%s); it is tried another way", flight.kind)
+                return self._step(works)
             following, after = [], None
             if all(counts) and not self._interrupted():
                 following = self.scheduler.ahead(works)
             if following:
-                self._cache.clear(self.scheduler.fresh)
-                try:
-                    after = self._launch(static, following, 1)
-                except Exception as error:
-                    log.warning("a decoding step could not begin early (%s)", type(error).__name__)
-            drawn = launched.launched.read()
+                after = self._faults.attempt(self._launch, static, following, 1)
+                if isinstance(after, Failed):
+                    log.warning("a decoding step could not begin early (%s)", after.kind)
+                    after = None
+            drawn = self._faults.attempt(flight.launched.read)
+            if isinstance(drawn, Failed):
+                log.warning("a decoding step could not be read (%s); it is tried another way", drawn.kind)
+                return self._step([work for work, counted in zip(works, counts, strict=True) if counted])
             counts = [
                 counts[row] and self._commit(work, token, finite, after and after.limits[row])
                 for row, (work, token, finite) in enumerate(zip(works, *drawn, strict=True))
             ]
-            works, launched = following, after
+            works, flight = following, after
 
     def _launch(self, static: StaticDecoder, works: Sequence[Work], early: int) -> _Flight:
         """Begin a step; ``early`` is how many tokens of each request are still to be read."""
         self.steps += 1
+        self._clear(works)
         tickets = [self._tickets[work.request] for work in works]
         limits = [self._limit(ticket) for ticket in tickets]
         rows = [
@@ -319,7 +294,7 @@ class Engine:
                 None if early else work.request.ids[-1],
                 work.begin,
                 work.request.pages,
-                ticket.guide.sampling,
+                ticket.sampling,
                 ticket.number(ticket.drawn + early),
                 limit,
             )
@@ -334,32 +309,44 @@ class Engine:
         ticket = self._tickets[request]
         self.scheduler.computed(work)
         if not finite:
-            self._fail(request, _not_finite())
+            self._fail(request, NotFinite())
             return False
-        forced = ticket.guide.forced()
-        self._take(ticket, drawn if forced is None else forced)
-        return request in self._tickets and request.ids[-1] == drawn and self._limit(ticket) == limit
+        asked = self._asked(ticket, lambda: self._next(ticket))
+        if asked is None:
+            return False
+        self._faults.success()
+        self._take(ticket, drawn if asked.forced is None else asked.forced)
+        if request not in self._tickets or request.ids[-1] != drawn:
+            return False
+        return self._asked(ticket, lambda: self._limit(ticket)) == limit
 
     def _interrupted(self) -> bool:
         """Whether requests came, or one of those that run is to end."""
         now = time.monotonic()
         return bool(self._new) or any(ticket.cancelled or now > ticket.deadline for ticket in self._tickets.values())
 
-    def _limit(self, ticket: Ticket) -> int:
-        """The ids of a request's next draw are below it."""
-        return self._text_tokens if ticket.guide.text_only else self.model.config.text_config.vocab_size
+    def _clear(self, works: Sequence[Work]) -> None:
+        """Clear the pages that works are the first to write to: a value that is not finite, left by an earlier user of
+        a page, would spoil even masked products."""
+        fresh, size = self.scheduler.fresh, self.options.page_size
+        if fresh:
+            pages = [page for work in works for page in work.request.pages[work.begin // size :] if page in fresh]
+            self._cache.clear(pages)
+            fresh.difference_update(pages)
 
     def _forward(self, works: Sequence[Work]) -> Tensor:
         """Float32 logits (complete works, vocab_size)."""
         model = self.model
+        self._clear(works)
         step = self._cache.step([Chunk(work.request.pages, work.begin, work.end) for work in works])
-        ids = torch.tensor([[token for work in works for token in work.request.ids[work.begin : work.end]]])
+        ids = [token for work in works for token in work.request.ids[work.begin : work.end]]
         features = [feature for work in works for feature in self._features(work)]
-        embeddings = model.embed(ids.to(model.device), torch.cat(features) if features else None)
+        ids = devices.tensor([ids], torch.int64, self._device)
+        embeddings = model.embed(ids, torch.cat(features) if features else None)
         states = self._decoder.states(embeddings[0], step)  # (T, H)
-        ends = torch.tensor([work.end - work.begin for work in works]).cumsum(0) - 1
-        complete = torch.tensor([work.complete for work in works])
-        return self._decoder.logits(states[ends[complete].to(model.device)])
+        ends = itertools.accumulate(work.end - work.begin for work in works)
+        last = [end - 1 for end, work in zip(ends, works, strict=True) if work.complete]
+        return self._decoder.logits(states[devices.tensor(last, torch.int64, self._device)])
 
     def _features(self, work: Work) -> list[Tensor]:
         """The image vectors (t, H) of the placeholders among a work's tokens."""
@@ -379,44 +366,135 @@ class Engine:
         return found
 
     def _advance(self, tickets: Sequence[Ticket], logits: Tensor) -> None:
-        """Draw each request's next token and let its guide take it."""
-        finite = sampling.finite(logits).tolist()
-        forced = [ticket.guide.forced() for ticket in tickets]
-        rows = [row for row, token in enumerate(forced) if token is None and finite[row]]
-        drawn = draw(
-            logits[rows] if len(rows) < len(tickets) else logits,
-            [tickets[row].guide.sampling for row in rows],
-            [tickets[row].drawn for row in rows],
-            [self._limit(tickets[row]) for row in rows],
-        )
-        tokens = dict(zip(rows, drawn, strict=True))
-        for row, ticket in enumerate(tickets):
-            if not finite[row]:
-                self._fail(ticket.request, _not_finite())
+        """Get each request's next token and let its guide take it."""
+        asked = [self._asked(ticket, lambda ticket=ticket: self._next(ticket)) for ticket in tickets]
+        for ticket, token in zip(tickets, self._draw(tickets, logits, asked), strict=True):
+            if ticket.request not in self._tickets:  # its guide failed
                 continue
-            token = forced[row]
-            self._take(ticket, tokens[row] if token is None else token)
+            if isinstance(token, Exception):
+                self._fail_alone(ticket.request, token)
+            else:
+                self._faults.success()
+                self._take(ticket, token)
+
+    def _draw(
+        self, tickets: Sequence[Ticket], logits: Tensor, asked: Sequence[_Next | None]
+    ) -> Sequence[int | Exception]:
+        """The next token of each of B requests, or why it has none; ``logits`` (B, V). Where drawing for all together
+        fails, it is done for each alone."""
+        tokens = self._faults.attempt(self._draw_together, tickets, logits, asked)
+        if not isinstance(tokens, Failed):
+            return tokens
+        if len(tickets) == 1:
+            return [tokens.reason]
+        log.warning("drawing for %d requests failed (%s); each is tried alone", len(tickets), tokens.kind)
+        return [
+            self._draw([ticket], logits[row : row + 1], [each])[0]
+            for row, (ticket, each) in enumerate(zip(tickets, asked, strict=True))
+        ]
+
+    def _draw_together(
+        self, tickets: Sequence[Ticket], logits: Tensor, asked: Sequence[_Next | None]
+    ) -> list[int | Exception]:
+        finite = sampling.finite(logits).tolist()
+        found: list[int | Exception] = [NotFinite() for _ in tickets]
+        drawing = []
+        for row, each in enumerate(asked):
+            if each is not None and finite[row]:
+                if each.forced is None:
+                    drawing.append((row, tickets[row], each.limit))
+                else:
+                    found[row] = each.forced
+        drawn = draw(
+            logits[[row for row, _, _ in drawing]] if len(drawing) < len(tickets) else logits,
+            [ticket.sampling for _, ticket, _ in drawing],
+            [ticket.drawn for _, ticket, _ in drawing],
+            [limit for _, _, limit in drawing],
+        )
+        for (row, _, _), token in zip(drawing, drawn, strict=True):
+            found[row] = token
+        return found
+
+    # What guides say
+
+    def _asked(self, ticket: Ticket, question: Callable[[], T]) -> T | None:
+        """The answer of a request's guide; one that raises ends its own request, and is None."""
+        try:
+            return question()
+        except BaseException as error:
+            self._fail(ticket.request, error)
+            return None
+
+    def _next(self, ticket: Ticket) -> _Next:
+        return _Next(ticket.guide.forced(), self._limit(ticket))
+
+    def _limit(self, ticket: Ticket) -> int:
+        """The ids of a request's next draw are below it."""
+        return self._text_tokens if ticket.guide.text_only else self.model.config.text_config.vocab_size
 
     def _take(self, ticket: Ticket, token: int) -> None:
-        try:
-            following = None if ticket.cancelled else ticket.guide.take(token)
-        except Exception as error:
-            self._fail(ticket.request, error)
+        request, vocabulary = ticket.request, self.model.config.text_config.vocab_size
+        following = None if ticket.cancelled else self._asked(ticket, lambda: ticket.guide.take(token))
+        if request not in self._tickets:  # its guide failed
             return
         if following is None:
-            self._release(ticket.request)
+            self._release(request)
+        elif not 0 <= following < vocabulary or len(request.ids) >= request.prompt_length + request.room:
+            # a GPU that meets an id without an embedding is lost, and with it everybody else
+            self._fail(request, ValueError("a guide put a token outside of the vocabulary, or after the last one"))
         else:
             ticket.drawn += 1
-            ticket.request.ids.append(following)
+            request.ids.append(following)
+
+    # Ends
 
     def _release(self, request: Request, forget: bool = False) -> Ticket:
         self.scheduler.remove(request, forget)
         return self._tickets.pop(request)
 
-    def _fail(self, request: Request, error: Exception) -> None:
-        self._release(request, forget=True).guide.fail(error)
+    def _fail(self, request: Request, error: BaseException) -> None:
+        self._release(request, forget=True).fail(error)
 
-    def _break(self, error: Exception) -> None:
+    def _fail_alone(self, request: Request, failure: Exception) -> None:
+        """A request has failed in a step of its own."""
+        self._fail(request, failure)
+        if self._faults.alone(failure):
+            log.warning("requests fail one after another (%s); the engine checks itself", type(failure).__name__)
+            checked = self._faults.attempt(self.check)
+            if isinstance(checked, Failed) and not isinstance(checked.reason, Overloaded):
+                raise Broken(f"a prompt that is known to be right cannot be answered ({checked.kind})")
+
+    @torch.inference_mode()
+    def check(self) -> None:
+        """Answer a prompt with a picture by two tokens, the way that every request takes, and raise what that raises.
+        For the engine's thread, or while nothing runs."""
+        pad, pool, count = (
+            self.model.config.media_placeholder_token_id,
+            self.scheduler.pool,
+            -(-3 // self._cache.page_size),
+        )
+        if pool.available < count:
+            return  # there will be another time
+        vision = self.model.config.vision_config
+        grid, side = vision.merge_kernel_size, vision.patch_size
+        picture = Patches(np.zeros((grid[0] * grid[1], 3, side, side), np.float32), grid)
+        request = Request([pad, 0], 2, [Span(0, 1, picture.digest)], pages=[pool.take() for _ in range(count)])
+        self.scheduler.fresh.update(request.pages)
+        self._tickets[request] = ticket = Ticket(request, [picture], Unguided())
+        try:
+            for begin in (0, 2):
+                logits = self._forward([Work(request, begin, len(request.ids))])
+                (token,) = self._draw_together([ticket], logits, [self._next(ticket)])
+                if isinstance(token, Exception):
+                    raise token
+                request.ids.append(token)
+        finally:
+            del self._tickets[request]
+            self._embeddings.drop(picture.digest)
+            for page in request.pages:
+                pool.give_back(page)
+
+    def _break(self, error: BaseException) -> None:
         """The thread cannot go on: every caller is told."""
         log.error("the engine has stopped: %s", type(error).__name__)
         with self._lock:
@@ -424,39 +502,7 @@ class Engine:
             tickets = [*self._tickets.values(), *self._new]
             self._tickets, self._new = {}, deque()
         for ticket in tickets:
-            ticket.guide.fail(error)
-
-    def _spans(self, ids: Sequence[int], patches: Sequence[Patches]) -> list[Span]:
-        """Where each image's placeholders are."""
-        pad, spans, at = self.model.config.media_placeholder_token_id, [], 0
-        for image in patches:
-            while at < len(ids) and ids[at] != pad:
-                at += 1
-            spans.append(Span(at, at + image.tokens, image.digest))
-            at += image.tokens
-        if sum(token == pad for token in ids) != sum(image.tokens for image in patches):
-            raise ValueError("the placeholders and the images differ in number")
-        return spans
-
-
-class _Embeddings:
-    """Image vectors by digest, the longest unused given up first."""
-
-    def __init__(self, limit: int):
-        self._limit, self._bytes = limit, 0
-        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
-
-    def find(self, digest: bytes) -> Tensor | None:
-        if digest in self._kept:
-            self._kept.move_to_end(digest)
-        return self._kept.get(digest)
-
-    def keep(self, digest: bytes, vectors: Tensor) -> None:
-        self._kept[digest] = vectors
-        self._bytes += vectors.nbytes
-        while self._bytes > self._limit and len(self._kept) > 1:
-            _, given_up = self._kept.popitem(last=False)
-            self._bytes -= given_up.nbytes
+            ticket.fail(error)
 
 
 @dataclass(frozen=True)
@@ -467,21 +513,9 @@ class _Flight:
     limits: Sequence[int]
 
 
-def _not_finite() -> Exception:
-    return RuntimeError("the model produced a value that is not finite")
+@dataclass(frozen=True)
+class _Next:
+    """What a guide says of the next token: it, or None for a drawn one, whose id is below ``limit``."""
 
-
-def _blamed(error: Exception) -> Exception:
-    """What the one request at fault is told."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return Overloaded("there was not enough memory for this request; try again later, or ask for less.")
-    return error
-
-
-def spare_bytes(device: torch.device) -> int:
-    """Memory for the cache: on a GPU nine tenths of what is free after a reserve of 4 GiB for activations, on a CPU
-    a tenth of the machine's, 4 GiB at most."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(max(free - (4 << 30), free // 4) * 0.9)
-    return min(4 << 30, memory.total() // 10)
+    forced: int | None
+    limit: int

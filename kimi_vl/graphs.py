@@ -12,12 +12,14 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import sampling
+from . import devices, sampling
 from .cache import PagedCache, Rows, Step
+from .faults import Broken
 from .fused import FusedDecoder
 from .model import KimiVL
 from .sampling import Sampling
@@ -124,13 +126,15 @@ class StaticDecoder:
             kind = "cut"
         replay = self._replay(count, kind)
         # the places left do again what the first row does, so that they meet no experts of their own, and write nothing
-        self._stage([*rows, *[rows[0]] * (count - len(rows))], len(rows))
-        replay()
-        results = self._results[self._turn]
-        results.copy_(self._outputs, non_blocking=True)
-        if results.is_pinned():
-            event = torch.cuda.Event()
-            event.record()
+        results, event = self._results[self._turn], None
+        try:
+            self._stage([*rows, *[rows[0]] * (count - len(rows))], len(rows))
+            replay()
+            results.copy_(self._outputs, non_blocking=True)
+        finally:  # what was begun reads this turn's buffers, also where the rest failed
+            if results.is_pinned():
+                event = torch.cuda.Event()
+                event.record()
             self._events[self._turn] = event
         return Launched(results[:, : len(rows)], event)
 
@@ -142,7 +146,7 @@ class StaticDecoder:
             [row.position for row in rows],
             slots + [-1] * (count - real),
             [row.position + 1 for row in rows],
-            [row.sampling.top_k for row in rows],
+            [min(row.sampling.top_k, row.limit) for row in rows],  # what an int64 holds, however much was asked for
             [row.limit for row in rows],
         ]
         floats = [
@@ -157,7 +161,7 @@ class StaticDecoder:
             pages, known = self._shown[place]
             if pages is not row.pages or known != len(row.pages):
                 begin = known if pages is row.pages else 0
-                new = torch.tensor(row.pages[begin:], dtype=torch.int32)
+                new = devices.staged(row.pages[begin:], torch.int32, self._table.device)
                 self._table[place, begin : len(row.pages)].copy_(new, non_blocking=True)
                 self._shown[place] = (row.pages, len(row.pages))
 
@@ -189,6 +193,8 @@ class StaticDecoder:
             kept = self._outputs.clone()
             try:
                 self._replays[count, kind] = self._capture(plainly)
+            except Broken:
+                raise
             except Exception as error:
                 log.warning("no graphs of steps with %s sampling (%s): they are called", kind, type(error).__name__)
                 self._failed.add(kind)
@@ -202,16 +208,52 @@ class CudaGraphs:
     """Captures actions on a device; their memory is shared, since they never run at once."""
 
     def __init__(self, device: torch.device):
-        self._device, self._pool = device, None
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None  # graphs that share memory are captured on the same one
+        self._pool: Any = None
+        self._torn = False
 
     def __call__(self, action: Action) -> Action:
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream), torch.inference_mode():
-            action()  # compiles kernels and sets up libraries, which a capture may not
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            action()
-        self._pool = graph.pool()
+        """Raises what the capture raised, after which plain calls are possible, and :class:`Broken` where none are."""
+        if self._torn:
+            raise RuntimeError("nothing is captured after a capture that CUDA gave up")
+        with devices.current(self._device), torch.inference_mode():
+            current = torch.cuda.current_stream(self._device)
+            stream = self._stream = self._stream or torch.cuda.Stream(self._device)
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                action()  # compiles kernels and sets up libraries, which a capture may not
+            current.wait_stream(stream)
+            graph, pool = torch.cuda.CUDAGraph(), self._pool or torch.cuda.graph_pool_handle()
+            try:
+                # the outer context gets the thread off the stream where torch's own does not, as it fails to end
+                with (
+                    torch.cuda.stream(stream),
+                    torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+                ):
+                    action()
+            except Exception:
+                self._recover(pool)
+                raise
+        self._pool = pool
         return graph.replay
+
+    def _recover(self, pool: Any) -> None:
+        """Make torch's allocator usable after a capture that failed.
+
+        Where CUDA gives a capture up, ending it raises too, and torch 2.11 leaves its allocator as during a capture: it
+        gives no memory back from then on, and fails where it has to.
+        """
+        device = self._device.index or 0
+        try:
+            torch._C._cuda_endAllocateToPool(device, pool)
+        except Exception:
+            pass  # it had ended, as it does where CUDA would go on
+        else:
+            self._torn, self._pool = True, None  # the allocator of pinned memory cannot be told
+            torch._C._cuda_releasePool(device, pool)
+        try:
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
+        except Exception as error:
+            raise Broken(f"the device is of no use after a failed capture; start again with {VARIABLE}=0") from error

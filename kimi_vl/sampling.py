@@ -127,7 +127,9 @@ def draw_together(
         [uniform(sampling.seed, position) for sampling, position in zip(samplings, positions, strict=True)],
     ]
     temperature, top_p, numbers = torch.tensor(floats, dtype=torch.float64, device=logits.device)
-    top_k, below = torch.tensor([[sampling.top_k for sampling in samplings], limits], device=logits.device)
+    # more than there are ids is as good as all of them, and what an int64 cannot hold could not be passed on
+    most = logits.shape[-1]
+    top_k, below = torch.tensor([[min(sampling.top_k, most) for sampling in samplings], limits], device=logits.device)
     greedy_only, cut = all(s.greedy for s in samplings), any(s.cuts for s in samplings)
     return choose(logits, temperature, top_p, top_k, below, numbers, greedy_only=greedy_only, cut=cut).tolist()
 

@@ -85,7 +85,8 @@ class Scheduler:
             raise ValueError("every running request must have its token in a step")
         self.pool, self.page_size = pool, page_size
         self.max_rows, self.step_tokens, self.max_waiting, self.reuse = max_rows, step_tokens, max_waiting, reuse
-        self.fresh: list[int] = []  # pages that the last plan took: what they hold is nobody's
+        # pages that were taken and not cleared: what they hold is nobody's. Whoever clears one takes it out of here.
+        self.fresh: set[int] = set()
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
@@ -107,7 +108,6 @@ class Scheduler:
 
     def plan(self) -> list[Work]:
         """The work of one step, single tokens first; empty only when nothing waits or runs."""
-        self.fresh = []
         self._admit()
         decoding = [request for request in self.running if request.computed == len(request.ids) - 1]
         works = [Work(request, request.computed, request.computed + 1) for request in decoding]
@@ -129,7 +129,6 @@ class Scheduler:
 
         What comes of it counts only for requests whose next token turns out to be what was computed.
         """
-        self.fresh = []
         if any(work.end + 1 >= work.request.prompt_length + work.request.room for work in works):
             return []
         following = [Work(work.request, work.end, work.end + 1) for work in works]
@@ -151,12 +150,12 @@ class Scheduler:
     def remove(self, request: Request, forget: bool = False) -> None:
         """A request is over, whatever it was doing; its pages are given back, and not used again if ``forget``."""
         if request in self.running:
-            self.running.remove(request)
             for page in reversed(request.pages):  # the end of a sequence is the first to be given away
                 if forget:
                     self.pool.forget(page)
                 self.pool.give_back(page)
             request.pages = []
+            self.running.remove(request)  # at last: whoever finds nothing running finds every page
         elif request in self.waiting:
             self.waiting.remove(request)
 
@@ -190,7 +189,7 @@ class Scheduler:
     def _extend(self, request: Request, end: int) -> None:
         while len(request.pages) < self._page_count(end):
             request.pages.append(self.pool.take())
-            self.fresh.append(request.pages[-1])
+            self.fresh.add(request.pages[-1])
 
     def _key(self, request: Request, index: int) -> bytes:
         """Stands for all tokens up to the end of page ``index``; images count by what they show."""

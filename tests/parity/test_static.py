@@ -55,10 +55,7 @@ def plain(model) -> Iterator[Engine]:
 
 def with_buffers(model: KimiVL, capture=None, options: EngineOptions = SMALL) -> Engine:
     """An engine that decodes as it does on a GPU, but for the graphs and the kernels."""
-    engine, own = Engine(model, 1024, options), copy.deepcopy(model)
-    engine._decoder = decoder = FusedDecoder(own.language_model, kernels.REFERENCE)
-    engine._static = StaticDecoder(own, decoder, engine._cache, options.max_rows, capture)
-    return engine
+    return Engine(copy.deepcopy(model), 1024, options, ops=kernels.REFERENCE, capture=capture)
 
 
 @pytest.fixture

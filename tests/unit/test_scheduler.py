@@ -154,12 +154,14 @@ def test_a_step_ahead_has_its_pages_and_ends_where_a_request_does():
     for request in requests:
         scheduler.add(request)
     step(scheduler)
+    scheduler.fresh.clear()
     for count in range(3, 9):
         works = scheduler.plan()
         following = scheduler.ahead(works)
         assert [(work.begin, work.end) for work in following] == [(count, count + 1)] * 3
         assert all(len(work.request.pages) * PAGE >= work.end for work in following)
         assert bool(scheduler.fresh) == (count % PAGE == 0)
+        scheduler.fresh.clear()
         for work in works:
             scheduler.computed(work)
             work.request.ids.append(7)
@@ -195,6 +197,7 @@ def test_random_traffic_loses_no_page_shares_none_wrongly_and_lets_nobody_starve
         assert decoding <= {work.request for work in works}  # what decodes moves on in each step
         for page in scheduler.fresh:
             contents[page] = [()] * PAGE
+        scheduler.fresh.clear()
         for work in works:
             for at in range(work.begin, work.end):
                 contents[work.request.pages[at // PAGE]][at % PAGE] = tuple(work.request.ids[: at + 1])
