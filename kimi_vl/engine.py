@@ -468,17 +468,17 @@ class Engine:
     def check(self) -> None:
         """Answer a prompt with a picture by two tokens, the way that every request takes, and raise what that raises.
         For the engine's thread, or while nothing runs."""
-        pad, pool, count = (
-            self.model.config.media_placeholder_token_id,
-            self.scheduler.pool,
-            -(-3 // self._cache.page_size),
-        )
+        config, pool, count = self.model.config, self.scheduler.pool, -(-3 // self.options.page_size)
         if pool.available < count:
             return  # there will be another time
-        vision = self.model.config.vision_config
-        grid, side = vision.merge_kernel_size, vision.patch_size
-        picture = Patches(np.zeros((grid[0] * grid[1], 3, side, side), np.float32), grid)
-        request = Request([pad, 0], 2, [Span(0, 1, picture.digest)], pages=[pool.take() for _ in range(count)])
+        (height, width), side = config.vision_config.merge_kernel_size, config.vision_config.patch_size
+        picture = Patches(np.zeros((height * width, 3, side, side), np.float32), (height, width))
+        request = Request(
+            [config.media_placeholder_token_id, 0],
+            2,
+            [Span(0, 1, picture.digest)],
+            pages=[pool.take() for _ in range(count)],
+        )
         self.scheduler.fresh.update(request.pages)
         self._tickets[request] = ticket = Ticket(request, [picture], Unguided())
         try:
