@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -261,6 +262,40 @@ def test_template_with_tensors(processor):
         processor.apply_chat_template([messages, messages], add_generation_prompt=True)
         == [processor.apply_chat_template(messages, add_generation_prompt=True)] * 2
     )
+
+
+def test_messages_are_read_as_the_service_reads_them(processor):
+    path = GOLDEN / "cases" / "03_landscape" / "image_0.png"
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    text = {"type": "text", "text": "What is this?"}
+
+    def tensors(part):
+        messages = [{"role": "user", "content": [part, text]}]
+        return processor.apply_chat_template(messages, tokenize=True, return_tensors="pt")
+
+    plain = tensors({"type": "image", "image": str(path)})
+    for part in (
+        {"type": "image", "path": str(path)},
+        {"type": "image", "image": Image.open(path), "text": None},
+        {"type": "image", "base64": encoded, "url": None},
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": encoded}},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64," + encoded}},
+    ):
+        inputs = tensors(part)
+        assert torch.equal(inputs["input_ids"], plain["input_ids"])
+        assert torch.equal(inputs["pixel_values"], plain["pixel_values"])
+
+    def rendered(**message):
+        return processor.apply_chat_template([{"role": "user", "content": "Hi", **message}])
+
+    assert rendered(content=[{"type": "text", "text": "Hi", "image_url": None, "image": None}]) == rendered()
+    assert rendered(role="developer") == rendered(role="system")
+    assert "◁think▷a◁/think▷b" in rendered(role="assistant", content="◁think▷a◁/think▷b"), "as published"
+    for role in ("User", "human", "tool", "", None, "<|im_user|>"):
+        with pytest.raises(ValueError, match="E_MESSAGES_INVALID"):
+            rendered(role=role)
+    with pytest.raises(ValueError, match="E_MESSAGES_INVALID"):
+        rendered(content=[{"type": "image", "blob": encoded}])
 
 
 def test_streaming(model, processor):
