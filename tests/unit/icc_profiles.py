@@ -41,12 +41,12 @@ def profile(space: bytes, tags: dict[bytes, bytes], kind: bytes = b"mntr", pcs: 
     return header.ljust(128, b"\0") + table + body
 
 
-def matrix(colorants: tuple[tuple[float, ...], ...], tone: Curve, kind: bytes = b"mntr") -> bytes:
-    tags = {}
+def matrix(colorants: tuple[tuple[float, ...], ...], tone: Curve, more: dict[bytes, bytes] | None = None) -> bytes:
+    tags = dict(more or {})
     for name, column in zip((b"r", b"g", b"b"), zip(*colorants, strict=True), strict=True):
         tags[name + b"XYZ"] = b"XYZ \0\0\0\0" + fixed(*column)
         tags[name + b"TRC"] = curve(tone)
-    return profile(b"RGB ", tags, kind)
+    return profile(b"RGB ", tags)
 
 
 def grey(tone: Curve) -> bytes:

@@ -161,3 +161,18 @@ def test_clear_pixels_of_other_formats_stay_white() -> None:
     clear = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
     for kind, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {})):
         assert set(loaded(saved(clear, kind, **options)).tobytes()) == {255}
+
+
+@pytest.mark.parametrize(
+    "masks",
+    [(0xF800, 0x7E0, 0x1F, 0), (0x7C00, 0x3E0, 0x1F, 0), (0x7C00, 0x3E0, 0x1F, 0x8000)],
+    ids=["565", "555", "1555"],
+)
+@pytest.mark.parametrize("header", [56, 108, 124], ids=["V3", "V4", "V5"])
+def test_a_bitmap_of_16_bits_with_an_empty_alpha_channel(masks: tuple[int, ...], header: int) -> None:
+    words = np.random.default_rng(9).integers(0, 2**16, (9, 12)).astype("<u2") & (masks[0] | masks[1] | masks[2])
+    info = struct.pack("<IiiHHIIiiII", header, 12, 9, 1, 16, 3, 0, 0, 0, 0, 0) + struct.pack("<4I", *masks)
+    info = info.ljust(header, b"\0")
+    data = b"BM" + struct.pack("<IHHI", 0, 0, 0, 14 + header) + info + words[::-1].tobytes()
+    shown = np.stack([(words & mask) / mask * 255 for mask in masks[:3]], axis=-1)
+    assert np.abs(np.asarray(loaded(data)).astype(int) - shown).max() <= 1

@@ -157,14 +157,13 @@ def test_a_profile_of_another_kind_of_picture_is_left_out(mode: str) -> None:
 
 
 def test_profiles_that_are_left_out() -> None:
-    program = icc_profiles.profile(b"RGB ", {b"D2B0": b"mpet\0\0\0\0"})
-    shader = dict.fromkeys([b"D2B1"], b"mpet\0\0\0\0")
     useful = icc_profiles.matrix(icc_profiles.ADOBE, 2.2)
     assert icc.read(useful) is not None
+    assert icc.read(icc_profiles.matrix(icc_profiles.ADOBE, 2.2, {b"text": b"mpet" + bytes(12)})) is not None
     for bad in (
         b"",
-        program,
-        icc_profiles.profile(b"RGB ", shader),
+        icc_profiles.matrix(icc_profiles.ADOBE, 2.2, {b"D2B3": b"mpet" + bytes(12)}),
+        icc_profiles.matrix(icc_profiles.ADOBE, 2.2, {b"B2D0": b"mpet" + bytes(12)}),
         useful.replace(b"mntr", b"link"),
         useful.replace(b"mntr", b"abst"),
         useful.replace(b"RGB ", b"7CLR", 1),
