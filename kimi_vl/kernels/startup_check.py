@@ -51,8 +51,8 @@ def token_counts(most: int) -> list[int]:
 class Calls:
     """Calls of each operation as steps of an engine make them: all variants of its kernels, at the model's widths."""
 
-    def __init__(self, use: Use, device: torch.device | str):
-        self._use, self._inputs = use, Inputs(Widths.of(use.config, use.page_size), use.dtype, device)
+    def __init__(self, use: Use, device: torch.device | str, inputs: Inputs | None = None):
+        self._use, self._inputs = use, inputs or Inputs(Widths.of(use.config, use.page_size), use.dtype, device)
 
     def of(self, operation: str) -> Iterator[Call]:
         return getattr(self, operation)()

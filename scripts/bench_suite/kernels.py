@@ -328,7 +328,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="a few small sizes")
     parser.add_argument("--tune", action="store_true", help="also other tiles (GPU only)")
     parser.add_argument("--experts", type=int, default=0, help="routed experts, where memory is small")
+    parser.add_argument("--cards", action="store_true", help="what each kernel needs on each card, and nothing else")
     args = parser.parse_args(arguments)
+    if args.cards:
+        from . import cards
+
+        return cards.main()
     device = torch.device(args.device)
     widths = PUBLISHED if not args.experts else Widths(experts=args.experts, top_k=min(6, args.experts))
     if device.type != "cuda":

@@ -1,0 +1,201 @@
+"""`scripts/bench_kernels --cards`: what every kernel needs on each kind of card, which takes no card to find out.
+
+Kernels are compiled ahead for a compute capability. The operations are called as the check at start-up calls them, with
+a driver that knows nothing but the card's name, and every launch stops after the compiler. Run in a process of its own,
+without Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from kimi_vl.config import TextConfig
+from kimi_vl.engine import EngineOptions
+from kimi_vl.kernels import OPERATIONS, triton_ops
+from kimi_vl.kernels.inputs import Inputs, Widths
+from kimi_vl.kernels.startup_check import Calls
+
+TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+REGISTERS = 255  # of a thread, on all of these
+
+PUBLISHED = TextConfig(
+    vocab_size=163_840,
+    hidden_size=2048,
+    intermediate_size=11_264,
+    moe_intermediate_size=1408,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    n_routed_experts=64,
+    n_shared_experts=2,
+    num_experts_per_tok=6,
+    first_k_dense_replace=1,
+    routed_scaling_factor=2.446,
+    max_position_embeddings=131_072,
+    rms_norm_eps=1e-5,
+    rope_theta=800_000.0,
+)
+
+
+@dataclass(frozen=True)
+class Card:
+    """``shared``: bytes of shared memory that one program may have (CUDA C++ Programming Guide, "Technical
+    Specifications per Compute Capability": maximum amount of shared memory per thread block)."""
+
+    names: str
+    shared: int
+
+
+CARDS = {
+    80: Card("A100", 163 << 10),
+    86: Card("A10G, RTX 30", 99 << 10),
+    89: Card("L40S, RTX 4090", 99 << 10),
+    90: Card("H100, H200", 227 << 10),
+    100: Card("B200", 227 << 10),
+    120: Card("RTX 50", 99 << 10),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel for a card: bytes of shared memory a program, registers a thread, bytes of them that are spilled (stack
+    and local memory), and the matrix instructions in use."""
+
+    capability: int
+    name: str
+    shared: int
+    registers: int
+    spilled: int
+    matrix: str
+
+    @property
+    def fits(self) -> bool:
+        return self.shared <= CARDS[self.capability].shared
+
+
+class _Unset(Inputs):
+    """Inputs of no value, which cost neither time nor memory."""
+
+    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype)
+
+
+class _Machine:
+    """A driver in name only; what is compiled for one capability is kept apart from what is for another."""
+
+    capability = 90
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def launches(instead: Any) -> Iterator[_Machine]:
+    """Call ``instead(launch, kernel, arguments, options)`` at each launch of a kernel."""
+    run, machine = JITFunction.run, _Machine()
+    driver.set_active(machine)  # pyright: ignore[reportArgumentType]
+    JITFunction.run = lambda self, *arguments, **options: instead(run, self, arguments, options)
+    try:
+        yield machine
+    finally:
+        JITFunction.run = run
+
+
+def calls(options: EngineOptions | None = None, dtype: torch.dtype = torch.bfloat16) -> Calls:
+    """Those of the published model in an engine with ``options``."""
+    use = (options or EngineOptions()).use(PUBLISHED, dtype)
+    return Calls(use, "cpu", _Unset(Widths.of(PUBLISHED, use.page_size), dtype))
+
+
+def compile_all(capabilities: Sequence[int], given: Calls, operations: Sequence[str] = OPERATIONS) -> list[Compiled]:
+    """Every variant that the calls launch, for each of the cards."""
+    made: dict[tuple[int, int], tuple[str, Any]] = {}
+
+    def compile_only(run: Any, kernel: JITFunction, arguments: Any, options: Any) -> None:
+        compiled = run(kernel, *arguments, **options | {"warmup": True})
+        made[machine.capability, id(compiled)] = kernel.fn.__name__, compiled
+
+    with launches(compile_only) as machine:
+        for capability in capabilities:
+            machine.capability = capability
+            for operation in operations:
+                for call in given.of(operation):
+                    getattr(triton_ops(), operation)(*call.arguments, **call.options)
+    return [_needs(capability, name, kernel) for (capability, _), (name, kernel) in made.items()]
+
+
+def _needs(capability: int, name: str, kernel: Any) -> Compiled:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        said = subprocess.run([TOOL, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (re.search(rf"{word}:(\d+)", said) for word in ("REG", "STACK", "LOCAL"))
+    assert registers and stack and local, said
+    code = kernel.asm["ptx"]
+    matrix = next((word for word in ("wgmma", "tcgen05.mma", "mma.sync") if f"{word}." in code), "none")
+    spilled = int(stack[1]) + int(local[1])
+    return Compiled(capability, name, kernel.metadata.shared, int(registers[1]), spilled, matrix)
+
+
+def table(found: Sequence[Compiled]) -> str:
+    """A row for each kernel, a column for each card: the most that any variant needs."""
+    capabilities = sorted({each.capability for each in found})
+    heads = [f"{number // 10}.{number % 10} {CARDS[number].names}" for number in capabilities]
+    lines = [f"| kernel | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    lines.append(
+        "| **a program may have** | " + " | ".join(f"{CARDS[n].shared:,} / {REGISTERS}" for n in capabilities) + " |"
+    )
+    for name in dict.fromkeys(each.name for each in found):
+        cells = []
+        for capability in capabilities:
+            own = [each for each in found if (each.name, each.capability) == (name, capability)]
+            spilled = max(each.spilled for each in own)
+            cells.append(
+                f"{max(each.shared for each in own):,} / {max(each.registers for each in own)}"
+                + (f", spills {spilled}" if spilled else "")
+                + ("" if all(each.fits for each in own) else ", **too much**")
+            )
+        lines.append(f"| `{name.strip('_')}` ({len(own)}) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] = ()) -> int:
+    """Print the table; with ``--json`` a line for each kernel. Other arguments are capabilities, such as 8.9."""
+    chosen = [int(each.replace(".", "")) for each in arguments if not each.startswith("-")] or list(CARDS)
+    found = compile_all(chosen, calls())
+    if "--json" in arguments:
+        for each in found:
+            print(json.dumps(dataclasses.asdict(each)))
+    else:
+        print(table(found))
+    return 0 if all(each.fits for each in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,136 @@
+"""What only a compiler sees: shared memory, registers that run over, types that change within a loop, and how often.
+
+No GPU is needed to compile. KIMI_VL_CARDS=all compiles for every card; without it, for the one with the least shared
+memory and the one with its own matrix instructions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CHOSEN = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"] if os.environ.get("KIMI_VL_CARDS") == "all" else ["8.9", "9.0"]
+KERNELS = {
+    "_add_rms_norm", "_norm_router", "_pair_gate_up", "_pair_down", "_group", "_block_gate_up", "_block_down",
+    "_combine", "_prepare", "_decode_shares", "_decode_values",
+}  # fmt: skip
+
+
+def python(*arguments: str) -> list[str]:
+    """Lines of a process without Triton's interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "scripts")))
+    environment["TRITON_CACHE_DIR"] = str(ROOT / ".cache" / "triton")
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def found() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in python("-m", "bench_suite.cards", "--json", *CHOSEN)]
+
+
+@pytest.mark.parametrize("capability", CHOSEN)
+def test_every_variant_fits_the_card_without_a_spill(capability, found):
+    from kimi_vl.kernels import OPERATIONS
+
+    limits = {"8.0": 166_912, "8.6": 101_376, "8.9": 101_376, "9.0": 232_448, "10.0": 232_448, "12.0": 101_376}
+    own = [each for each in found if each["capability"] == int(capability.replace(".", ""))]
+    assert {each["name"] for each in own} == KERNELS
+    assert len(own) >= len(KERNELS) + len(OPERATIONS)
+    for each in own:
+        assert each["shared"] <= limits[capability], each
+        assert each["spilled"] == 0, each
+
+
+def test_products_use_the_matrix_unit(found):
+    used = {(each["capability"], each["name"], each["matrix"]) for each in found}
+    for capability in {each["capability"] for each in found}:
+        for name in ("_norm_router", "_decode_shares", "_block_gate_up", "_block_down"):
+            assert (capability, name, "none") not in used
+    assert {(90, "_block_gate_up", "wgmma"), (90, "_block_down", "wgmma")} <= used
+
+
+VARIANTS = """
+import json
+from dataclasses import replace
+
+import torch
+from bench_suite import cards
+from triton.runtime.jit import compute_cache_key
+
+from kimi_vl import loader
+from kimi_vl.cache import Chunk, PagedCache, Rows, Step
+from kimi_vl.config import Config, VisionConfig
+from kimi_vl.engine import EngineOptions
+from kimi_vl.fused import FusedDecoder
+from kimi_vl.kernels import OPERATIONS, triton_ops
+from kimi_vl.kernels.startup_check import Calls
+
+options, ops, seen = EngineOptions(), triton_ops(), set()
+
+
+def remember(run, kernel, arguments, options):
+    options = {name: value for name, value in options.items() if name not in ("grid", "warmup")}
+    options |= {"debug": False, "instrumentation_mode": ""}
+    _, keys, _, _, binder = kernel.device_caches[90]
+    _, specialization, options = binder(*arguments, **options)
+    seen.add(kernel.fn.__name__ + compute_cache_key(keys, specialization, options))
+
+
+def taken():
+    global seen
+    seen, last = set(), seen
+    return last
+
+
+with cards.launches(remember):
+    for operation in OPERATIONS:
+        for call in cards.calls(options).of(operation):
+            call.run(ops)
+    warmed = taken()
+
+    text = replace(cards.PUBLISHED, num_hidden_layers=1, first_k_dense_replace=0, vocab_size=512)
+    vision = VisionConfig(14, 64, 64, 2, 1, 32, 32, (2, 2))
+    model = loader.empty_model(Config(vision, text, 500)).language_model  # on no device: shapes and nothing else
+    decoder = FusedDecoder(model, ops)
+    cache = PagedCache(text, 64, options.page_size, dtype=torch.bfloat16, device="meta")
+
+    def step(*lengths):  # (tokens before, new ones) of each sequence
+        chunks = [Chunk(list(range(-(-(old + new) // 32))), old, old + new) for old, new in lengths]
+        tokens = sum(new for _, new in lengths)
+        decoder.states(torch.empty(tokens, 2048, dtype=torch.bfloat16, device="meta"), cache.step(chunks))
+
+    for tokens in range(2, options.step_tokens + 1):
+        step((0, tokens))
+    prompts = taken()
+    for count in (1, 2, 3, 4, 5, 8, 15, 16, 17, 33, 63, options.max_rows):
+        for old in (0, 40, 700, 3000):
+            step(*[(old, 1)] * count)
+            step(*[(old, 1)] * count, (0, options.step_tokens - count - old % 7))
+            step(*[(old, 1)] * count, (64, 2 + old % 5))
+        whole = torch.empty(count, 4096, dtype=torch.int32, device="meta")
+        at, states = (torch.empty(count, *more, device="meta").to(dtype) for more, dtype in (
+            ((), torch.int64), ((2048,), torch.bfloat16),
+        ))
+        decoder.states(states, Step(cache.entries, at, at, Rows(whole, at.int(), 32)))  # as in a graph
+    mixed = taken()
+
+print(json.dumps([sorted(warmed), sorted(prompts), sorted(mixed)]))
+"""
+
+
+def test_steps_launch_what_was_compiled_before_and_nothing_else():
+    """Prompts of every length that a step takes, steps that decode, and mixed ones."""
+    warmed, prompts, mixed = (set(each) for each in json.loads(python("-c", VARIANTS)[-1]))
+    assert len(prompts) > 8 and len(mixed) > 8
+    assert prompts | mixed <= warmed, sorted((prompts | mixed) - warmed)
+    assert len(warmed) < 40
