@@ -210,10 +210,11 @@ def _no_checkpoint(tree: Path) -> None:
 
 
 def _plain_file(tree: Path) -> None:
+    """A file in place of a link that is not the blob beside it."""
     path = tree / "snapshots" / REVISION / "config.json"
     content = path.read_bytes()
     path.unlink()
-    path.write_bytes(content)
+    path.write_bytes(content.replace(b" ", b"\t", 1))
 
 
 def _unhashed(tree: Path) -> None:
@@ -230,7 +231,7 @@ def _unhashed(tree: Path) -> None:
         (_drop_shard, "holds neither"),
         (_drop_blob, "links to nothing"),
         (_no_checkpoint, "holds no checkpoint"),
-        (_plain_file, "is no link to a blob"),
+        (_plain_file, "config.json: is damaged or was altered"),
         (_unhashed, "whose name is no hash"),
     ],
 )
