@@ -14,13 +14,14 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from cog import AsyncConcatenateIterator, BasePredictor, ConcatenateIterator, Input, Path, streaming
+from cog import BasePredictor, CancelationException, ConcatenateIterator, Input, Path, concurrent, streaming
 
 import kimi_vl
 from kimi_vl import data_url, parameters
+from kimi_vl.cog_streaming import Streams, on_cancel
 from kimi_vl.errors import UserError
 from kimi_vl.events import Answer, Done, Event, Reasoning
 
@@ -128,38 +129,28 @@ class Predictor(BasePredictor):
         max_new_tokens: int | None = Inputs.max_new_tokens,
     ) -> ConcatenateIterator[str]:  # pyright: ignore[reportInvalidTypeForm]
         """Answers one request, piece by piece."""
-        with only_promised_errors():
-            chat, chat_images = build_chat(prompt, system_prompt, messages, image, images)
-            events = self.pipeline.stream(
-                chat,
-                chat_images,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                max_length_tokens=_token_limit(max_length_tokens, max_tokens, max_new_tokens),
-                thinking_budget=thinking_budget,
-                stop_sequences=_split_stop_sequences(stop_sequences),
-                seed=seed,
-                deadline=_deadline(),
-            )
-            # Cancelling raises inside the loop; closing the stream is what makes the model stop.
-            with contextlib.closing(events):
-                pieces = Coalescer().run(_recorded(self, events))
-                yield from format_events(pieces, output_format)  # pyright: ignore[reportReturnType]
+        yield from answer(self, locals())  # pyright: ignore[reportReturnType]
 
 
 class ConcurrentPredictor(BasePredictor):
-    """The same for many requests at a time (cog.concurrent.yaml). Cog sends what an async predictor yields at its
-    end, so nothing streams here."""
+    """The same for many requests at a time (cog.concurrent.yaml), each streamed: see `kimi_vl/cog_streaming.py`."""
+
+    def __init__(self) -> None:
+        self.streams = Streams(CancelationException)
 
     async def setup(self) -> None:
         """Loads the model that KIMI_VL_MODEL names."""
+        await self.streams.try_out()
+        if not self.streams.streaming:
+            print("setup: this Cog does not let many requests stream at a time; each answer is sent whole", flush=True)
         self.pipeline = load_model()
 
     def healthcheck(self) -> bool:
         """Whether the model can still answer; Cog reports UNHEALTHY when this is false."""
         return self.pipeline.healthy()
 
+    @streaming
+    @concurrent(max=32)
     async def predict(
         self,
         prompt: str = Inputs.prompt,
@@ -177,26 +168,9 @@ class ConcurrentPredictor(BasePredictor):
         output_format: str = Inputs.output_format,
         max_tokens: int | None = Inputs.max_tokens,
         max_new_tokens: int | None = Inputs.max_new_tokens,
-    ) -> AsyncConcatenateIterator[str]:  # pyright: ignore[reportInvalidTypeForm]
-        """Answers one request beside others."""
-        with only_promised_errors():
-            chat, chat_images = build_chat(prompt, system_prompt, messages, image, images)
-            events = self.pipeline.astream(
-                chat,
-                chat_images,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                max_length_tokens=_token_limit(max_length_tokens, max_tokens, max_new_tokens),
-                thinking_budget=thinking_budget,
-                stop_sequences=_split_stop_sequences(stop_sequences),
-                seed=seed,
-                deadline=_deadline(),
-            )
-            async with contextlib.aclosing(events):
-                kept = [event async for event in events]
-            for piece in format_events(_recorded(self, kept), output_format):
-                yield piece  # pyright: ignore[reportReturnType]
+    ) -> ConcatenateIterator[str]:  # pyright: ignore[reportInvalidTypeForm]
+        """Answers one request beside others, piece by piece."""
+        return await self.streams.run(answer(self, locals()))  # pyright: ignore[reportReturnType]
 
 
 def load_model() -> Pipeline:
@@ -216,6 +190,31 @@ def load_model() -> Pipeline:
         raise
     print(f"setup: ready after {time.monotonic() - started:.1f} s", flush=True)
     return pipeline
+
+
+def answer(predictor: Predictor | ConcurrentPredictor, inputs: dict[str, Any]) -> Generator[str, None, None]:
+    """The text of one request, piece by piece; `inputs` has every input by its name."""
+    with only_promised_errors():
+        chat, chat_images = build_chat(
+            inputs["prompt"], inputs["system_prompt"], inputs["messages"], inputs["image"], inputs["images"]
+        )
+        events = predictor.pipeline.stream(
+            chat,
+            chat_images,
+            temperature=inputs["temperature"],
+            top_p=inputs["top_p"],
+            top_k=inputs["top_k"],
+            max_length_tokens=_token_limit(inputs["max_length_tokens"], inputs["max_tokens"], inputs["max_new_tokens"]),
+            thinking_budget=inputs["thinking_budget"],
+            stop_sequences=_split_stop_sequences(inputs["stop_sequences"]),
+            seed=inputs["seed"],
+            deadline=_deadline(),
+        )
+        # Cancelling raises inside the loop; closing the stream is what makes the model stop.
+        with contextlib.closing(events):
+            on_cancel(events.interrupt)
+            pieces = Coalescer().run(_recorded(predictor, events))
+            yield from format_events(pieces, inputs["output_format"])
 
 
 @contextlib.contextmanager

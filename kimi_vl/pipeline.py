@@ -108,7 +108,7 @@ class Pipeline:
         request is checked at once, by this call: :class:`UserError` says what the caller should change. Closing the
         stream frees everything within a step.
         """
-        events: queue.SimpleQueue[Event | Exception] = queue.SimpleQueue()
+        events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
         return EventStream(self.engine, self.submit(messages, images, events.put, **params), events)
 
     async def astream(
@@ -238,7 +238,7 @@ def image_sources(parts: Sequence[ImagePart], beside: Sequence[ImageSource]) -> 
 class EventStream(Iterator[Event]):
     """The events of one request as they come; closing it (or letting go of it) cancels what is not done."""
 
-    def __init__(self, engine: Engine, ticket: Ticket, events: queue.SimpleQueue[Event | Exception]):
+    def __init__(self, engine: Engine, ticket: Ticket, events: queue.SimpleQueue[Event | BaseException]):
         self._engine, self._ticket, self._events = engine, ticket, events
         self._over = False
 
@@ -249,10 +249,15 @@ class EventStream(Iterator[Event]):
         while event is None:
             with contextlib.suppress(queue.Empty):
                 event = self._events.get(timeout=POLL_S)
-        self._over = isinstance(event, Done | Exception)
-        if isinstance(event, Exception):
+        self._over = isinstance(event, Done | BaseException)
+        if isinstance(event, BaseException):
             raise event
         return event
+
+    def interrupt(self, error: BaseException) -> None:
+        """Cancel the request from another thread; whoever waits for its events gets ``error`` after those that came."""
+        self._engine.cancel(self._ticket)
+        self._events.put(error)
 
     def close(self) -> None:
         if not self._over:

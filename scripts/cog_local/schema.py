@@ -71,6 +71,7 @@ COG_NAMES = {
     "ConcatenateIterator",
     "Input",
     "Path",
+    "concurrent",
     "streaming",
 }
 OUTPUTS: dict[str, dict[str, Any]] = {
@@ -131,6 +132,11 @@ def generate(source: str, class_name: str = "Predictor") -> dict[str, Any]:
     if required:
         inputs["required"] = required
     return _document(inputs, output, enums, streaming)
+
+
+def slots(source: str, class_name: str = "Predictor") -> int:
+    """How many requests the predictor takes at a time, which Cog's build writes into the image's environment."""
+    return _slots(_find_method(ast.parse(source), class_name))
 
 
 def write(root: Path, class_name: str = "Predictor") -> Path:
@@ -194,10 +200,26 @@ def _find_method(module: ast.Module, class_name: str) -> Method:
 
 
 def _is_streaming(method: Method) -> bool:
-    for decorator in method.decorator_list:
-        if ast.unparse(decorator) != "streaming":
-            raise SchemaError(decorator, f"the only decorator known here is @streaming, not @{ast.unparse(decorator)}")
-    return bool(method.decorator_list)
+    """Whether Cog offers server-sent events; refuses decorators that it does not know."""
+    names = [ast.unparse(decorator) for decorator in method.decorator_list if not isinstance(decorator, ast.Call)]
+    unknown = [name for name in names if name != "streaming"]
+    if unknown:
+        raise SchemaError(method, f"the decorators known here are @streaming and @concurrent(max=…), not @{unknown[0]}")
+    _slots(method)
+    return bool(names)
+
+
+def _slots(method: Method) -> int:
+    """How many requests `@concurrent(max=…)` lets run at a time; 1 without it."""
+    calls = [decorator for decorator in method.decorator_list if isinstance(decorator, ast.Call)]
+    if not calls:
+        return 1
+    found = re.fullmatch(r"concurrent\(max=([1-9][0-9]*)\)", ast.unparse(calls[0]))
+    if len(calls) > 1 or found is None:
+        raise SchemaError(calls[0], f"write @concurrent(max=…) with a plain number, not @{ast.unparse(calls[-1])}")
+    if not isinstance(method, ast.AsyncFunctionDef):
+        raise SchemaError(calls[0], "Cog gives a plain def one request at a time; @concurrent is for async def")
+    return int(found[1])
 
 
 def _output_schema(method: Method, streaming: bool) -> dict[str, Any]:
@@ -206,10 +228,14 @@ def _output_schema(method: Method, streaming: bool) -> dict[str, Any]:
         raise SchemaError(method, f"the return annotation must be one of {', '.join(OUTPUTS)}, not {name}")
     if streaming and name == "str":
         raise SchemaError(method, "@streaming needs an iterator as the return annotation")
-    if streaming and isinstance(method, ast.AsyncFunctionDef):
-        raise SchemaError(method, "Cog collects an async generator before it sends anything; use a plain def")
-    if name.startswith("Async") != isinstance(method, ast.AsyncFunctionDef):
-        raise SchemaError(method, f"{name} does not fit the method: async def takes AsyncConcatenateIterator[str]")
+    if isinstance(method, ast.AsyncFunctionDef):
+        yields = any(isinstance(node, ast.Yield) for node in ast.walk(method))
+        if streaming and yields:
+            raise SchemaError(method, "Cog collects an async generator before it sends anything; return a plain one")
+        if yields != name.startswith("Async"):
+            raise SchemaError(method, f"{name} does not fit: AsyncConcatenateIterator[str] is for async def with yield")
+    elif name.startswith("Async"):
+        raise SchemaError(method, f"{name} does not fit a plain def")
     return OUTPUTS[name]
 
 

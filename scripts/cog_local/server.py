@@ -25,7 +25,6 @@ from cog_local import schema
 from cog_local.client import Client, ServerGone
 
 ROOT = Path(__file__).resolve().parents[2]
-CONCURRENT_REQUESTS = 32
 DRAIN_SECONDS = 10.0
 
 # Runs Cog's server, and ends it with its worker when our end of its stdin closes: if we are killed outright,
@@ -107,6 +106,8 @@ class Server:
         self.root = root
         self.predictor = "ConcurrentPredictor" if concurrent else "Predictor"
         self.environment = dict(os.environ if environment is None else environment)
+        self.slots = 1
+        """How many requests it takes at a time."""
         self.host = host
         self.fixed_port = port
         self.port = 0
@@ -128,6 +129,7 @@ class Server:
 
     def __enter__(self) -> Server:
         schema.write(self.root, self.predictor)
+        self.slots = schema.slots((self.root / "predict.py").read_text(encoding="utf-8"), self.predictor)
         try:
             # Between choosing a free port and using it, somebody else may take it.
             for attempts_left in (2, 1, 0):
@@ -158,7 +160,7 @@ class Server:
             "PATH": binaries + os.pathsep + self.environment.get("PATH", os.defpath),
             "PORT": str(self.port),
             "COG_PREDICT_TYPE_STUB": f"predict.py:{self.predictor}",
-            "COG_MAX_CONCURRENCY": str(CONCURRENT_REQUESTS if self.predictor == "ConcurrentPredictor" else 1),
+            "COG_MAX_CONCURRENCY": str(self.slots),
             "LOG_FORMAT": "json",
         }
         self.lines.clear()
@@ -292,7 +294,7 @@ def main() -> int:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=5000, help="port to listen on (5000)")
-    parser.add_argument("--concurrent", action="store_true", help="many requests at a time, none of them streamed")
+    parser.add_argument("--concurrent", action="store_true", help="32 requests at a time in shared batches")
     arguments = parser.parse_args()
     interrupt_on_signals()
     try:

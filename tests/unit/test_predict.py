@@ -68,18 +68,28 @@ class StubPipeline:
     def healthy(self) -> bool:
         return self.health
 
-    def stream(self, messages: Any, images: Any = (), **params: Any) -> Iterator[Any]:
+    def stream(self, messages: Any, images: Any = (), **params: Any) -> StubStream:
         self.messages, self.images, self.params = messages, images, params
-        return self._run()
+        return StubStream(self)
 
-    def _run(self) -> Iterator[Any]:
-        try:
-            for event in self.events:
-                if isinstance(event, BaseException):
-                    raise event
-                yield event
-        finally:
-            self.closed = True
+
+class StubStream(Iterator[Any]):
+    def __init__(self, pipeline: StubPipeline) -> None:
+        self.pipeline = pipeline
+        self.coming = iter(pipeline.events)
+        self.error: BaseException | None = None
+
+    def __next__(self) -> Any:
+        event = self.error or next(self.coming)
+        if isinstance(event, BaseException):
+            raise event
+        return event
+
+    def interrupt(self, error: BaseException) -> None:
+        self.error = error
+
+    def close(self) -> None:
+        self.pipeline.closed = True
 
 
 class Recorder(predict.Predictor):
@@ -418,6 +428,60 @@ def test_defaults_here_and_in_predict_are_those_of_the_schema() -> None:
     assert DEFAULTS["max_length_tokens"] == predict.DEFAULT_MAX_LENGTH_TOKENS
 
 
+# Many at a time
+
+
+@pytest.fixture
+def concurrent() -> Iterator[predict.ConcurrentPredictor]:
+    predictor = predict.ConcurrentPredictor()
+    yield predictor
+    predictor.streams.close()
+
+
+def returned(predictor: predict.ConcurrentPredictor, **inputs: Any) -> tuple[Any, Any]:
+    """What Cog gets from the coroutine that it submits, and the future that it keeps."""
+
+    async def submitted() -> tuple[Any, Any]:
+        loop = asyncio.get_running_loop()
+        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(predictor.streams.try_out(), loop))
+        work: Any = predictor.predict(**{**DEFAULTS, "prompt": "2+2?", **inputs})
+        future = asyncio.run_coroutine_threadsafe(work, loop)
+        return await asyncio.wrap_future(future), future
+
+    return asyncio.run(submitted())
+
+
+def test_the_concurrent_predictor_streams_the_same(concurrent: predict.ConcurrentPredictor, no_waiting: None) -> None:
+    for output_format in ("text", "answer", "json"):
+        pipeline = StubPipeline()
+        concurrent.pipeline = pipeline  # pyright: ignore[reportAttributeAccessIssue]
+        pieces, _ = returned(concurrent, output_format=output_format, seed=5)
+        assert pipeline.messages is None, "nothing begins in the event loop"
+        assert list(pieces) == run(output_format=output_format)
+        assert pipeline.params == parameters(seed=5) and pipeline.closed
+
+
+def test_cancelling_the_concurrent_predictor(concurrent: predict.ConcurrentPredictor, no_waiting: None) -> None:
+    pipeline = StubPipeline()
+    concurrent.pipeline = pipeline  # pyright: ignore[reportAttributeAccessIssue]
+    pieces, future = returned(concurrent)
+    assert next(pieces) == "◁think▷two "
+    future.cancel()
+    with pytest.raises(CancelationException):
+        next(pieces)
+    assert pipeline.closed
+
+
+def test_a_cog_that_does_not_call_the_hook_is_told_in_the_log(
+    concurrent: predict.ConcurrentPredictor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(predict, "load_model", StubPipeline)
+    asyncio.run(concurrent.setup())
+    assert capsys.readouterr().out.count("each answer is sent whole") == 1
+    output: Any = asyncio.run(concurrent.predict(**{**DEFAULTS, "prompt": "2+2?"}))  # type: ignore[arg-type]
+    assert isinstance(output, list) and "".join(output) == "".join(run())
+
+
 # Set-up and health
 
 
@@ -433,13 +497,14 @@ def test_setup_loads_what_the_environment_names(monkeypatch: pytest.MonkeyPatch,
     predictor.setup()
     concurrent = predict.ConcurrentPredictor()
     asyncio.run(concurrent.setup())
+    concurrent.streams.close()
     assert loaded == [model, model]
     assert predictor.healthcheck() and concurrent.healthcheck()
 
 
 @pytest.mark.parametrize("kind", [predict.Predictor, predict.ConcurrentPredictor])
 def test_healthcheck_asks_the_pipeline(kind: type[predict.Predictor | predict.ConcurrentPredictor]) -> None:
-    predictor = kind()
+    predictor = kind.__new__(kind)
     predictor.pipeline = StubPipeline()  # pyright: ignore[reportAttributeAccessIssue]
     assert predictor.healthcheck()
     predictor.pipeline.health = False  # pyright: ignore[reportAttributeAccessIssue]

@@ -55,10 +55,62 @@ def test_input(document: dict[str, Any], name: str, promised: dict[str, Any]) ->
     assert field == promised
 
 
-def test_the_concurrent_predictor_has_the_same_inputs_and_does_not_stream(document: dict[str, Any]) -> None:
-    concurrent = schema.generate((ROOT / "predict.py").read_text(encoding="utf-8"), "ConcurrentPredictor")
-    assert concurrent["components"]["schemas"] == document["components"]["schemas"]
-    assert "x-cog-streaming" not in json.dumps(concurrent)
+def test_the_concurrent_predictor_has_the_same_document_and_more_slots(document: dict[str, Any]) -> None:
+    source = (ROOT / "predict.py").read_text(encoding="utf-8")
+    assert schema.generate(source, "ConcurrentPredictor") == document
+    assert [schema.slots(source, name) for name in ("Predictor", "ConcurrentPredictor")] == [1, 32]
+
+
+ASYNC = """
+from cog import AsyncConcatenateIterator, BasePredictor, ConcatenateIterator, Input, concurrent, streaming
+class Predictor(BasePredictor):
+    {decorators}
+    {define} predict(self, x: int = Input(default=1)) -> {returns}:
+        {body}
+"""
+OK = {
+    "decorators": "@streaming\n    @concurrent(max=4)",
+    "define": "async def",
+    "returns": "ConcatenateIterator[str]",
+    "body": "return pieces()",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "slots", "streams"),
+    [
+        ({}, 4, True),
+        ({"decorators": "@concurrent(max=4)\n    @streaming"}, 4, True),
+        ({"decorators": "@streaming"}, 1, True),
+        ({"decorators": "@concurrent(max=4)"}, 4, False),
+        ({"decorators": "", "body": "yield ''", "returns": "AsyncConcatenateIterator[str]"}, 1, False),
+    ],
+)
+def test_async_predictors(changes: dict[str, str], slots: int, streams: bool) -> None:
+    source = ASYNC.format(**{**OK, **changes})
+    assert schema.slots(source) == slots
+    assert ("x-cog-streaming" in json.dumps(schema.generate(source))) == streams
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"body": "yield ''"}, "collects"),
+        ({"body": "yield ''", "decorators": "@concurrent(max=4)"}, "does not fit"),
+        ({"returns": "AsyncConcatenateIterator[str]"}, "does not fit"),
+        ({"define": "def"}, "for async def"),
+        ({"decorators": "@concurrent(max=N)"}, "plain number"),
+        ({"decorators": "@concurrent(max=0)"}, "plain number"),
+        ({"decorators": "@concurrent(4)"}, "plain number"),
+        ({"decorators": "@concurrent(max=4)\n    @concurrent(max=5)"}, "plain number"),
+        ({"decorators": "@concurrent"}, "known here"),
+        ({"decorators": "@streaming()"}, "plain number"),
+        ({"define": "def", "decorators": "", "returns": "AsyncConcatenateIterator[str]"}, "does not fit"),
+    ],
+)
+def test_refused_async_predictors(changes: dict[str, str], reason: str) -> None:
+    with pytest.raises(schema.SchemaError, match=reason):
+        schema.generate(ASYNC.format(**{**OK, **changes}))
 
 
 def test_nothing_is_required(document: dict[str, Any]) -> None:
@@ -181,6 +233,7 @@ def test_refused_inputs(parameter: str, reason: str) -> None:
         (", streaming\n", "\n", "plain"),
         ("    def predict", "    async def predict", "async"),
         ("    @streaming\n    def predict", "    async def predict", "does not fit"),
+        (", streaming\n", ", streaming\nfrom asyncio import concurrent\n", "plain"),
         ("ConcatenateIterator[str]:", "ConcatenateIterator:", "return annotation"),
         (" -> ConcatenateIterator[str]:", ":", "return annotation"),
         ("-> ConcatenateIterator[str]:", "-> str:", "iterator"),
