@@ -95,6 +95,10 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+class Receiver(ThreadingHTTPServer):
+    request_queue_size = 512  # Cog opens a connection for every hook, and does not try again
+
+
 class Loopback:
     """An HTTP server of our own: a receiver of webhooks, and a place for files."""
 
@@ -103,7 +107,7 @@ class Loopback:
         self.pages: dict[str, tuple[int, dict[str, str], bytes]] = {}
         self.asked: list[str] = []
         handler = type("Here", (Handler,), {"hooks": self.hooks, "pages": self.pages, "asked": self.asked})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server = Receiver(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def put(self, path: str, body: bytes, status: int = 200, **headers: str) -> str:
