@@ -5,43 +5,51 @@ By pget under a watchdog, or by Python. Does not know what a checkpoint is. Neve
 
 from __future__ import annotations
 
-import base64
 import ctypes
 import errno
-import http.client
 import logging
 import os
 import re
 import shutil
 import signal
+import ssl
 import stat
 import subprocess
 import sys
 import tarfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import deque
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import urlsplit, urlunsplit
+
+import httpx
 
 from .archive import LARGEST_END, Contents, end_fault
 from .errors import CheckpointError
 from .progress import Progress, amount
 
 log = logging.getLogger(__name__)
+for _library in ("httpx", "httpcore"):  # they would log every address with what signs it
+    logging.getLogger(_library).setLevel(logging.WARNING)
 
 TRIES = 3
 PAUSE_SECONDS = 5.0
 STALL_SECONDS = 120.0  # pget itself has no read timeout, and goes on for ever when every answer is cut off
-CHUNK = "16M"  # pget keeps as many of these in memory as it has connections
+# pget keeps a chunk a connection in memory, and writes nothing before the first of them is whole. A chunk is what the
+# line brings in FIRST_SECONDS, shared among the connections: a slow line, too, is then seen to bring something.
 CONNECTIONS = 16
+FIRST_SECONDS = 2.0
+LEAST_CHUNK = 256_000
+LARGEST_CHUNK = 16_000_000
 
 _WATCH_SECONDS = 0.2
+_MEASURED_BYTES = 8_000_000
+_REDIRECTS = 10
 _WINDOW = 2**16  # bytes asked for at once while only headers are read
 _LARGEST_HEADER = 2**20
 # What changes pget's behaviour from outside. PGET itself names the program.
@@ -52,6 +60,7 @@ _PGET_SETTINGS = (
     "PGET_PID_FILE",
     "PGET_CHUNK_SIZE",
     "PGET_LOG_LEVEL",
+    "PGET_RESOLVE",
 )
 _REFUSALS = {
     401: "the server asks for a login (401); check the user, password or token in the address",
@@ -140,12 +149,13 @@ def _try(url: str, private: Path, program: str | None, patience: float) -> Path:
         check_space(private.parent, remote.size, shown(url))
     tree = private / "tree"
     size = "an archive of unknown size" if remote.size is None else amount(remote.size)
-    if program and contents:
+    if program and contents and remote.lengths:
         log.info("fetching %s from %s with pget", size, shown(url))
         progress = Progress("fetching", contents.size)
         _extract_with_pget(program, url, private, tree, contents.size, progress, patience)
     else:
-        why = "" if program is None else ": the server does not support ranges, which pget needs"
+        missing = "support ranges" if contents is None else "send the length of a part"
+        why = "" if program is None else f": the server does not {missing}, which pget needs"
         log.info("fetching %s from %s with Python%s", size, shown(url), why)
         progress = Progress("fetching", remote.size)
         contents = _extract_with_python(url, remote, tree, progress)
@@ -178,72 +188,102 @@ def _disk_full(folder: Path, needed: int) -> CheckpointError:
 class _Remote:
     size: int | None
     ranges: bool
+    lengths: bool  # of the parts that are sent
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        if req.type == "https" and urlsplit(newurl).scheme != "https":
-            raise CheckpointError(
-                f"{shown(req.full_url)}: redirects to an address without encryption, {shown(newurl)}; "
-                "use an https address that does not"
-            )
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-_opener = urllib.request.build_opener(_Redirects)
-
-
-def _open(url: str, span: str = "") -> http.client.HTTPResponse:
-    """The answer to a GET, of ``span`` ("0-99") only where the server can."""
+@contextmanager
+def _open(url: str, span: str = "") -> Iterator[httpx.Response]:
+    """The answer to a GET, of ``span`` ("0-99") only where the server can. Its body is still to be read."""
+    # Some networks in front of servers turn a library's own name away.
+    headers = {"User-Agent": "kimi-vl", "Accept-Encoding": "identity"} | ({"Range": f"bytes={span}"} if span else {})
     try:
-        parts = urlsplit(url)
-        login, _, host = parts.netloc.rpartition("@")
-        # Some networks in front of servers turn urllib's own name away.
-        headers = {"User-Agent": "kimi-vl"} | ({"Range": f"bytes={span}"} if span else {})
-        request = urllib.request.Request(urlunsplit(parts._replace(netloc=host, fragment="")), headers=headers)
-        if login:  # pget takes it from the address, urllib does not; no other server is to see it
-            token = base64.b64encode(unquote(login).encode()).decode()
-            request.add_unredirected_header("Authorization", f"Basic {token}")
-        return _opener.open(request, timeout=STALL_SECONDS)
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code in _REFUSALS:
-            raise CheckpointError(f"{shown(url)}: {_REFUSALS[error.code]}") from None
-        if 400 <= error.code < 500 and error.code not in _TRANSIENT:
-            raise CheckpointError(
-                f"{shown(url)}: the server refuses the request ({error.code}); check the address"
-            ) from None
-        raise _Retry(f"the server answers {error.code}") from None
-    except CheckpointError:
-        raise
-    except (http.client.InvalidURL, ValueError):
+        with httpx.Client(timeout=STALL_SECONDS, max_redirects=_REDIRECTS) as client:
+            answer = client.send(client.build_request("GET", url, headers=headers), stream=True)
+            for _ in range(_REDIRECTS):
+                if answer.next_request is None:
+                    break
+                answer.close()
+                _refuse_downgrade(answer.request.url, answer.next_request.url)
+                answer = client.send(answer.next_request, stream=True)
+            with closing(answer):
+                _refuse_status(url, answer)
+                yield answer
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol):
         raise CheckpointError(f"{shown(url)}: is not a valid address; check its spelling") from None
-    except (OSError, http.client.HTTPException) as error:
+    except httpx.TransportError as error:
+        if _is_certificate(error):
+            raise CheckpointError(
+                f"{shown(url)}: the server's certificate is not trusted; check the address and the clock, or name the "
+                "authority that signed it with SSL_CERT_FILE"
+            ) from None
         raise _Retry(_reason(error)) from None
 
 
-def _reason(error: Exception) -> str:
+def _refuse_downgrade(before: httpx.URL, after: httpx.URL) -> None:
+    if before.scheme == "https" and after.scheme != "https":
+        raise CheckpointError(
+            f"{shown(str(before))}: redirects to an address without encryption, {shown(str(after))}; "
+            "use an https address that does not"
+        )
+
+
+def _refuse_status(url: str, answer: httpx.Response) -> None:
+    status = answer.status_code
+    if status in (200, 206):
+        return
+    if status in _REFUSALS:
+        raise CheckpointError(f"{shown(url)}: {_REFUSALS[status]}")
+    if 400 <= status < 500 and status not in _TRANSIENT:
+        raise CheckpointError(f"{shown(url)}: the server refuses the request ({status}); check the address")
+    raise _Retry(f"the server answers {status}")
+
+
+def _is_certificate(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _reason(error: httpx.TransportError) -> str:
     """Why the network failed, in a few words."""
-    inner = error.reason if isinstance(error, urllib.error.URLError) else error
-    if isinstance(inner, TimeoutError):
+    if isinstance(error, httpx.TimeoutException):
         return f"no byte arrived for {STALL_SECONDS:g} s"
-    if isinstance(inner, OSError) and inner.strerror:
-        return redact(inner.strerror)
-    return redact(str(inner)) or type(inner).__name__
+    if isinstance(error, httpx.RemoteProtocolError):
+        return "the connection was cut off"
+    inner: BaseException | None = error
+    while inner is not None and not (isinstance(inner, OSError) and inner.strerror):
+        inner = inner.__cause__ or inner.__context__
+    if isinstance(inner, OSError):
+        return redact(inner.strerror or "")
+    return redact(str(error)) or type(error).__name__
 
 
 def _probe(url: str) -> _Remote:
     with _open(url, "0-0") as answer:
-        if answer.status == 206:
-            return _Remote(_total(answer), True)
         length = answer.headers.get("Content-Length", "")
-        return _Remote(int(length) if length.isdecimal() else None, False)
+        if answer.status_code == 206:
+            return _Remote(_total(answer), True, length.isdecimal())
+        return _Remote(int(length) if length.isdecimal() else None, False, length.isdecimal())
 
 
-def _total(answer: http.client.HTTPResponse) -> int | None:
+def _total(answer: httpx.Response) -> int | None:
     """The whole file's size, from the answer to a request for a part of it."""
     found = re.fullmatch(r"bytes \d+-\d+/(\d+)", answer.headers.get("Content-Range", ""))
     return int(found[1]) if found else None
+
+
+def _chunk(url: str, size: int) -> int:
+    """Bytes for one of pget's chunks: what the line brings in FIRST_SECONDS, for each connection."""
+    received, began, now = 0, 0.0, 0.0
+    with suppress(_Retry), _open(url, f"0-{min(size // 100, _MEASURED_BYTES)}") as answer:
+        for piece in answer.iter_raw():
+            now = time.monotonic()
+            began = began or now  # a rate without the time that connecting takes
+            received += len(piece)
+            if now - began > FIRST_SECONDS:
+                break
+    rate = received / max(now - began, 1e-3)
+    return int(min(max(rate * FIRST_SECONDS / CONNECTIONS, LEAST_CHUNK), LARGEST_CHUNK))
 
 
 class _RangedFile:
@@ -279,12 +319,13 @@ class _RangedFile:
     def _load(self) -> None:
         last = min(self.position + _WINDOW, self.size) - 1
         with _open(self.url, f"{self.position}-{last}") as answer:
-            if answer.status != 206 or _total(answer) != self.size:
+            if answer.status_code != 206 or _total(answer) != self.size:
                 raise _Retry("the file on the server changed or is served in different ways")
-            try:
-                window = answer.read(_WINDOW)
-            except (OSError, http.client.HTTPException) as error:
-                raise _Retry(_reason(error)) from None
+            pieces = []
+            with suppress(httpx.RemoteProtocolError):  # cut off: what came is of use
+                for piece in answer.iter_raw():
+                    pieces.append(piece)
+            window = b"".join(pieces)
         if not window:
             raise _Retry("the connection was cut off")
         self._start, self._window = self.position, window
@@ -332,11 +373,12 @@ def _pget() -> str | None:
 def _extract_with_pget(
     program: str, url: str, private: Path, tree: Path, size: int, progress: Progress, patience: float
 ) -> None:
+    chunk = _chunk(url, size)
     try:
         process = subprocess.Popen(
             [
                 *(program, "-x", "--pid-file", str(private / "pget.pid"), "--log-level", "warn"),
-                *("-m", CHUNK, "-c", str(CONNECTIONS), url, str(tree)),
+                *("-m", str(chunk), "-c", str(CONNECTIONS), url, str(tree)),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -366,7 +408,7 @@ def _extract_with_pget(
 
 
 def _watch(process: subprocess.Popen[bytes], tree: Path, progress: Progress, patience: float) -> None:
-    """Wait for the end of a download that grows. A slow line fills CONNECTIONS chunks before the next growth."""
+    """Wait for the end of a download that grows on the disk."""
     size, grown = 0, time.monotonic()
     while True:
         with suppress(subprocess.TimeoutExpired):
@@ -377,7 +419,7 @@ def _watch(process: subprocess.Popen[bytes], tree: Path, progress: Progress, pat
         if current > size:
             size, grown = current, time.monotonic()
         elif time.monotonic() - grown > patience:
-            raise _Retry(f"no byte arrived for {patience:g} s")
+            raise _Retry(f"pget wrote nothing for {patience:g} s")
     progress.reach(_size(tree))
 
 
@@ -434,21 +476,22 @@ class _Body:
         self.remote = remote
         self.progress = progress
         self.received = 0
-        self._answer: http.client.HTTPResponse | None = None
+        self._pieces: Iterator[bytes] | None = None
         self._taken_up_at = -1
         self._last: deque[bytes] = deque(maxlen=16)
 
     def read(self, size: int) -> bytes:
+        """What comes next, of whatever length; nothing at the end."""
         while True:
             left = None if self.remote.size is None else self.remote.size - self.received
             if left == 0:
                 return b""
             reason = "the connection was cut off"
             try:
-                self._answer = self._answer or self._connect()
-                piece = self._answer.read1(size if left is None else min(size, left))
-            except (OSError, http.client.HTTPException) as error:
-                piece, reason = b"", _reason(error)
+                self._pieces = self._pieces or self._connect()
+                piece = next(self._pieces, b"")[:left]
+            except _Retry as error:
+                reason = str(error)
             else:
                 if piece:
                     self.received += len(piece)
@@ -462,12 +505,11 @@ class _Body:
             self._taken_up_at = self.received
             log.info("%s after %s: going on from there", reason, amount(self.received))
 
-    def _connect(self) -> http.client.HTTPResponse:
-        answer = _open(self.url, f"{self.received}-" if self.received else "")
-        if self.received and (answer.status != 206 or _total(answer) != self.remote.size):
-            answer.close()
-            raise _Retry("the file on the server changed")
-        return answer
+    def _connect(self) -> Iterator[bytes]:
+        with _open(self.url, f"{self.received}-" if self.received else "") as answer:
+            if self.received and (answer.status_code != 206 or _total(answer) != self.remote.size):
+                raise _Retry("the file on the server changed")
+            yield from answer.iter_raw()
 
     def rest(self, start: int) -> bytes:
         """What came and still comes from position ``start`` on, which is near; of very much only the beginning."""
@@ -480,9 +522,7 @@ class _Body:
         return rest
 
     def close(self) -> None:
-        if self._answer is not None:
-            self._answer.close()
-            self._answer = None
+        self._pieces = None  # which closes the connection
 
 
 def _extract_with_python(url: str, remote: _Remote, tree: Path, progress: Progress) -> Contents:

@@ -87,7 +87,6 @@ def _client(name: str, revision: str, cache: Path) -> Any:
     # Each tree has its own blobs, so that a damaged one is fetched again instead of being found in another place.
     constants.HF_HUB_DISABLE_SHARED_BLOBS = True
     disable_progress_bars()
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log every address with what signs it
     for handler in logging.getLogger("huggingface_hub").handlers:
         if not any(isinstance(known, download.Redaction) for known in handler.filters):
             handler.addFilter(download.Redaction())

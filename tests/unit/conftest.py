@@ -26,7 +26,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultServe
     for name in SETTINGS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(download, "PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(download, "CHUNK", "256K")
+    monkeypatch.setattr(download, "LARGEST_CHUNK", 256_000)
     monkeypatch.setattr(download, "CONNECTIONS", 2)
     monkeypatch.setattr(download, "_WATCH_SECONDS", 0.02)
     folder = tmp_path / "site"

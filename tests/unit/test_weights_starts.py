@@ -17,7 +17,7 @@ from tests.boots import Boot, Boots
 from tests.weights_world import NAME, REVISION, FaultServer, cache_tree, tar_of
 
 KILLS = 30  # on each road
-QUICK = {"PAUSE_SECONDS": 0.01, "CHUNK": "256K", "CONNECTIONS": 2, "_WATCH_SECONDS": 0.02}
+QUICK = {"PAUSE_SECONDS": 0.01, "LARGEST_CHUNK": 256_000, "CONNECTIONS": 2, "_WATCH_SECONDS": 0.02}
 
 
 @pytest.fixture
