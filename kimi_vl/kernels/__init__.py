@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import flash
 from ..config import TextConfig
 from . import plain, reference, strips
 from .strips import Experts, Strips, mlp, project
@@ -183,7 +184,9 @@ def _automatic(device: torch.device, use: Use) -> Ops:
     except ImportError as error:
         log.warning("all operations run in plain PyTorch: Triton cannot be imported (%s)", error)
         return TORCH
-    refused = startup_check.refusals(device, use)
+    refused = dict(startup_check.refusals(device, use))
+    for name in [name for name in refused if name not in OPERATIONS]:
+        flash.refuse(name, refused.pop(name))
     ops = without(ops, refused)
     report(refused, ops)
     return ops

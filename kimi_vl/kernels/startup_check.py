@@ -1,5 +1,7 @@
 """Whether each kernel serves on this card: compiled for it, launched, and compared with the plain operation.
 
+FlashAttention is checked in the same way, where it is installed.
+
 The check runs in a process of its own. A kernel that never ends cannot be stopped from within its process, and one that
 reads where there is nothing leaves its process without a GPU; both end with the process, which is killed after a limit,
 and another one goes on with the operations that are left. What was compiled there is found in Triton's compile cache
@@ -27,6 +29,7 @@ from typing import Any
 
 import torch
 
+from .. import flash
 from ..config import TextConfig
 from . import OPERATIONS, REFERENCE, TORCH, Ops, Use, triton_ops
 from .inputs import Call, Inputs, Widths, apart
@@ -155,7 +158,7 @@ def check(
     start_seconds: float = START_S,
 ) -> dict[str, str]:
     """The same, waiting for it. ``command`` starts a process that runs :func:`main`."""
-    left, refused = list(OPERATIONS), {}
+    left, refused = [*OPERATIONS, *flash.candidates(device)], {}
     while left:
         before = len(left)
         with _Checker(command, _encoded(device, use, left)) as checker:
@@ -253,7 +256,10 @@ def main(ops: Ops | None = None) -> int:
     with torch.inference_mode(), torch.cuda.device(device if device.type == "cuda" else -1):
         for operation in job["operations"]:
             reason = ""
-            if getattr(ops, operation) is not getattr(TORCH, operation):
+            if operation not in OPERATIONS:
+                tell(operation)
+                reason = flash.reason_against(operation, device)
+            elif getattr(ops, operation) is not getattr(TORCH, operation):
                 reason = reason_against(operation, ops, calls.of(operation), use.dtype, lambda: tell(operation))  # noqa: B023
             tell(operation, reason=reason)
             if reason and device.type == "cuda":

@@ -5,19 +5,16 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import sys
 import threading
 import time
-import types
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kimi_vl import flash, graphs, kernels, loader, sampling, vision
+from kimi_vl import graphs, kernels, loader, sampling
 from kimi_vl.cache import Chunk, LatentCache, PagedCache
 from kimi_vl.engine import Engine, EngineOptions
 from kimi_vl.fused import FusedDecoder
@@ -370,67 +367,3 @@ def test_buckets():
     assert graphs.buckets(5) == [1, 2, 4, 5]
     assert graphs.buckets(64) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
     assert graphs.buckets(200) == [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 200]
-
-
-# flash_attn, with a stand-in for the package
-
-
-@pytest.fixture
-def package(monkeypatch) -> Iterator[list[str]]:
-    """Knows what the real one documents: tokens before heads, one head dim, queries at the end of the keys."""
-    calls: list[str] = []
-
-    def func(q, k, v, softmax_scale=None, causal=False):
-        calls.append("func")
-        assert q.shape[-1] == k.shape[-1] == v.shape[-1]
-        queries, keys = q.shape[1], k.shape[1]
-        mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries) if causal else None
-        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale).transpose(1, 2)
-
-    def varlen(q, k, v, ends_q, ends_k, longest_q, longest_k):
-        calls.append("varlen")
-        assert ends_q.dtype == ends_k.dtype == torch.int32
-        assert longest_q == longest_k == int(ends_q.diff().max())
-        parts = [each.split(ends_k.diff().tolist()) for each in (q, k, v)]
-        return torch.cat([func(*(each.unsqueeze(0) for each in part))[0] for part in zip(*parts, strict=True)])
-
-    stand_in = types.SimpleNamespace(flash_attn_func=func, flash_attn_varlen_func=varlen)
-    monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
-    flash._package.cache_clear()
-    monkeypatch.setattr(flash, "usable", lambda states: True)
-    yield calls
-    flash._package.cache_clear()
-
-
-def test_prompts_go_through_flash_attn(model, plain, package, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(flash, "usable", lambda states: False)
-        wanted = [ask(plain, *request, room=5) for request in some_requests()]
-    assert not package
-    engine = Engine(model, 1024, replace(SMALL, reuse=False))
-    assert [ask(engine, *request, room=5) for request in some_requests()] == wanted
-    assert {"func", "varlen"} <= set(package)
-    engine.close()
-
-
-@pytest.mark.parametrize("lengths", [[12], [4, 4, 4], [5, 1, 6]])
-def test_pictures_go_through_flash_attn(package, monkeypatch, lengths):
-    query, key, value = torch.randn(3, 12, 2, 8)
-    found = vision.attention(query, key, value, lengths)
-    assert package[0] == "varlen"
-    monkeypatch.setattr(flash, "usable", lambda states: False)
-    torch.testing.assert_close(found, vision.attention(query, key, value, lengths), rtol=1e-5, atol=1e-6)
-
-
-def test_flash_attn_is_for_half_precision_on_a_gpu(monkeypatch):
-    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace())
-    flash._package.cache_clear()
-    assert not flash.usable(torch.zeros(1, dtype=torch.bfloat16))
-    on_gpu = types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
-    assert flash.usable(on_gpu)  # pyright: ignore[reportArgumentType]
-    assert not flash.usable(types.SimpleNamespace(is_cuda=True, dtype=torch.float32))  # pyright: ignore[reportArgumentType]
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-    flash._package.cache_clear()
-    assert not flash.usable(on_gpu)  # pyright: ignore[reportArgumentType]
-    flash._package.cache_clear()

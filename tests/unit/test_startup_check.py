@@ -26,7 +26,7 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.runtime.errors import OutOfResources, PTXASError  # noqa: E402
 
-from kimi_vl import kernels, loader, pipeline, warm_up  # noqa: E402
+from kimi_vl import flash, kernels, loader, pipeline, warm_up  # noqa: E402
 from kimi_vl.engine import Engine  # noqa: E402
 from kimi_vl.kernels import startup_check  # noqa: E402
 from tests.parity.test_engine import CHECKPOINT, SMALL, ask, some_requests  # noqa: E402
@@ -132,7 +132,7 @@ def test_mixed_operations_give_the_same_tokens(refused, model, monkeypatch):
 
 
 CHILD = """
-import dataclasses, os, signal, sys, time
+import dataclasses, os, signal, sys, time, types
 from bench_suite import triton_on_cpu
 from kimi_vl import kernels
 from kimi_vl.kernels import startup_check
@@ -150,6 +150,7 @@ def wrong(*arguments, **named):
     print("what a library says")
     return tuple(2 * result for result in sound.add_rms_norm(*arguments, **named))
 
+sys.modules["flash_attn.cute"] = types.SimpleNamespace(flash_attn_func=wrong, flash_attn_varlen_func=wrong)
 sys.exit(startup_check.main(dataclasses.replace(sound, norm_router=hang, moe=die, add_rms_norm=wrong)))
 """
 
@@ -161,8 +162,10 @@ def test_kernels_that_hang_or_crash_end_with_their_process_and_the_others_are_ch
     monkeypatch.setattr(
         startup_check._Checker, "__init__", lambda self, *given: (start(self, *given), processes.append(self))[0]
     )
+    monkeypatch.setattr(flash, "candidates", lambda device: ["flash_attn.cute", "flash_attn"])
     refused = startup_check.check(CPU, use, (sys.executable, "-c", CHILD), call_seconds=6)
-    assert refused.keys() == {"add_rms_norm", "norm_router", "moe"}
+    assert refused.keys() == {"add_rms_norm", "norm_router", "moe", "flash_attn.cute"}
+    assert refused["flash_attn.cute"] == "it fails (TypeError)"  # and the other one is not installed
     assert "is off by" in refused["add_rms_norm"]
     assert refused["norm_router"] == "a call does not end within 6 s"
     assert refused["moe"] == "the process that checks it ended (exit status -11)"
