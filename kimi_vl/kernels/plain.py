@@ -221,6 +221,8 @@ def mla_decode(
 def _mixed(query: Tensor, entries: Tensor, block: Block, scale: float, rank: int) -> Tensor:
     """Sums (b, N, R) of the latents that the queries (b, N, R+P) of one block look at."""
     counts = block.counts
+    if not block.slots.numel():
+        return query.new_zeros(*query.shape[:2], rank)
     # exactly the entries in use: a product would copy a part of whole pages
     past = entries.index_select(0, block.slots.flatten()).view(*block.slots.shape, -1)  # (b, L, R+P)
     if query.device.type == "cpu":  # heads as the queries of one head that sees all of them

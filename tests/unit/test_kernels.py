@@ -27,7 +27,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 from triton.runtime.errors import InterpreterError  # noqa: E402
 
-from kimi_vl import kernels, memory  # noqa: E402
+from kimi_vl import cache, kernels, memory  # noqa: E402
 from kimi_vl.cache import Rows  # noqa: E402
 from kimi_vl.kernels import plain, reference, strips, triton_mla, triton_moe, triton_norm  # noqa: E402
 from kimi_vl.kernels.inputs import Call, Inputs, Widths, apart, distance, routed_alike, with_arguments  # noqa: E402
@@ -165,19 +165,59 @@ def test_experts(tokens: int, routing: str, shared: bool, plan: str, fences: Fen
     assert found <= 1, found
 
 
+WAYS = {"on a CPU": None, "grouped": plain._grouped, "gathered": plain._of_gathered, "of all": plain._of_all}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("tokens", "routing"),
     [(1, "random"), (2, "distinct"), (7, "random"), (7, "same"), (16, "same"), (30, "random"), (37, "same")],
 )
 def test_experts_without_kernels(
-    tokens: int, routing: str, grouped: bool, dtype: torch.dtype, fences: Fences, monkeypatch: pytest.MonkeyPatch
+    tokens: int, routing: str, way: str, dtype: torch.dtype, fences: Fences, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(plain, "_groupable", lambda *_: grouped)
+    if WAYS[way] is not None:
+        monkeypatch.setattr(plain, "_FEW", 0)
+        monkeypatch.setattr(plain, "_by_expert", WAYS[way])
     call = fenced(Inputs(ODD, dtype).moe(tokens, routing, shared=tokens % 2 == 0), fences)
     found = apart(call, call.run(kernels.TORCH), dtype)
     assert found <= 1, found
+
+
+@pytest.mark.parametrize("way", [plain._grouped, plain._of_gathered, plain._of_all, plain._by_expert])
+def test_a_spoilt_token_spoils_only_itself_on_any_device(way: Any):
+    states, chosen, _, gate_up, down, _ = Inputs(ODD, torch.bfloat16).moe(5, "same").arguments
+    clean = way(states, chosen, gate_up, down)
+    states[1] = float("nan")
+    spoilt = way(states, chosen, gate_up, down)
+    assert spoilt[1].isnan().all()
+    assert torch.equal(spoilt[[0, 2, 3, 4]], clean[[0, 2, 3, 4]])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "capability", "dtype", "way"),
+    [
+        (1, (9, 0), torch.bfloat16, "_grouped"),
+        (1024, (10, 0), torch.bfloat16, "_grouped"),
+        (1, (9, 0), torch.float32, "_of_gathered"),
+        *[(1, capability, torch.bfloat16, "_of_gathered") for capability in [(8, 0), (8, 9), (10, 3), (12, 0)]],
+        (3, (8, 0), torch.bfloat16, "_of_gathered"),
+        (4, (8, 0), torch.bfloat16, "_of_all"),
+        (64, (8, 9), torch.bfloat16, "_of_all"),
+        (128, (8, 0), torch.bfloat16, "_of_all"),
+        (129, (8, 0), torch.bfloat16, "_by_expert"),
+    ],
+)
+def test_how_a_gpu_computes_experts(
+    tokens: int, capability: tuple[int, int], dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    stand_in = {"is_cuda": True, "dtype": dtype, "device": "cuda:0", "__len__": lambda self: tokens}
+    states: Any = type("States", (), stand_in)()
+    chosen, down = torch.empty(tokens, 6), torch.empty(64, 16, 8)
+    assert plain._on_device(states, chosen, down) is getattr(plain, way)
+    assert plain._on_device(states, chosen, torch.empty(64, 16, 9)) is not plain._grouped
 
 
 @pytest.mark.parametrize("widest", [16, strips._WIDEST])
@@ -469,6 +509,35 @@ def test_lengths_grow_under_the_same_launch():
         rows.lengths.fill_(count)
         found = apart(call, call.run(TRITON), torch.float32)
         assert found <= 1, (count, found)
+
+
+@pytest.mark.parametrize("lengths", [[5], [9, 9, 9], [200, 3, 7, 0, 190, 40, 1, 3, 90], [1] * 30, [0, 0]])
+@pytest.mark.parametrize("gathered", [1, 64, 401, 1 << 20])
+def test_entries_are_gathered_for_a_block_at_a_time(
+    lengths: list[int], gathered: int, fences: Fences, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cache, "GATHERED", gathered)
+    call = fenced(Inputs(ODD, torch.float32).mla_decode(lengths, 25), fences)
+    found = apart(call, call.run(kernels.TORCH), torch.float32)
+    assert found <= 1, found
+    blocks, seen = call.arguments[2].blocks, []
+    for block in blocks:
+        own = call.arguments[2].lengths[block.sequences].tolist()
+        seen += own
+        assert block.slots.shape == (len(own), max(own))
+        assert block.slots.numel() <= gathered or len(own) == 1
+        assert len(blocks) == 1 or 2 * min(own) >= max(own)
+    assert sorted(seen) == sorted(lengths)
+
+
+def test_the_host_does_not_wait_for_lengths_that_it_knows(monkeypatch: pytest.MonkeyPatch):
+    """One sequence that is far longer than the others costs what it reads, not as much for each of them."""
+    lengths = [131072, *[500] * 63]
+    table = torch.zeros(64, 4096, dtype=torch.int32)
+    rows = Rows(table, torch.tensor(lengths, dtype=torch.int32), 32, lengths)
+    for name in ("tolist", "item", "__int__", "__bool__"):
+        monkeypatch.setattr(Tensor, name, lambda *_: pytest.fail("the host waits"))
+    assert [tuple(block.slots.shape) for block in rows.blocks] == [(1, 131072), (63, 500)]
 
 
 def test_splits_fill_the_machine_and_are_not_too_short():
