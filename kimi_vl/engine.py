@@ -410,6 +410,7 @@ class Engine:
             [ticket.sampling for _, ticket, _ in drawing],
             [ticket.drawn for _, ticket, _ in drawing],
             [limit for _, _, limit in drawing],
+            rounded=self.model.dtype == torch.bfloat16,
         )
         for (row, _, _), token in zip(drawing, drawn, strict=True):
             found[row] = token

@@ -177,7 +177,15 @@ class StaticDecoder:
         finite.copy_(sampling.finite(logits))
         drawn.copy_(
             sampling.choose(
-                logits, temperature, top_p, top_k, limit, number, greedy_only=kind == "greedy", cut=kind == "cut"
+                logits,
+                temperature,
+                top_p,
+                top_k,
+                limit,
+                number,
+                greedy_only=kind == "greedy",
+                cut=kind == "cut",
+                rounded=self._model.dtype == torch.bfloat16,
             )
         )
 

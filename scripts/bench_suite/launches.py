@@ -12,11 +12,11 @@ import argparse
 import collections
 import contextlib
 import copy
+import itertools
 import json
 import os
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,7 +39,7 @@ from kimi_vl.model import KimiVL
 from kimi_vl.sampling import Sampling
 
 from . import checkpoint, decode, ladder
-from .imitated_cuda import A100, H100, Card, Counts, Machine
+from .imitated_cuda import A100, H100, Card, Counts, DeviceTensor
 from .imitated_cuda import kernels as watched
 
 LAYERS = 27
@@ -158,10 +158,10 @@ def count_steps(way: str, sequences: int, layers: int, sampling: Sampling = SAMP
         machine.check()
     differences = [
         tuple(asdict(after - before).values())
-        for (before, begun), (after, _) in zip(counts[:-2], counts[1:-1], strict=True)
+        for (before, begun), (after, _) in itertools.pairwise(counts[:-1])
         if begun
     ]
-    (most, _), = collections.Counter(differences).most_common(1)  # a step that clears or lengthens pages takes more
+    ((most, _),) = collections.Counter(differences).most_common(1)  # a step that clears or lengthens pages takes more
     return Counts(*most)
 
 
@@ -232,21 +232,31 @@ class _Sectors(watched._Watch):
         super().__init__()
 
 
+def _values(tensor: Tensor) -> Tensor:
+    """Those of a tensor on the imitated device, to be set or read without being counted."""
+    assert isinstance(tensor, DeviceTensor)
+    return tensor.inner
+
+
 def _filled(config: Config) -> KimiVL:
     """Weights on the device that are random where that decides which experts are met, and else repeat a few."""
     model = loader.empty_model(config, torch.bfloat16)
     loader._give_memory(model, torch.device("cuda:0"))
     pool = torch.randn((1 << 20) + 7, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     for name, parameter in model.named_parameters():
-        flat = parameter.data.inner.view(-1)
+        flat = _values(parameter.data).view(-1)
         for part in flat.split(len(pool)):
             part.copy_(pool[: len(part)])
+        if name.endswith("embed_tokens.weight"):
+            flat.mul_(100)  # what distinguishes sequences outweighs what layers add, or they meet the same experts
         if name.endswith("gate.weight"):
             flat.copy_(torch.randn(len(flat), generator=torch.Generator().manual_seed(1)) * 0.05)
     return model.eval()
 
 
-def count_bytes(way: str, sequences: int, layers: int, context: int = CONTEXT, values: Any = None) -> tuple[Counts, float]:
+def count_bytes(
+    way: str, sequences: int, layers: int, context: int = CONTEXT, values: Any = None
+) -> tuple[Counts, float]:
     """The counts of one step over buffers that stay, and how many experts a layer has met."""
     chosen, _, card = WAYS[way]
     config = Config.from_dict(values or checkpoint.divided(1, layers, 1))
@@ -257,16 +267,16 @@ def count_bytes(way: str, sequences: int, layers: int, context: int = CONTEXT, v
 
         def norm_router(*arguments: Any) -> Any:
             results = ops.norm_router(*arguments)
-            met.append(len({*results[2].inner.flatten().tolist()}))
+            met.append(len({*_values(results[2]).flatten().tolist()}))
             return results
 
-        own = -(-context // PAGE)
+        own, vocabulary = -(-context // PAGE), config.text_config.vocab_size
         cache = PagedCache(config.text_config, sequences * own, PAGE, dtype=torch.bfloat16, device="cuda:0")
-        cache.entries.inner.normal_(generator=torch.Generator().manual_seed(2))
+        _values(cache.entries).normal_(generator=torch.Generator().manual_seed(2))
         decoder = FusedDecoder(model.language_model, replace(ops, norm_router=norm_router))
         static = StaticDecoder(model, decoder, cache, sequences)
         rows = [
-            Row(7 * place + 1, context - 1, [*range(place * own, (place + 1) * own)], SAMPLING, 0.5, 1024)
+            Row(7 * place + 1, context - 1, [*range(place * own, (place + 1) * own)], SAMPLING, 0.5, vocabulary)
             for place in range(sequences)
         ]
         watch, watched._watch = watched._watch, _Sectors()

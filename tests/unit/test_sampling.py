@@ -8,9 +8,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kimi_vl.errors import UserError
-from kimi_vl.sampling import Sampling, choose, draw, draw_together, finite, sample, uniform, uniforms
+from kimi_vl.sampling import Sampling, _best, choose, draw, draw_together, finite, sample, uniform, uniforms
 
 
 def reference(logits: list[float], temperature: float, top_p: float, top_k: int) -> dict[int, float]:
@@ -109,6 +112,54 @@ def test_choosing_on_tensors_draws_the_same(options):
         chosen |= set(found)
     assert len(chosen) > 50
     assert draw_together(logits[:0], [], [], []) == []
+
+
+@pytest.mark.parametrize("spread", [0.05, 3.0, 30.0])
+@pytest.mark.parametrize("options", [OPTIONS, [*OPTIONS, *GREEDY]], ids=["cut", "all"])
+def test_bfloat16_logits_need_no_sorting(options, spread):
+    """Many of them are equal; signs differ, zeros have either, and some tokens are ruled out by infinities."""
+    rng, generator = random.Random(4), torch.Generator().manual_seed(5)
+    for position in range(3):
+        samplings = [Sampling(*rng.choice(options), seed=rng.randrange(2**40)) for _ in range(5)]
+        logits = (torch.randn(5, 3000, generator=generator) * spread).bfloat16().float()
+        logits[:, ::7] = -0.0
+        logits[:, ::9] = 0.0
+        logits[:, 5::100] = float("-inf")
+        logits[::2, 70:] -= 1e4
+        logits = logits.bfloat16().float()
+        given = samplings, [position] * 5, [rng.choice((3000, 3000, 31)) for _ in samplings]
+        right = draw(logits, *given)
+        assert draw_together(logits, *given, rounded=True) == right
+        assert draw_together(logits, *given, rounded=False) == right
+
+
+@pytest.mark.parametrize("count", [1, 3, 64, 2048])
+def test_of_equal_tokens_the_first_are_the_likeliest(count):
+    values = torch.randint(0, 50, (3000,), generator=torch.Generator().manual_seed(1)).double()
+    best, ids = _best(values, count)
+    right, order = values.sort(descending=True, stable=True)
+    assert torch.equal(best, right[:count])
+    assert torch.equal(ids, order[:count])
+
+
+def test_a_cut_draw_sorts_no_vocabulary_and_needs_little_memory():
+    """What a GPU draws for 64 sequences of a bfloat16 model."""
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            assert "sort" not in func.__name__.replace("searchsorted", "")
+            sizes.extend(each.nbytes for each in tree_leaves(result) if isinstance(each, torch.Tensor))
+            return result
+
+    count, vocabulary = 64, 163840
+    logits = torch.randn(count, 1).bfloat16().float().expand(-1, vocabulary)
+    half = torch.full((count,), 0.5, dtype=torch.float64)
+    limits, zeros = torch.full((count,), vocabulary), torch.zeros(count, dtype=torch.int64)
+    with FakeTensorMode(allow_non_fake_inputs=True), Watch():
+        choose(logits, half, half, zeros, limits, half, greedy_only=False, cut=True, rounded=True)
+    assert max(sizes) <= 16 * vocabulary * 8
 
 
 def test_rows_of_nan_give_an_id_and_leave_their_neighbours_alone():

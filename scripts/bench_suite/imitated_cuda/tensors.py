@@ -341,6 +341,10 @@ def _judge_groups(machine: Machine, args: Any, index: int) -> None:
 def _traffic(name: str, reads: Sequence[Tensor], writes: Sequence[Tensor], args: Any) -> tuple[int, int]:
     """Bytes that an operation reads and writes."""
     written = sum(map(_size, writes))
+    if name == "_grouped_mm":  # a group without rows is not looked at
+        ends = _inner(args[2])
+        used = int((ends.diff(prepend=ends.new_zeros(1)) > 0).sum())
+        return _size(reads[0]) + _size(reads[1]) // len(ends) * used + _size(ends), written
     if name in _GATHERS:
         return written + sum(map(_size, reads[1:])), written
     if name in _PUTS:
