@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import parameters
+from . import devices, parameters
 
 LEAST_TEMPERATURE = 1e-4  # below it the likeliest token is all that is left, and a division by it may not be finite
 

@@ -116,17 +116,20 @@ class _Guide(decode.Clock):
 
 
 @contextlib.contextmanager
-def _variables(chosen: str, captured: str) -> Iterator[None]:
-    names = {kernels.VARIABLE: chosen, graphs.VARIABLE: captured}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ |= names
+def _graphs(value: str) -> Iterator[None]:
+    before = os.environ.get(graphs.VARIABLE)
+    os.environ[graphs.VARIABLE] = value
     try:
         yield
     finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+        os.environ.pop(graphs.VARIABLE)
+        if before is not None:
+            os.environ[graphs.VARIABLE] = before
+
+
+def _ops(name: str) -> kernels.Ops:
+    """Without the check of each kernel: they run in the interpreter."""
+    return kernels.TORCH if name == "torch" else kernels.triton_ops()
 
 
 def count_steps(way: str, sequences: int, layers: int, sampling: Sampling = SAMPLING, room: int = 12) -> Counts:
@@ -140,8 +143,8 @@ def count_steps(way: str, sequences: int, layers: int, sampling: Sampling = SAMP
         loader.save(made, folder / "model.safetensors", torch.bfloat16)
         model = loader.load(folder, dtype=torch.bfloat16, device="cuda:0", threads=1)
         options = EngineOptions(page_size=PAGE, max_rows=sequences, cache_bytes=sequences << 16, embedding_bytes=0)
-        with _variables(chosen, captured), _only(sequences):
-            engine = Engine(model, 600, options)
+        with _graphs(captured), _only(sequences):
+            engine = Engine(model, 600, options, ops=_ops(chosen))
         counts: list[tuple[Counts, int]] = []
         guides: list[_Guide] = []
 
@@ -263,7 +266,7 @@ def count_bytes(
     met: list[int] = []
     with imitated_cuda.imitated(card=card) as machine, _only(sequences), torch.inference_mode():
         model = _filled(config)
-        ops = kernels.choose("cuda:0", chosen)
+        ops = _ops(chosen)
 
         def norm_router(*arguments: Any) -> Any:
             results = ops.norm_router(*arguments)
