@@ -250,6 +250,8 @@ def _filled(config: Config) -> KimiVL:
         flat = _values(parameter.data).view(-1)
         for part in flat.split(len(pool)):
             part.copy_(pool[: len(part)])
+        if parameter.ndim == 1:  # norms, and the router's bias
+            flat.fill_(float("norm" in name))
         if name.endswith("embed_tokens.weight"):
             flat.mul_(100)  # what distinguishes sequences outweighs what layers add, or they meet the same experts
         if name.endswith("gate.weight"):

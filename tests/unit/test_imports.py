@@ -43,7 +43,7 @@ ALLOWED = {
     "model": {"config", "language", "projector", "vision"},
     "loader": {"config", "errors", "memory", "model"},
     "parameters": {"errors"},
-    "sampling": {"parameters"},
+    "sampling": {"devices", "parameters"},
     "generation": {"cache", "model", "vision"},
     "pages": set(),
     "scheduler": {"pages"},
