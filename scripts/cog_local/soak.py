@@ -6,14 +6,17 @@ import argparse
 import base64
 import contextlib
 import io
+import itertools
 import json
 import os
 import random
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,32 +111,50 @@ class Soak:
     server: Server
     client: Client
     rng: random.Random
+    callers: int = 1
     expected: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
     done: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self, requests: int, lines: int) -> None:
-        self.expected = [self.answer(inputs) for inputs in GOOD]
+        self.expected = [self.answer(inputs, self.rng) for inputs in GOOD]
         if self.server.environment.get("KIMI_VL_MODEL") == "demo":
             self.expected[0] = SUM_ANSWER
         self.began = time.monotonic()
         say(f"{'requests':>9}{'seconds':>9}{'MB':>9}{'threads':>9}   good, bad, cancelled, wrong")
         self.look()
         marks = {round(requests * line / lines) for line in range(1, lines + 1)}
-        for number in range(1, requests + 1):
-            kind = self.rng.choices(("good", "bad", "cancelled"), weights=(5, 4, 1))[0]
-            getattr(self, kind)()
-            self.done = number
-            if number in marks:
+        seeds = (self.rng.randrange(2**63) for _ in range(requests))
+        with ThreadPoolExecutor(self.callers) as callers:
+            try:
+                for _ in callers.map(self.one, seeds, itertools.repeat(marks)):
+                    pass
+            except BaseException:
+                callers.shutdown(cancel_futures=True)
+                raise
+
+    def one(self, seed: int, marks: set[int]) -> None:
+        """A request of a kind that its seed decides."""
+        rng = random.Random(seed)
+        kind = rng.choices(("good", "bad", "cancelled"), weights=(5, 4, 1))[0]
+        getattr(self, kind)(rng)
+        with self.lock:
+            self.done += 1
+            if self.done in marks:
                 self.look()
 
-    def answer(self, inputs: dict[str, Any]) -> str:
+    def count(self, kind: str) -> None:
+        with self.lock:
+            self.counts[kind] += 1
+
+    def answer(self, inputs: dict[str, Any], rng: random.Random) -> str:
         """The whole output, by either way; of JSON the last line, since where the others are cut depends on time."""
         inputs = {**LENGTH, **inputs}
-        if self.rng.random() < 0.5:
+        if rng.random() < 0.5:
             final = self.client.predict(inputs)
         else:
             *_, last = self.client.stream(inputs)
@@ -144,15 +165,15 @@ class Soak:
         text = "".join(final["output"])
         return text.splitlines()[-1] if inputs.get("output_format") == "json" else text
 
-    def good(self) -> None:
-        number = self.rng.randrange(len(GOOD))
-        self.counts["good"] += 1
-        if self.answer(GOOD[number]) != self.expected[number]:
+    def good(self, rng: random.Random) -> None:
+        number = rng.randrange(len(GOOD))
+        self.count("good")
+        if self.answer(GOOD[number], rng) != self.expected[number]:
             self.wrong.append(f"good request {number} was answered in another way")
 
-    def bad(self) -> None:
-        inputs, code = self.rng.choice(BAD)
-        self.counts["bad"] += 1
+    def bad(self, rng: random.Random) -> None:
+        inputs, code = rng.choice(BAD)
+        self.count("bad")
         try:
             said = str(self.client.predict(inputs).get("error"))
         except RequestRefused as refusal:
@@ -160,20 +181,20 @@ class Soak:
         if code not in said:
             self.wrong.append(f"{code} was expected, and not: {said}")
 
-    def cancelled(self) -> None:
+    def cancelled(self, rng: random.Random) -> None:
         """Cancelled by name or by leaving, at the start or after some output."""
-        name, after = uuid.uuid4().hex, self.rng.choice(("start", "output"))
-        leave = self.rng.random() < 0.5
-        with contextlib.closing(self.client.stream({**LONG, "seed": self.rng.randrange(LONG_SEEDS)}, name)) as events:
+        name, after = uuid.uuid4().hex, rng.choice(("start", "output"))
+        leave = rng.random() < 0.5
+        with contextlib.closing(self.client.stream({**LONG, "seed": rng.randrange(LONG_SEEDS)}, name)) as events:
             for event in events:
                 if event.name == after:
                     break
             if leave:
-                self.counts["left"] += 1
+                self.count("left")
                 return
             self.client.cancel(name)
             status = [event.data["status"] for event in events if event.name == "completed"]
-        self.counts["cancelled" if status == ["canceled"] else "over before it was cancelled"] += 1
+        self.count("cancelled" if status == ["canceled"] else "over before it was cancelled")
         if status not in (["canceled"], ["succeeded"]):
             self.wrong.append(f"a cancelled request ended as {status}")
 
@@ -191,6 +212,7 @@ class Soak:
         health = self.client.health()["status"]
         return {
             "soak": self.samples[-1].requests,
+            "callers": self.callers,
             "counts": dict(self.counts),
             "wrong": len(self.wrong),
             "health": health,
@@ -229,13 +251,16 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=1000, help="how many (1000)")
     parser.add_argument("--lines", type=int, default=20, help="lines of progress (20)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the requests (0)")
+    parser.add_argument(
+        "--callers", type=int, default=1, help="at a time; more than one: scripts/serve --concurrent (1)"
+    )
     options = parser.parse_args()
-    if options.requests < 1 or options.lines < 1:
-        parser.error("--requests and --lines must be at least 1")
+    if options.requests < 1 or options.lines < 1 or options.callers < 1:
+        parser.error("--requests, --lines and --callers must be at least 1")
     interrupt_on_signals()
     environment = model_environment(os.environ, say)
-    with Server(environment=environment) as server:
-        soak = Soak(server, server.client, random.Random(options.seed))
+    with Server(environment=environment, concurrent=options.callers > 1) as server:
+        soak = Soak(server, server.client, random.Random(options.seed), options.callers)
         with contextlib.suppress(KeyboardInterrupt):  # what was seen until then is reported
             soak.run(options.requests, min(options.lines, options.requests))
         soak.client.settle()
