@@ -22,7 +22,7 @@ from .test_server import METRICS
 README = ROOT / "README.md"
 ADDRESS = "localhost:5000"
 
-# Replicate's clients are not installed: these take the same calls, and ask the server that runs here.
+# What Replicate does for its clients, the server that runs here does not: these take the same calls, and ask it.
 REPLICATE_PYTHON = """
 import base64, io
 from cog_local.client import Client
