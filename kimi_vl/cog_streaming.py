@@ -17,7 +17,7 @@ import contextvars
 import threading
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 _END = object()
 
@@ -66,6 +66,26 @@ def on_cancel(callback: Callable[[BaseException], None]) -> None:
         cancellation.then(callback)
 
 
+class _HeardFuture(Future[Any]):
+    """The future of a coroutine, as Cog keeps it for cancelling and waits for it."""
+
+    def heard(self, cancellation: Cancellation, cancelled: type[BaseException]) -> None:
+        self._cancellation, self._cancelled = cancellation, cancelled
+
+    def cancel(self) -> bool:
+        self._cancellation.request()
+        return super().cancel()
+
+    def result(self, timeout: float | None = None) -> Any:
+        # Until Cog knows that it has a future, it cancels by raising in the thread that waits here, and then calls the
+        # request failed; of this exception it says "canceled", as it should.
+        try:
+            return super().result(timeout)
+        except self._cancelled:
+            self.cancel()
+            raise CancelledError from None
+
+
 class Streams:
     """Runs the generators of an async ``predict``. To be made before Cog submits ``setup``, in ``__init__``.
 
@@ -98,22 +118,9 @@ class Streams:
             future = Future()
             future.cancel()
             return future
-        cancel_task, result_of_task = future.cancel, future.result
-
-        def cancel() -> bool:
-            cancellation.request()
-            return cancel_task()
-
-        def result(timeout: float | None = None) -> Any:
-            # Until Cog knows that it has a future, it cancels by raising in the thread that waits here, and then
-            # calls the request failed; of this exception it says "canceled", as it should.
-            try:
-                return result_of_task(timeout)
-            except self._cancelled:
-                cancel()
-                raise CancelledError from None
-
-        future.cancel, future.result = cancel, result
+        # Not attributes of the one future that call its own methods: that would be a cycle, which outlives its request.
+        future.__class__ = _HeardFuture
+        cast(_HeardFuture, future).heard(cancellation, self._cancelled)
         return future
 
     async def try_out(self) -> None:
