@@ -163,7 +163,7 @@ class Inputs:
         seed: int = 0,
     ):
         self.widths, self.dtype, self.device = widths, dtype, torch.device(device)
-        self._generator = torch.Generator(self.device).manual_seed(seed)
+        self._generator: torch.Generator | None = torch.Generator(self.device).manual_seed(seed)
 
     def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         drawn = torch.randn(shape, generator=self._generator, device=self.device, dtype=dtype or self.dtype)
@@ -273,6 +273,18 @@ class Inputs:
         """The weight that leads out of the latent space (N, V, R), with as many dims of values as of keys."""
         widths = self.widths
         return self.normal(widths.heads, widths.nope, widths.rank, scale=widths.rank**-0.5)
+
+
+class Unset(Inputs):
+    """Inputs whose values mean nothing and are not drawn, for calls of which only the launches matter."""
+
+    def __init__(
+        self, widths: Widths = PUBLISHED, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
+    ):
+        self.widths, self.dtype, self.device, self._generator = widths, dtype, torch.device(device), None
+
+    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
 
 
 def with_arguments(call: Call, change: Callable[[list[Any]], None]) -> Call:

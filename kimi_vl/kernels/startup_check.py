@@ -31,8 +31,8 @@ import torch
 
 from .. import flash
 from ..config import TextConfig
-from . import OPERATIONS, REFERENCE, TORCH, Ops, Use, triton_ops
-from .inputs import Call, Inputs, Widths, apart
+from . import OPERATIONS, REFERENCE, TORCH, VARIABLE, Ops, Use, triton_ops
+from .inputs import Call, Inputs, Unset, Widths, apart
 
 CALL_S = 60.0
 """For one call of an operation: a kernel compiles within seconds, and runs for less than a second."""
@@ -112,15 +112,26 @@ def reason_against(
 
 
 def launch_all(ops: Ops, device: torch.device, use: Use) -> None:
-    """Launch every variant once, so that this process compiles nothing (or finds it compiled) while it serves."""
-    calls = Calls(use, device)
-    with torch.inference_mode():
-        for operation in OPERATIONS:
-            if getattr(ops, operation) is not getattr(TORCH, operation):
+    """Launch every variant once, so that this process compiles nothing (or finds it compiled) while it serves.
+
+    Raises RuntimeError with a sentence where a kernel cannot be launched, as one may that nobody has checked.
+    """
+    calls = Calls(use, device, Unset(Widths.of(use.config, use.page_size), use.dtype, device))
+    for operation in OPERATIONS:
+        if getattr(ops, operation) is getattr(TORCH, operation):
+            continue
+        try:
+            with torch.inference_mode(), _current(device):
                 for call in calls.of(operation):
                     call.run(ops)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+        except Exception as error:
+            raise RuntimeError(
+                f"the kernel of {operation} cannot run on this GPU ({type(error).__name__}); unset {VARIABLE}, so that "
+                "PyTorch takes its place"
+            ) from error
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
         torch.cuda.empty_cache()  # before the memory that is left is counted
 
 
@@ -253,7 +264,7 @@ def main(ops: Ops | None = None) -> int:
         told.flush()
 
     ops, calls = ops or triton_ops(), Calls(use, device)
-    with torch.inference_mode(), torch.cuda.device(device if device.type == "cuda" else -1):
+    with torch.inference_mode(), _current(device):
         for operation in job["operations"]:
             reason = ""
             if operation not in OPERATIONS:
@@ -265,6 +276,11 @@ def main(ops: Ops | None = None) -> int:
             if reason and device.type == "cuda":
                 torch.cuda.synchronize(device)  # where the device is lost this ends the process, and the next goes on
     return 0
+
+
+def _current(device: torch.device) -> torch.cuda.device:
+    """Triton launches on the current device, whatever the tensors are on. -1 leaves it as it is."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)
 
 
 def _first_line(error: Exception) -> str:

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -29,7 +28,7 @@ from triton.runtime.jit import JITFunction
 from kimi_vl.config import TextConfig
 from kimi_vl.engine import EngineOptions
 from kimi_vl.kernels import OPERATIONS, triton_ops
-from kimi_vl.kernels.inputs import Inputs, Widths
+from kimi_vl.kernels.inputs import Unset, Widths
 from kimi_vl.kernels.startup_check import Calls
 
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -93,13 +92,6 @@ class Compiled:
         return self.shared <= CARDS[self.capability].shared
 
 
-class _Unset(Inputs):
-    """Inputs of no value, which cost neither time nor memory."""
-
-    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.dtype)
-
-
 class _Machine:
     """A driver in name only; what is compiled for one capability is kept apart from what is for another."""
 
@@ -130,7 +122,7 @@ def launches(instead: Any) -> Iterator[_Machine]:
 def calls(options: EngineOptions | None = None, dtype: torch.dtype = torch.bfloat16) -> Calls:
     """Those of the published model in an engine with ``options``."""
     use = (options or EngineOptions()).use(PUBLISHED, dtype)
-    return Calls(use, "cpu", _Unset(Widths.of(PUBLISHED, use.page_size), dtype))
+    return Calls(use, "cpu", Unset(Widths.of(PUBLISHED, use.page_size), dtype))
 
 
 def compile_all(capabilities: Sequence[int], given: Calls, operations: Sequence[str] = OPERATIONS) -> list[Compiled]:

@@ -194,6 +194,15 @@ def test_the_same_check_runs_once(use, monkeypatch):
     assert asked == [(first, use), (second, use)]
 
 
+def test_a_kernel_that_was_forced_and_cannot_run_fails_the_setup_with_a_sentence(use):
+    broken = dataclasses.replace(TRITON, norm_router=raising(OutOfResources(122_880, 101_376, "shared memory")))
+    startup_check.launch_all(TRITON, CPU, use)
+    with pytest.raises(
+        RuntimeError, match=r"kernel of norm_router cannot run on this GPU \(OutOfResources\); unset KIMI"
+    ):
+        startup_check.launch_all(broken, CPU, use)
+
+
 # The first request
 
 
