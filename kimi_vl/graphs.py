@@ -229,9 +229,11 @@ class CudaGraphs:
             current = torch.cuda.current_stream(self._device)
             stream = self._stream = self._stream or torch.cuda.Stream(self._device)
             stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                action()  # compiles kernels and sets up libraries, which a capture may not
-            current.wait_stream(stream)
+            try:
+                with torch.cuda.stream(stream):
+                    action()  # compiles kernels and sets up libraries, which a capture may not
+            finally:  # what was begun before it failed uses the buffers, too
+                current.wait_stream(stream)
             graph, pool = torch.cuda.CUDAGraph(), self._pool or torch.cuda.graph_pool_handle()
             try:
                 # the outer context gets the thread off the stream where torch's own does not, as it fails to end
