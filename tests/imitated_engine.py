@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
-import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from bench_suite import checkpoint, ladder
+from bench_suite.imitated_cuda import Counts, Machine
 from torch import Tensor
 
 from kimi_vl import kernels, loader
 from kimi_vl.config import Config
-from kimi_vl.engine import Engine, EngineOptions, Patches
+from kimi_vl.engine import Engine, EngineOptions, Patches, Ticket
+from kimi_vl.graphs import Launched, Row, StaticDecoder
 from kimi_vl.kernels import plain, reference
 from kimi_vl.model import KimiVL
 from kimi_vl.sampling import Sampling
 
 # KIMI_VL_KERNELS and KIMI_VL_GRAPHS. What is interpreted is slow, so most tests of graphs are "captured", with STATIC
-# in the place of kernels.
-WAYS = {"torch": ("torch", "0"), "kernels": ("triton", "0"), "graphs": ("triton", "1"), "captured": ("torch", "1")}
+# in the place of kernels; "called" are the same steps where nothing can be captured.
+WAYS = {
+    "torch": ("torch", "0"),
+    "kernels": ("triton", "0"),
+    "graphs": ("triton", "1"),
+    "captured": ("torch", "1"),
+    "called": ("torch", "1"),
+}
 PAD = 149
 GREEDY = Sampling(0, 1, 0, 0)
 TEXT_TOKENS = 140  # ids below have text
@@ -115,7 +125,7 @@ class Guide:
         self.tokens: list[int] = []
         self.error: Exception | None = None
         self.over = threading.Event()
-        self.after: Callable[[int], None] = lambda count: None  # called in the engine's thread, after each token
+        self.after: Callable[[int], object] = lambda count: None  # called in the engine's thread, after each token
 
     @property
     def text_only(self) -> bool:
@@ -143,9 +153,16 @@ class Guide:
         return self.tokens
 
 
-def send(engine: Engine, ask: Ask) -> Guide:
+def send(
+    engine: Engine, ask: Ask, after: Callable[[int], object] | None = None, tickets: list[Ticket] | None = None
+) -> Guide:
+    """Submits a request; ``after`` is called in the engine's thread with the number of tokens after each of them."""
     guide = Guide(ask)
-    engine.submit(ask.ids, ask.pictures, ask.room, guide)
+    guide.after = after or guide.after
+    with engine._lock:  # the engine takes it in only when its ticket is known here
+        ticket = engine.submit(ask.ids, ask.pictures, ask.room, guide)
+        if tickets is not None:
+            tickets.append(ticket)
     return guide
 
 
@@ -157,24 +174,53 @@ def picture(rows: int, columns: int, seed: int) -> Patches:
 @contextmanager
 def engine_of(model: KimiVL, way: str = "torch", options: EngineOptions = OPTIONS) -> Iterator[Engine]:
     """An engine that computes in one of WAYS."""
-    before = {name: os.environ.get(name) for name in ("KIMI_VL_KERNELS", "KIMI_VL_GRAPHS")}
-    os.environ["KIMI_VL_KERNELS"], os.environ["KIMI_VL_GRAPHS"] = WAYS[way]
-    choose = kernels.choose
-    try:
-        if way == "captured":
-            kernels.choose = lambda *_, **__: STATIC
-        engine = Engine(model, TEXT_TOKENS, options)
-    finally:
-        kernels.choose = choose
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
+    static = way in ("captured", "called")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in zip(("KIMI_VL_KERNELS", "KIMI_VL_GRAPHS"), WAYS[way], strict=True):
+            patch.setenv(name, value)
+        capture = (lambda action: action) if way == "called" else None
+        engine = Engine(model, TEXT_TOKENS, options, ops=STATIC if static else None, capture=capture)
     try:
         yield engine
     finally:
         engine.close(wait=engine.healthy())
+
+
+class Steps:
+    """Watches an engine's decoding steps over buffers that stay: while one is under way, nothing may wait.
+
+    ``counts`` are what each step took that was begun before the tokens of the last one were read.
+    """
+
+    def __init__(self, machine: Machine, patch: pytest.MonkeyPatch):
+        self.counts: list[Counts] = []
+        under_way = 0
+        launch, read = StaticDecoder.launch, Launched.read
+        forbidden = "while a step is under way"
+
+        def launched(decoder: StaticDecoder, rows: Sequence[Row]) -> Launched:
+            nonlocal under_way
+            before = copy.copy(machine.counts)
+            result = launch(decoder, rows)
+            if under_way:
+                self.counts.append(machine.counts - before)
+            else:
+                machine.own.no_waits.append(forbidden)
+            under_way += 1
+            return result
+
+        def was_read(flight: Launched) -> tuple[list[int], list[bool]]:
+            nonlocal under_way
+            machine.own.no_waits.remove(forbidden)
+            under_way -= 1
+            try:
+                return read(flight)
+            finally:
+                if under_way:
+                    machine.own.no_waits.append(forbidden)
+
+        patch.setattr(StaticDecoder, "launch", launched)
+        patch.setattr(Launched, "read", was_read)
 
 
 def some_asks(most: int = 7) -> list[Ask]:
@@ -199,10 +245,15 @@ def answers(engine: Engine, asks: Sequence[Ask], late: bool = False) -> list[lis
     guides = []
     for ask in asks:
         begun = threading.Event()
-        guide = Guide(ask)
-        guide.after = lambda count, begun=begun: begun.set() if count > 1 else None
-        engine.submit(ask.ids, ask.pictures, ask.room, guide)
-        guides.append(guide)
+        guides.append(send(engine, ask, lambda count, begun=begun: count > 1 and begun.set()))
         if late:
             assert begun.wait(120)
     return [guide.result() for guide in guides]
+
+
+def settle(engine: Engine) -> None:
+    """Waits until nothing runs or waits; then every page is free."""
+    end = time.monotonic() + 120
+    while (engine._new or engine._tickets or engine.scheduler.busy) and engine.healthy() and time.monotonic() < end:
+        time.sleep(0.002)
+    assert not engine.healthy() or engine.scheduler.pool.available == engine.scheduler.pool.count

@@ -17,9 +17,24 @@ between several threads of the host, which count as one.
 from bench_suite import triton_on_cpu
 
 from .api import imitated
-from .machine import A100, H100, L40S, Card, Counts, Finding, Machine, current
+from .kernels import Compiler
+from .machine import A100, H100, L40S, Card, Counts, Event, Finding, Machine, Stream, current
 from .tensors import DeviceTensor
 
 assert triton_on_cpu  # before any kernel, and before any other module of this package
 
-__all__ = ["A100", "H100", "L40S", "Card", "Counts", "DeviceTensor", "Finding", "Machine", "current", "imitated"]
+__all__ = [
+    "A100",
+    "H100",
+    "L40S",
+    "Card",
+    "Compiler",
+    "Counts",
+    "DeviceTensor",
+    "Event",
+    "Finding",
+    "Machine",
+    "Stream",
+    "current",
+    "imitated",
+]

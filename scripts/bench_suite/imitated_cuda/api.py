@@ -58,6 +58,13 @@ def _let_indexing_ask_for_devices(stack: contextlib.ExitStack) -> None:
         stack.callback(registry.__setitem__, cuda, None)
 
 
+class _Generator(torch.Generator):
+    """Random numbers of any device come from the CPU's generator."""
+
+    def __new__(cls, device: Any = "cpu") -> _Generator:
+        return super().__new__(cls, "cpu")  # pyright: ignore[reportCallIssue]
+
+
 class _UseDevice:
     """Stands for torch.cuda.device."""
 
@@ -116,7 +123,12 @@ def _replacements(made: Machine) -> list[tuple[Any, str, Any]]:
         else:
             thread_run(self)
 
-    thread_run = threading.Thread.run
+    def tensor(values: Any, *, device: Any = None, **rest: Any) -> torch.Tensor:
+        if device is not None and torch.device(device) == torch.device("cuda"):
+            device = torch.device("cuda", made.own.device)  # or torch would ask the guard for the current one
+        return torch_tensor(values, device=device, **rest)
+
+    thread_run, torch_tensor = threading.Thread.run, torch.tensor
     names = {
         "_lazy_init": lambda: None,
         "init": lambda: None,
@@ -135,6 +147,7 @@ def _replacements(made: Machine) -> list[tuple[Any, str, Any]]:
         "synchronize": synchronize,
         "CUDAGraph": graphs.Graph,
         "graph": graphs.Capture,
+        "graph_pool_handle": graphs.new_pool,
         "is_current_stream_capturing": lambda: made.own.graph is not None,
         "get_device_capability": lambda of=None: device(of).card.capability,
         "get_device_name": lambda of=None: device(of).card.name,
@@ -148,7 +161,11 @@ def _replacements(made: Machine) -> list[tuple[Any, str, Any]]:
     }
     return [
         *((cuda, name, value) for name, value in names.items()),
+        (torch._C, "_cuda_endAllocateToPool", graphs.end_allocations),
+        (torch._C, "_cuda_releasePool", lambda of, pool: None),
         *((torch.Tensor, name, value) for name, value in tensors.replaced_reads().items()),
         *kernels.replaced(),
+        (torch, "tensor", tensor),
+        (torch, "Generator", _Generator),
         (threading.Thread, "run", run),
     ]

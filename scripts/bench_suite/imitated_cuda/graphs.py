@@ -12,11 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .machine import Stream, current
+from .machine import Stream, cuda_error, current
 from .tensors import DeviceTensor, spoil
 from .timelines import Block, Mark
 
 _pools = itertools.count(1)
+
+
+def new_pool() -> tuple[int, int]:
+    """Stands for torch.cuda.graph_pool_handle."""
+    return 0, next(_pools)
+
+
+def end_allocations(device: int, pool: Any) -> None:
+    """Stands for torch._C._cuda_endAllocateToPool: ends what an invalidated capture has left open."""
+    if not current().devices[device].stuck:
+        raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+    current().devices[device].stuck = False
 
 
 @dataclass(frozen=True)
@@ -48,10 +60,10 @@ class Graph:
             machine.forbid_in_capture("another capture begins")
         self._stream = machine.stream()
         if self._stream is machine.default_stream(self._stream.device):
-            raise torch.AcceleratorError("CUDA error: operation not permitted: the legacy stream cannot be captured")
+            raise cuda_error(900, "operation not permitted on the legacy stream, which cannot be captured")
         if machine.devices[self._stream.device.index].stuck:
-            machine.report("capture", "a capture begins while the allocator is left in an earlier one")
-        self._pool = chosen = pool or (0, next(_pools))
+            machine.report("allocator", "a capture begins while the allocator is left in an earlier one")
+        self._pool = chosen = pool or new_pool()
         machine.pools.setdefault(chosen, weakref.WeakSet()).add(self)
         machine.own.graph = self
 
@@ -61,7 +73,7 @@ class Graph:
         machine.own.graph = None
         if self.invalid:
             machine.devices[stream.device.index].stuck = True
-            raise torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture")
+            raise cuda_error(901, "operation failed due to a previous error during capture")
 
     def belongs(self, index: int, name: str) -> None:
         """Reports work of a device or a stream that is not captured."""

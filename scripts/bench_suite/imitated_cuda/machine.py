@@ -69,7 +69,7 @@ class Counts:
 class Finding:
     """Something that a real device would refuse, answer wrongly, or wait for where it may not.
 
-    ``kind`` is one of "device", "capture", "race", "wait", "shared memory", "freed", "kernel".
+    ``kind`` is one of "device", "capture", "race", "wait", "shared memory", "freed", "allocator", "kernel".
     """
 
     kind: str
@@ -168,6 +168,8 @@ class Machine:
         self.log: list[tuple[str, str, str]] | None = None  # (kind, what, where), where somebody wants to know
         self.blocks: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()
         self.pinned: dict[int, tuple[Block, Any]] = {}  # by storage, which stays: an address means one thing
+        self.shared_bytes: Callable[[dict[str, Any]], int] | None = None  # of a launch, where that is looked at
+        self.computes = True  # whether kernels are run, or only looked at
         self.pools: dict[tuple[int, int], weakref.WeakSet[Any]] = {}  # graphs that share memory
         self._own = threading.local()
         # what arrives late: copies out of pinned memory at the next work of a device, those into it when waited for
@@ -267,7 +269,7 @@ class Machine:
         if graph is not None:
             graph.invalid = True
             self.report("capture", f"in a capture {what}")
-            raise torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing")
+            raise cuda_error(900, "operation not permitted when stream is capturing")
 
     def wait(self, what: str, streams: Iterable[Stream]) -> None:
         """The host waits for all that has been begun on ``streams``."""
@@ -314,9 +316,6 @@ class Machine:
         self.arrive()
         return stream.timeline.step()
 
-    def judge_launch(self, index: int, kernel: Any, args: Any, options: Mapping[str, Any]) -> None:
-        """Raises where a kernel cannot be launched on a device."""
-
     def access(self, block: Block, mark: Mark, what: str, writes: bool, values: Tensor | None = None) -> None:
         """``what`` touches a block, or of it no more than ``values``."""
         racing = block.access(mark, (0, block.nbytes) if values is None else _extent(values), writes)
@@ -359,6 +358,13 @@ class Machine:
         while self._freed:
             index, nbytes = self._freed.popleft()
             self.devices[index].used -= nbytes
+
+
+def cuda_error(code: int, text: str) -> Exception:
+    """What torch raises for an error of CUDA."""
+    error = torch.AcceleratorError(f"CUDA error: {text}")
+    error.error_code = code  # pyright: ignore[reportAttributeAccessIssue]
+    return error
 
 
 def _extent(values: Tensor) -> tuple[int, int]:

@@ -22,7 +22,7 @@ _WAIT = frozenset(
 )
 # Nothing runs on a device for these; views are known by their schemas.
 _EMPTY = frozenset("empty empty_like empty_strided new_empty new_empty_strided _efficientzerotensor".split())
-_FREE = frozenset("_unsafe_view resize_ set_ is_same_size".split())
+_FREE = frozenset("_unsafe_view resize_ set_ detach_ is_same_size".split())
 # Composite operations that are one here; taken apart they would look for CUDA's own kernels.
 _WHOLE = frozenset(("scaled_dot_product_attention",))
 # They take numbers of the host as tensors without dimensions.
@@ -157,6 +157,11 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     if not ours and not (device is not None and device.type == "cuda"):
         return _on_host(machine, facts, func, args, kwargs, tensors)
     if facts.composite:
+        if device is not None and device.type == "cuda" and device.index is None:
+            # torch's own code would ask the guard for the current one
+            named = torch.device("cuda", machine.own.device)
+            args = [named if isinstance(value, torch.device) else value for value in args]
+            kwargs = {**kwargs, "device": named} if "device" in kwargs else kwargs
         with DeviceMode():  # in inference mode such operations come whole
             return func.decompose(*args, **kwargs)
     if facts.name == "is_pinned":
