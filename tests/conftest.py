@@ -7,6 +7,8 @@ import pytest
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+pytest_plugins = ["tests.rings"]
+
 
 @pytest.fixture
 def anything_is_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,77 @@
+"""Which tests run: the fast ring, the default ring, and all of them (`--ring`).
+
+``slow`` marks what starts a process or a server, mounts, compiles, or computes for long; the fast ring goes without it,
+and holds the other tests to it. ``nightly`` marks what only ``--ring all`` runs. A test that draws examples takes more
+of them, other ones in every run, where ``KIMI_VL_FUZZ`` is set to a number.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+LEFT_OUT = {"fast": ("slow", "nightly"), "default": ("nightly",), "all": ()}
+STARTS = ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.system", "socket.bind")
+
+_deselected: Counter[str] = Counter()  # how many nightly cases each test function has
+_guarded = ""  # the test of the fast ring that runs now
+
+
+def _guard(event: str, arguments: tuple[Any, ...]) -> None:
+    if _guarded and event in STARTS:
+        raise RuntimeError(f"{event} in a test of the fast ring: mark {_guarded} with pytest.mark.slow")
+
+
+sys.addaudithook(_guard)
+
+# What is drawn differs from run to run only where that was asked for, and no example fails for taking long.
+settings.register_profile(
+    "rings", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="KIMI_VL_FUZZ" not in os.environ
+)
+settings.load_profile("rings")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ring", choices=LEFT_OUT, default="default", help="which tests run (default: default)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = LEFT_OUT[config.getoption("--ring")]
+    chosen, others = [], []
+    for item in items:
+        (others if any(item.get_closest_marker(name) for name in left_out) else chosen).append(item)
+    items[:] = chosen
+    config.hook.pytest_deselected(items=others)
+    _deselected.update(item.nodeid.partition("[")[0] for item in others if item.get_closest_marker("nightly"))
+    if hasattr(config, "workeroutput"):  # a process of pytest-xdist
+        config.workeroutput["deselected"] = dict(_deselected)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Every process of pytest-xdist has collected the same tests; the one that prints has collected none."""
+    _deselected.update(Counter(getattr(node, "workeroutput", {}).get("deselected", {})) - _deselected)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    global _guarded
+    _guarded = item.nodeid if item.config.getoption("--ring") == "fast" else ""
+    try:
+        return (yield)
+    finally:
+        _guarded = ""
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("--ring") != "default" or not _deselected:
+        return
+    terminalreporter.section("only with scripts/test --all")
+    for name, count in sorted(_deselected.items()):
+        terminalreporter.line(f"{name} ({count})" if count > 1 else name)
