@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import tarfile
@@ -82,6 +83,7 @@ class FaultServer:
     stall: int | None = None  # bytes after which nothing more comes
     times: int = 10**9  # how many connections are cut or stall
     rate: float = 0  # bytes a second
+    limit: float = math.inf  # bytes in all after which it sends nothing more until there is a higher limit
     redirect: str = ""  # where every answer sends to, with the path added
     login: str = ""  # the only Authorization header that is let in
     override: Callable[[str], bytes | None] = lambda path: None  # content that is not in the folder
@@ -205,6 +207,8 @@ class FaultServer:
                     return
             stops = [limit for limit in (cut, stall) if limit is not None]
             end = min(position + 2**15, len(data), *stops)
+            while self.sent >= self.limit and not self.released.wait(0.002):
+                pass
             handler.wfile.write(data[position:end])
             self.sent += end - position
             if self.rate:

@@ -264,17 +264,17 @@ def _report(weights: checkpoint.Checkpoint, args: argparse.Namespace, samples: d
     for name, taken in samples.items():
         rates = [sample.rate for sample in taken]
         results[name] = {
-            "seconds": [_rounded(sample.seconds) for sample in taken],
-            "gb_per_s": _rounded(middle[name]),
-            "gb_per_s_range": [_rounded(min(rates)), _rounded(max(rates))],
+            "seconds": [rounded(sample.seconds) for sample in taken],
+            "gb_per_s": rounded(middle[name]),
+            "gb_per_s_range": [rounded(min(rates)), rounded(max(rates))],
         }
-        results[name] |= {f"percent_of_{other}": _rounded(100 * middle[name] / middle[other]) for other in _CEILINGS}
+        results[name] |= {f"percent_of_{other}": rounded(100 * middle[name] / middle[other]) for other in _CEILINGS}
         if name in _LOADERS:
             touched = [sample.nbytes / 1e9 / sample.touched for sample in taken if sample.touched]
             peaks = [sample.peak / sample.nbytes for sample in taken if sample.peak is not None]
             results[name] |= {
-                "gb_per_s_until_touched": _rounded(statistics.median(touched)),
-                "peak_over_model": _rounded(max(peaks)),
+                "gb_per_s_until_touched": rounded(statistics.median(touched)),
+                "peak_over_model": rounded(max(peaks)),
             }
     return {
         "bench": "load",
@@ -291,11 +291,12 @@ def _report(weights: checkpoint.Checkpoint, args: argparse.Namespace, samples: d
         "transformers": importlib.metadata.version("transformers"),
         "python": platform.python_version(),
         "results": results,
-        "times_transformers": _rounded(middle["kimi_vl"] / middle["transformers"]),
+        "times_transformers": rounded(middle["kimi_vl"] / middle["transformers"]),
     }
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
+    """Four digits, however small a figure is."""
     return float(f"{value:.4g}")
 
 

@@ -23,6 +23,7 @@ from kimi_vl.config import Config
 
 from . import checkpoint, decode, kernels, vision
 from .contestants import NAMES, Process
+from .load import rounded
 
 Result = dict[str, Any]
 
@@ -77,10 +78,10 @@ class Run:
         return answers
 
     def of_reading(self, nbytes: float, seconds: float) -> float:
-        return round(100 * nbytes / seconds / self.reading, 1)
+        return rounded(100 * nbytes / seconds / self.reading)
 
     def of_product(self, operations: float, seconds: float) -> float:
-        return round(100 * operations / seconds / self.machine.operations_per_second, 1)
+        return rounded(100 * operations / seconds / self.machine.operations_per_second)
 
     def finish(self, name: str) -> int:
         summary = {
@@ -93,9 +94,9 @@ class Run:
             "threads": self.threads,
             "torch": torch.__version__,
             "versions": {one.name: one.version for one in self.contestants},
-            "copy_gb_per_s": round(self.machine.bytes_per_second / 1e9, 1),
-            "read_gb_per_s": round(self.reading / 1e9, 1),
-            "gemm_tflop_per_s": round(self.machine.operations_per_second / 1e12, 2),
+            "copy_gb_per_s": rounded(self.machine.bytes_per_second / 1e9),
+            "read_gb_per_s": rounded(self.reading / 1e9),
+            "gemm_tflop_per_s": rounded(self.machine.operations_per_second / 1e12),
             "results": self.results,
         }
         print(json.dumps(summary))
@@ -142,14 +143,14 @@ def _equal(run: Run) -> None:
                     "rows": rows,
                     "context": context,
                     "who": who,
-                    "first_token_s": round(first, 4),
+                    "first_token_s": rounded(first),
                     "first_token_percent_of_gemm": run.of_product(operations, first),
-                    "step_ms": round(step * 1e3, 2),
-                    "step_ms_range": [round(1e3 * pick(answer["step"] for answer in given), 2) for pick in (min, max)],
-                    "tokens_per_second": round(rows / step, 1),
+                    "step_ms": rounded(step * 1e3),
+                    "step_ms_range": [rounded(1e3 * pick(answer["step"] for answer in given)) for pick in (min, max)],
+                    "tokens_per_second": rounded(rows / step),
                     "experts_read": experts and round(experts, 1),
-                    "gb_a_step": round(nbytes / 1e9, 3),
-                    "gb_per_s": round(nbytes / step / 1e9, 1),
+                    "gb_a_step": rounded(nbytes / 1e9),
+                    "gb_per_s": rounded(nbytes / step / 1e9),
                     "percent_of_reading": run.of_reading(nbytes, step),
                 }
                 run.results.append(result)
@@ -195,12 +196,12 @@ def _mixed(run: Run) -> None:
         result = {
             "who": who,
             "requests": count,
-            "seconds": round(seconds, 3),
-            "requests_per_second": round(count / seconds, 2),
-            "tokens_per_second": round(tokens / seconds, 1),
-            "first_token_s": round(median, 3),
-            "last_first_token_s": round(latest, 3),
-            "percent_of_ceiling": round(100 * least / seconds, 2),
+            "seconds": rounded(seconds),
+            "requests_per_second": rounded(count / seconds),
+            "tokens_per_second": rounded(tokens / seconds),
+            "first_token_s": rounded(median),
+            "last_first_token_s": rounded(latest),
+            "percent_of_ceiling": rounded(100 * least / seconds),
         }
         run.results.append(result)
         print(

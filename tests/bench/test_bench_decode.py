@@ -17,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from kimi_vl import loader
 from kimi_vl.config import Config, TextConfig
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -22,6 +22,8 @@ from kimi_vl import download, loader, weights
 from kimi_vl.errors import CheckpointError
 from tests.weights_world import NAME, REVISION, FaultServer, cache_tree, flip, largest_blob, tar_of
 
+pytestmark = pytest.mark.slow
+
 TAR = f"{NAME}.tar"
 STAGES = ["probe", "contents", "data"]
 
@@ -127,11 +129,11 @@ def test_connections_that_break_are_taken_up_again(served, road, cache, stage, a
 @pytest.mark.parametrize("stage", STAGES)
 def test_connections_that_always_break_at_once(served, road, cache, stage, monkeypatch):
     """The real pget never ends here: only the watchdog does."""
-    monkeypatch.setattr(download, "STALL_SECONDS", 0.4)
     served.stage, served.cut = stage, 0
     if stage == "probe":  # its answer is in the headers
         accepted(cache)
     else:
+        monkeypatch.setattr(download, "STALL_SECONDS", 0.4)
         assert re.search(r"in 3 tries \((the connection was cut off|no byte arrived)", refused(cache))
 
 
@@ -144,10 +146,10 @@ def test_a_server_that_stalls(served, road, cache, stage, monkeypatch):
 
 def test_a_stall_that_does_not_come_again(served, road, cache, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(download, "STALL_SECONDS", 1.5)
+    monkeypatch.setattr(download, "STALL_SECONDS", 5)  # so long that a busy machine is not taken for a second stall
     served.stage, served.stall, served.times = "data", 150_000, 1
     accepted(cache)
-    assert ("pget wrote nothing" if road == "pget" else "no byte arrived") + " for 1.5 s" in caplog.text
+    assert ("pget wrote nothing" if road == "pget" else "no byte arrived") + " for 5 s" in caplog.text
 
 
 @pytest.mark.parametrize("lengths", [True, False])
