@@ -1,8 +1,8 @@
-"""Which tests run: the fast ring, the default ring, and all of them (`--ring`).
+"""Which tests run: the fast ring, the default ring, or all of them (``--ring``).
 
-``slow`` marks what starts a process or a server, mounts, compiles, or computes for long; the fast ring goes without it,
-and holds the other tests to it. ``nightly`` marks what only ``--ring all`` runs. A test that draws examples takes more
-of them, other ones in every run, where ``KIMI_VL_FUZZ`` is set to a number.
+``slow`` marks what starts a process or a server, mounts, compiles, or computes for long, as everything in some folders
+does. The fast ring goes without it, and holds the other tests to it. ``nightly`` marks what only the ring of all tests
+runs. A test that draws examples takes more of them, other ones in every run, where ``KIMI_VL_FUZZ`` is a number.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 LEFT_OUT = {"fast": ("slow", "nightly"), "default": ("nightly",), "all": ()}
+SLOW_FOLDERS = {"bench", "e2e", "weights"}
 STARTS = ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.system", "socket.bind")
 
-_deselected: Counter[str] = Counter()  # how many nightly cases each test function has
+NIGHTLY = pytest.StashKey[dict[str, int]]()  # how many nightly cases were left out of each test function
+
 _guarded = ""  # the test of the fast ring that runs now
 
 
@@ -42,21 +44,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = LEFT_OUT[config.getoption("--ring")]
+    left_out = LEFT_OUT[str(config.getoption("--ring"))]
     chosen, others = [], []
     for item in items:
+        if SLOW_FOLDERS & {*item.path.relative_to(config.rootpath).parts}:
+            item.add_marker(pytest.mark.slow)
         (others if any(item.get_closest_marker(name) for name in left_out) else chosen).append(item)
     items[:] = chosen
     config.hook.pytest_deselected(items=others)
-    _deselected.update(item.nodeid.partition("[")[0] for item in others if item.get_closest_marker("nightly"))
+    nightly = Counter(item.nodeid.partition("[")[0] for item in others if item.get_closest_marker("nightly"))
+    config.stash[NIGHTLY] = dict(nightly)
     if hasattr(config, "workeroutput"):  # a process of pytest-xdist
-        config.workeroutput["deselected"] = dict(_deselected)  # pyright: ignore[reportAttributeAccessIssue]
+        config.workeroutput["nightly"] = dict(nightly)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Every process of pytest-xdist has collected the same tests; the one that prints has collected none."""
-    _deselected.update(Counter(getattr(node, "workeroutput", {}).get("deselected", {})) - _deselected)
+    node.config.stash[NIGHTLY] = getattr(node, "workeroutput", {}).get("nightly", {})
 
 
 @pytest.hookimpl(wrapper=True)
@@ -70,8 +75,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if config.getoption("--ring") != "default" or not _deselected:
+    nightly = config.stash.get(NIGHTLY, {})
+    if config.getoption("--ring") != "default" or not nightly:
         return
     terminalreporter.section("only with scripts/test --all")
-    for name, count in sorted(_deselected.items()):
+    for name, count in sorted(nightly.items()):
         terminalreporter.line(f"{name} ({count})" if count > 1 else name)

@@ -15,8 +15,6 @@ from safetensors.torch import load_file
 
 from kimi_vl import loader
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 TINY = 0.012  # GB
 LOADERS = {"kimi_vl", "transformers"}

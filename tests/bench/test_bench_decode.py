@@ -17,8 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from kimi_vl import loader
 from kimi_vl.config import Config, TextConfig
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -46,7 +44,7 @@ def test_the_report_of_equal_requests_is_complete(tmp_path):
     ]
     for result in results:
         assert result["tokens_per_second"] == pytest.approx(result["rows"] / result["step_ms"] * 1e3, rel=0.01)
-        assert result["gb_per_s"] == pytest.approx(result["gb_a_step"] / result["step_ms"] * 1e3, abs=0.2)
+        assert result["gb_per_s"] == pytest.approx(result["gb_a_step"] / result["step_ms"] * 1e3, rel=0.01)
         assert min(result["first_token_s"], result["percent_of_reading"]) > 0
     assert results[0]["experts_read"] == 6  # of one row: those it chose
     assert 6 <= results[2]["experts_read"] <= 18

@@ -24,8 +24,6 @@ from kimi_vl import kernels as choices  # noqa: E402
 from kimi_vl.config import Config  # noqa: E402
 from kimi_vl.kernels.inputs import PUBLISHED, Widths  # noqa: E402
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 TOY = Widths(hidden=64, experts=8, top_k=3, inner=32, shared=64)
 
@@ -108,7 +106,7 @@ name, lines = sys.argv[sys.argv.index("--section") + 1], sys.argv[sys.argv.index
 said = [["a figure", 3], ["a check", {"passed": name != "ladder_kernels", "value": 1}]]
 pathlib.Path(lines).write_text("".join(json.dumps(each) + "\\n" for each in said))
 if name == "ladder_torch":
-    time.sleep(60)
+    time.sleep(600)
 sys.exit(name == "machine")
 """
 
@@ -117,7 +115,7 @@ def test_a_section_that_fails_or_hangs_takes_only_itself_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(gpu, "COMMAND", [sys.executable, "-S", "-c", STAND_IN])
-    monkeypatch.setattr(gpu, "SECTIONS", [dataclasses.replace(section, seconds=3) for section in gpu.SECTIONS])
+    monkeypatch.setattr(gpu, "SECTIONS", [dataclasses.replace(section, seconds=10) for section in gpu.SECTIONS])
     wanted = ["machine", "ladder_torch", "ladder_kernels", "tiles"]
     assert gpu.main(["--only", *wanted, "--out", str(tmp_path)]) == 1
     report = json.loads((tmp_path / "results.json").read_text())["sections"]

@@ -11,8 +11,6 @@ from bench_suite import launches  # before any kernel
 
 import torch  # isort: skip
 
-pytestmark = pytest.mark.slow
-
 
 def test_every_layer_adds_the_same_to_a_step():
     one, two, three = (launches.count_steps("torch", 2, layers, room=6) for layers in (1, 2, 3))

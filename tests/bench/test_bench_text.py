@@ -11,8 +11,6 @@ from kimi_vl.chat import ThinkingSplitter
 from kimi_vl.repetition import Repetition
 from kimi_vl.tokenizer import TextStream, Tokenizer
 
-pytestmark = pytest.mark.slow
-
 TOKENIZER = Tokenizer.from_directory(text.DEMO)
 
 

@@ -16,8 +16,6 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 LIMITS = {"8.0": 166_912, "8.6": 101_376, "8.9": 101_376, "9.0": 232_448, "10.0": 232_448, "12.0": 101_376}  # bytes
 CARDS = [pytest.param(card, marks=[] if card in ("8.9", "9.0") else pytest.mark.nightly) for card in LIMITS]

@@ -15,8 +15,6 @@ from cog_local.server import ROOT, Server
 from kimi_vl import pack, weights
 from tests.weights_world import FaultServer
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:

@@ -25,8 +25,6 @@ from tests.weights_world import FaultServer
 
 from .conftest import heed_interrupts, picture
 
-pytestmark = pytest.mark.slow
-
 PREDICT = str(ROOT / "scripts" / "predict")
 SHORT = ["-i", "prompt=Hello.", "-i", "temperature=0", "-i", "max_length_tokens=40"]
 LONG = ["-i", "prompt=Tell me a long story.", "-i", "temperature=0", "-i", "max_length_tokens=100000"]

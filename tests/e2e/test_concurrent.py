@@ -26,8 +26,6 @@ from tests.e2e.conftest import DEMO, data_url, picture
 from tests.e2e.scripted import Loopback, make_thinker, spoken
 from tests.e2e.test_protocol import call
 
-pytestmark = pytest.mark.slow
-
 SLOTS = 32
 MANY = int(os.environ.get("KIMI_VL_FUZZ", "0")) or 60
 LONG = {

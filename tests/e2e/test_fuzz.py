@@ -27,8 +27,6 @@ from .conftest import data_url, picture, worker_of
 from .scripted import CHECKPOINT
 from .test_server import METRICS
 
-pytestmark = pytest.mark.slow
-
 EXAMPLES = int(os.environ.get("KIMI_VL_FUZZ", "0"))
 NAMES = list(Tokenizer.from_directory(CHECKPOINT).named)
 PROMISED = {

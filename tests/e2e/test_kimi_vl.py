@@ -25,8 +25,6 @@ from kimi_vl.cli.main import main
 
 from .conftest import heed_interrupts
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 PICTURE = str(ROOT / "images" / "math_problem.png")
 NOTICE = "no CUDA GPU found: answering with the demo model, not with Kimi-VL (--model chooses)\n"

@@ -12,8 +12,6 @@ from cog_local.client import Client
 
 from .conftest import data_url, picture
 
-pytestmark = pytest.mark.slow
-
 SUM = "What is 12 + 30?"
 THOUGHT = "The question is 12 + 30. Ones: 2 + 0 = 2. Tens: 1 + 3 = 4. So 42."
 

@@ -16,8 +16,6 @@ import pytest
 from cog_local.client import Client
 from cog_local.server import free_port
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 PICTURE = ROOT / "images" / "math_problem.png"
 

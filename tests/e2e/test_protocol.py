@@ -25,8 +25,6 @@ from .conftest import DEMO, data_url, picture, worker_of
 from .scripted import Loopback, make_thinker, spoken
 from .test_server import ASK, METRICS, fail, succeed, text, user
 
-pytestmark = pytest.mark.slow
-
 LONG = {"prompt": "Think about it.", "temperature": 0, "max_length_tokens": 100_000, "output_format": "json"}
 SHORT = {"prompt": "Think about it.", "temperature": 0, "max_length_tokens": 20, "output_format": "json"}
 

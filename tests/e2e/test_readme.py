@@ -19,8 +19,6 @@ from kimi_vl import images, parameters, stops
 
 from .test_server import METRICS
 
-pytestmark = pytest.mark.slow
-
 README = ROOT / "README.md"
 ADDRESS = "localhost:5000"
 

@@ -20,8 +20,6 @@ from cog_local.server import Server
 
 from .conftest import data_url, picture, worker_of
 
-pytestmark = pytest.mark.slow
-
 FILES = [data_url(picture()), data_url(b"no picture"), "data:,", "/etc/hostname", "http://127.0.0.1:1/x.png"]
 
 

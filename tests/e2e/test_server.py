@@ -15,8 +15,6 @@ from cog_local.server import ROOT, Server
 
 from .conftest import data_url, file_url, picture
 
-pytestmark = pytest.mark.slow
-
 ASK = {"prompt": "Hello, who are you?", "temperature": 0, "max_length_tokens": 200}
 
 # For the model that never ends its turn.

@@ -168,11 +168,11 @@ def test_kernels_that_hang_or_crash_end_with_their_process_and_the_others_are_ch
         startup_check._Checker, "__init__", lambda self, *given: (start(self, *given), processes.append(self))[0]
     )
     monkeypatch.setattr(flash, "candidates", lambda device: ["flash_attn.cute", "flash_attn"])
-    refused = startup_check.check(CPU, use, (sys.executable, "-c", CHILD), call_seconds=6)
+    refused = startup_check.check(CPU, use, (sys.executable, "-c", CHILD), call_seconds=20)
     assert refused.keys() == {"add_rms_norm", "norm_router", "moe", "flash_attn.cute"}
     assert refused["flash_attn.cute"] == "it fails (TypeError)"  # and the other one is not installed
     assert "is off by" in refused["add_rms_norm"]
-    assert refused["norm_router"] == "a call does not end within 6 s"
+    assert refused["norm_router"] == "a call does not end within 20 s"
     assert refused["moe"] == "the process that checks it ended (exit status -11)"
     assert len(processes) == 3
     assert all(each._process.returncode is not None for each in processes)

@@ -18,8 +18,6 @@ from kimi_vl import download, loader, pack, verify, weights
 from kimi_vl.errors import CheckpointError
 from tests.weights_world import CHECKPOINT, REVISION, ROOT, cache_tree, flip, largest_blob
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def demo(tmp_path: Path) -> Path:

@@ -29,8 +29,6 @@ from tests.weights_world import (
     tar_of,
 )
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:

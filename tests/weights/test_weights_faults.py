@@ -22,8 +22,6 @@ from kimi_vl import download, loader, weights
 from kimi_vl.errors import CheckpointError
 from tests.weights_world import NAME, REVISION, FaultServer, cache_tree, flip, largest_blob, tar_of
 
-pytestmark = pytest.mark.slow
-
 TAR = f"{NAME}.tar"
 STAGES = ["probe", "contents", "data"]
 

@@ -13,8 +13,6 @@ from kimi_vl import loader
 from tests.boots import Boots
 from tests.weights_world import CHECKPOINT, REVISION, FaultServer, blob_name, flip, largest_blob
 
-pytestmark = pytest.mark.slow
-
 REPOSITORY = "someone/model"
 TREE = "models--someone--model"
 

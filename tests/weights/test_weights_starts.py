@@ -17,8 +17,6 @@ from kimi_vl.errors import CheckpointError
 from tests.boots import Boot, Boots
 from tests.weights_world import NAME, REVISION, FaultServer, cache_tree, tar_of
 
-pytestmark = pytest.mark.slow
-
 QUICK = {"PAUSE_SECONDS": 0.01, "LARGEST_CHUNK": 256_000, "CONNECTIONS": 2, "_WATCH_SECONDS": 0.02}
 
 

@@ -1,0 +1,73 @@
+"""Which tests a ring runs, and that the fast one starts nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+TESTS = """
+import socket, subprocess, sys
+import pytest
+
+def test_quick(): pass
+
+@pytest.mark.slow
+def test_slow(): subprocess.run([sys.executable, "-c", ""], check=True)
+
+@pytest.mark.parametrize("n", [1, *(pytest.param(n, marks=pytest.mark.nightly) for n in (2, 3))])
+def test_sweep(n): pass
+"""
+STARTING = """
+import os, socket, subprocess, sys
+import pytest
+
+def test_process(): subprocess.run([sys.executable, "-c", ""], check=True)
+
+def test_server():
+    with socket.create_server(("127.0.0.1", 0)): pass
+
+@pytest.fixture
+def started(): subprocess.run([sys.executable, "-c", ""], check=True)
+
+def test_fixture(started): pass
+"""
+
+
+@pytest.fixture
+def project(pytester: pytest.Pytester) -> pytest.Pytester:
+    pytester.makeconftest('pytest_plugins = ["tests.rings"]')
+    pytester.makeini("[pytest]\nmarkers =\n  slow\n  nightly\n")
+    pytester.makepyfile(test_ours=TESTS)
+    pytester.mkpydir("e2e").joinpath("test_served.py").write_text("def test_served(): pass\n")
+    return pytester
+
+
+@pytest.mark.parametrize(("ring", "passed"), [("fast", 2), ("default", 4), ("all", 6)])
+def test_each_ring_holds_the_one_before(project: pytest.Pytester, ring: str, passed: int) -> None:
+    project.runpytest_inprocess("--ring", ring).assert_outcomes(passed=passed, deselected=6 - passed)
+
+
+def test_without_a_ring_it_is_the_default_one_and_says_what_it_leaves_out(project: pytest.Pytester) -> None:
+    result = project.runpytest_inprocess()
+    result.assert_outcomes(passed=4, deselected=2)
+    result.stdout.fnmatch_lines(["*only with scripts/test --all*", "test_ours.py::test_sweep (2)"])
+
+
+@pytest.mark.slow
+def test_processes_of_xdist_say_what_they_leave_out(project: pytest.Pytester) -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider", "."]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=project.path, env={"PYTHONPATH": str(root)})
+    assert "4 passed" in done.stdout and "\ntest_ours.py::test_sweep (2)\n" in done.stdout, done.stdout
+
+
+def test_the_fast_ring_starts_nothing(project: pytest.Pytester) -> None:
+    project.makepyfile(test_ours=STARTING)
+    result = project.runpytest_inprocess("--ring", "fast")
+    result.assert_outcomes(failed=2, errors=1, deselected=1)
+    result.stdout.fnmatch_lines(["*mark test_ours.py::test_process with pytest.mark.slow*"])
