@@ -74,11 +74,13 @@ def sample(logits: Tensor, sampling: Sampling, position: int) -> int:
 
 def _best(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The ``count`` largest of ``values`` (V,), falling, and their indices; of equal ones the first, in order."""
-    least = values.topk(count).values[-1]
-    above, equal = (values > least).nonzero()[:, 0], (values == least).nonzero()[:, 0]
-    best, order = values[above].sort(descending=True, stable=True)
-    equal = equal[: count - len(above)]
-    return torch.cat((best, values[equal])), torch.cat((above[order], equal))
+    best, ids = values.topk(min(count + 1, values.numel()))
+    if count < len(best) and best[count - 1] == best[count]:  # which of the equal ones these are is left to chance
+        above, equal = (values > best[count]).nonzero()[:, 0], (values == best[count]).nonzero()[:, 0]
+        ids = torch.cat((above, equal))
+    ids = ids[:count].sort().values
+    best, order = values[ids].sort(descending=True, stable=True)
+    return best, ids[order]
 
 
 def _likeliest(probabilities: Tensor, total: float) -> tuple[Tensor, Tensor]:
