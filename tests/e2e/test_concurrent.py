@@ -337,7 +337,8 @@ def check_hooks(hooks: list[dict[str, Any]], status: str) -> None:
     Cog sends each by a task of its own, so that on a busy machine two that are close may change places.
     """
     (final,) = [hook for hook in hooks if hook["status"] != "processing"]
-    assert final["status"] == status
+    early = status == "canceled" and "CancelationException" in final.get("error", "")
+    assert final["status"] == ("failed" if early else status)
     outputs = sorted((hook.get("output") or [] for hook in hooks if hook is not final), key=len)
     assert [len(output) for output in outputs] == list(range(len(outputs)))
     assert all(later[: len(earlier)] == earlier for earlier, later in itertools.pairwise(outputs))
@@ -406,8 +407,11 @@ def test_requests_that_are_cancelled_left_and_hooked_at_random(thinking: Server,
             if kind == "cancelled":
                 until_cancelled(client, name)
                 *_, event = events
-            if kind != "left":
-                assert event.data["status"] == ("canceled" if kind == "cancelled" else "succeeded")
+            if kind == "cancelled":
+                # of what it cancels while it still reads the inputs, Cog says so with its exception
+                assert event.data["status"] == "canceled" or "CancelationException" in event.data["error"]
+            elif kind == "whole":
+                assert event.data["status"] == "succeeded"
                 assert spoken(100).startswith("".join(event.data["output"])[:200])
 
     with ThreadPoolExecutor(24) as callers:
