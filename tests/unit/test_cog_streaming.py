@@ -154,7 +154,7 @@ def waiting(events: SimpleQueue[Any]) -> Generator[str, None, None]:
     """Waits for events, and hears that it is cancelled while it does."""
     on_cancel(events.put)
     while True:
-        event = events.get(timeout=10)
+        event = events.get(timeout=60)
         if isinstance(event, BaseException):
             raise event
         yield event
@@ -297,6 +297,11 @@ def test_a_hook_that_is_called_but_hears_nothing_is_found_out(cog: Cog, monkeypa
         monkeypatch.setattr(Cancellation, "request", lambda self: None)
         cog.submit(made.try_out()).result()
         assert not made.streaming
+
+        def pieces() -> Generator[str, None, None]:
+            yield "one"
+
+        assert cog.submit(made.run(pieces())).result() == ["one"]
     finally:
         made.close()
 

@@ -70,7 +70,8 @@ class StubPipeline:
 
     def stream(self, messages: Any, images: Any = (), **params: Any) -> StubStream:
         self.messages, self.images, self.params = messages, images, params
-        return StubStream(self)
+        self.streamed = StubStream(self)
+        return self.streamed
 
 
 class StubStream(Iterator[Any]):
@@ -467,6 +468,7 @@ def test_cancelling_the_concurrent_predictor(concurrent: predict.ConcurrentPredi
     pieces, future = returned(concurrent)
     assert next(pieces) == "◁think▷two "
     future.cancel()
+    assert isinstance(pipeline.streamed.error, CancelationException), "heard while it may wait for the next event"
     with pytest.raises(CancelationException):
         next(pieces)
     assert pipeline.closed
