@@ -237,7 +237,7 @@ def test_text_is_printed_as_it_comes(mark: str, endless_model: Path) -> None:
     assert process.returncode == 130
 
 
-README_COMMANDS = {
+KNOWN_COMMANDS = {
     ("prompt=Describe this image in detail.", "image=@images/demo1.jpeg"): "The picture shows 3 objects on a light "
     "ground. From left to right: a red circle, a green triangle and a blue star.",
     ("prompt=Explain the concept of multimodal large language models.",): "multimodal",
@@ -249,13 +249,13 @@ README_COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("inputs", README_COMMANDS, ids=lambda inputs: inputs[0][7:20])
+@pytest.mark.parametrize("inputs", KNOWN_COMMANDS, ids=lambda inputs: inputs[0][7:20])
 def test_the_commands_that_everybody_knows(mark: str, inputs: tuple[str, ...]) -> None:
     code, out, err = run(mark, *[word for pair in inputs for word in ("-i", pair)], "-i", "seed=1", model=None)
     assert code == 0, err
     thinking, closer, said = out.strip().partition("◁/think▷")
     assert thinking.startswith("◁think▷") and closer
-    assert README_COMMANDS[inputs] in said
+    assert KNOWN_COMMANDS[inputs] in said
 
 
 def test_errors_of_the_model(mark: str) -> None:

@@ -128,5 +128,15 @@ def test_pget_is_pinned_and_a_failed_download_fails_the_build(config: dict[str, 
 
 def test_the_image_leaves_out_what_it_does_not_need() -> None:
     ignored = {line.strip() for line in (ROOT / ".dockerignore").read_text().splitlines()}
-    assert {".git", ".venv", ".cog", "model_cache", "tests"} <= ignored
+    assert {
+        ".git",
+        ".github",
+        ".venv",
+        ".cog",
+        ".pre-commit-config.yaml",
+        "model_cache",
+        "tests",
+        "docs",
+        "*.md",
+    } <= ignored
     assert not {"kimi_vl", "predict.py", "requirements.txt"} & ignored
