@@ -169,6 +169,7 @@ def test_the_figures_of_the_readme_are_measured() -> None:
         assert set(numbers) <= measured and (numbers or figure.strip() == "not measured"), what
 
 
+@pytest.mark.slow
 def test_the_picture_of_the_terminal_is_of_this_command() -> None:
     from terminal_picture import SHOWN, output, screen, svg
 
