@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import gc
 import inspect
+import itertools
+import random
 import threading
 import weakref
 from collections.abc import Coroutine, Generator, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import pytest
+import torch
 
+from kimi_vl import loader
 from kimi_vl.cog_streaming import Cancellation, Streams, on_cancel
+from kimi_vl.images import ImageOptions
+from kimi_vl.pipeline import Pipeline
+from kimi_vl.tokenizer import Tokenizer
+
+CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
 
 PREDICTION: contextvars.ContextVar[str] = contextvars.ContextVar("prediction", default="nobody's")
 """As the variables by which Cog finds the logs and metrics of a prediction."""
@@ -322,6 +333,52 @@ def test_nothing_of_a_request_outlives_it(cog: Cog, streams: Streams) -> None:
         assert held() is None
     finally:
         gc.enable()
+
+
+# With the engine
+
+
+def test_no_page_and_no_ticket_is_left_by_requests_that_end_in_any_way(cog: Cog, streams: Streams) -> None:
+    pipeline = Pipeline(
+        loader.load(CHECKPOINT, dtype=torch.float32),
+        Tokenizer.from_directory(CHECKPOINT),
+        ImageOptions.from_directory(CHECKPOINT),
+    )
+    pool = pipeline.engine.scheduler.pool
+
+    def pieces(number: int) -> Generator[str, None, None]:
+        messages = [{"role": "user", "content": f"Count from {number}."}]
+        length = 5 if number % 4 == 3 else 100
+        with contextlib.closing(pipeline.stream(messages, seed=number, max_length_tokens=length)) as events:
+            on_cancel(events.interrupt)
+            for event in events:
+                yield type(event).__name__
+
+    def one(number: int) -> str:
+        dice = random.Random(number)
+        future = cog.submit(streams.run(pieces(number)))
+        generator = future.result()
+        if number % 4 == 0:
+            future.cancel()
+        elif number % 4 == 1:
+            threading.Timer(dice.random() / 20, future.cancel).start()
+        elif number % 4 == 2:
+            for _ in itertools.islice(generator, dice.randrange(4)):
+                pass
+            generator.close()
+            return "left"
+        try:
+            return list(generator)[-1]
+        except Canceled:
+            return "canceled"
+
+    with ThreadPoolExecutor(16) as threads:
+        ends = list(threads.map(one, range(64)))
+    assert set(ends[::4]) == {"canceled"} and set(ends[3::4]) == {"Done"}
+    assert set(ends[1::4]) <= {"canceled", "Done"} and set(ends[2::4]) == {"left"}
+    pipeline.close()
+    assert pool.available == pool.count, "every page is free again"
+    assert not pipeline.engine._tickets
 
 
 def test_callbacks_are_called_once_whether_they_come_before_or_after() -> None:
