@@ -6,6 +6,8 @@ import hashlib
 import math
 import os
 import re
+import ssl
+import subprocess
 import tarfile
 import threading
 import time
@@ -69,6 +71,15 @@ def flip(path: Path) -> None:
 # A server
 
 
+def self_signed(folder: Path) -> Path:
+    """A certificate for 127.0.0.1 with its key, which nobody trusts who is not told to."""
+    path = folder / "certificate.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=test"
+    command = [*command.split(), "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(path), "-out", str(path)]
+    subprocess.run(command, check=True, capture_output=True)
+    return path
+
+
 @dataclass
 class FaultServer:
     """A folder over HTTP on loopback, with ranges; each field is a way to misbehave."""
@@ -82,7 +93,7 @@ class FaultServer:
     cut: int | None = None  # bytes after which a connection is closed
     stall: int | None = None  # bytes after which nothing more comes
     times: int = 10**9  # how many connections are cut or stall
-    rate: float = 0  # bytes a second
+    rate: float = 0  # bytes a second, of all connections together
     limit: float = math.inf  # bytes in all after which it sends nothing more until there is a higher limit
     redirect: str = ""  # where every answer sends to, with the path added
     login: str = ""  # the only Authorization header that is let in
@@ -91,11 +102,13 @@ class FaultServer:
     requests: list[tuple[str, str]] = field(default_factory=list)  # path with query, range
     delivered: list[str] = field(default_factory=list)  # path of every answer with content
     sent: int = 0
+    certificate: Path | None = None  # with its key: then by TLS
 
     def __enter__(self) -> FaultServer:
         outer = self
         self.released = threading.Event()
         self.lock = threading.Lock()
+        self.line_free = 0.0
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -116,7 +129,11 @@ class FaultServer:
                 pass  # the other side went away, which is what these tests are about
 
         self.server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/"
+        if self.certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.certificate)
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+        self.url = f"{'https' if self.certificate else 'http'}://127.0.0.1:{self.server.server_port}/"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
@@ -140,9 +157,9 @@ class FaultServer:
         if status or content is None:
             return self.plain(handler, status or 404, self.headers_for(path))
         start, end = self.span(span, len(content)) if self.ranges else (0, len(content))
-        if start >= len(content):
-            return self.plain(handler, 416, {})
         partial = self.ranges and bool(span)
+        if partial and start >= len(content):
+            return self.plain(handler, 416, {})
         if handler.command == "GET":
             self.delivered.append(path)
         handler.send_response(206 if partial else 200)
@@ -212,5 +229,12 @@ class FaultServer:
             handler.wfile.write(data[position:end])
             self.sent += end - position
             if self.rate:
-                time.sleep((end - position) / self.rate)
+                time.sleep(self.turn((end - position) / self.rate))
             position = end
+
+    def turn(self, seconds: float) -> float:
+        """How long to wait for a line that is taken for ``seconds``, behind all who asked before."""
+        with self.lock:
+            now = time.monotonic()
+            self.line_free = max(self.line_free, now) + seconds
+            return self.line_free - now
