@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 from cog import BasePredictor, CancelationException, ConcatenateIterator, Input, Path, concurrent, streaming
 
 import kimi_vl
-from kimi_vl import data_url, parameters
+from kimi_vl import parameters
 from kimi_vl.cog_streaming import Streams, on_cancel
 from kimi_vl.errors import UserError
 from kimi_vl.events import Answer, Done, Event, Reasoning
+from kimi_vl.media import data_url
 
 if TYPE_CHECKING:
     from kimi_vl.pipeline import Pipeline

@@ -1,7 +1,7 @@
 """The Hugging Face face of Kimi-VL: configuration, model and processor under the names of that library.
 
 The model is assembled from modules that transformers brings (the vision tower and projector of ``kimi_k25``,
-the decoder of ``deepseek_v3``) and shares no line with :mod:`kimi_vl.model`, so it is also a second
+the decoder of ``deepseek_v3``) and shares no line with :mod:`kimi_vl.model.kimi_vl`, so it is also a second
 implementation to hold the first against. Importing this file registers the classes: ``AutoConfig``,
 ``AutoModel``, ``AutoModelForCausalLM``, ``AutoModelForImageTextToText`` and ``AutoProcessor`` then open a
 Kimi-VL folder without running the code that its ``auto_map`` names. This is the only file of the package that
@@ -51,11 +51,13 @@ from transformers.models.kimi_k25.modeling_kimi_k25 import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from . import chat, data_url, published
 from .errors import CheckpointError
-from .images import ImageOptions, preprocess
-from .messages import read
-from .tokenizer import Tokenizer
+from .media import data_url
+from .media.images import ImageOptions, preprocess
+from .model import published
+from .text import chat
+from .text.messages import read
+from .text.tokenizer import Tokenizer
 
 _EOS_OFFSET, _IM_END_OFFSET = 1, 2  # from the first special token, [BOS]
 # What the KV cache is called among the decoder's arguments and outputs: newer versions have renamed it.
@@ -587,7 +589,7 @@ _FILES = (
 
 
 class KimiVLTokenizer(Tokenizer):
-    """:class:`kimi_vl.tokenizer.Tokenizer` with the names that callers of Hugging Face tokenizers use."""
+    """:class:`kimi_vl.text.tokenizer.Tokenizer` with the names that callers of Hugging Face tokenizers use."""
 
     padding_side = "left"
 
@@ -627,7 +629,7 @@ class KimiVLProcessor:
     """Text and images to the tensors that the model takes, and ids back to text.
 
     As in the published processor the rendered text is the interface: control tokens in it are control tokens,
-    wherever they come from. (:func:`kimi_vl.chat.encode` keeps text of users apart.)
+    wherever they come from. (:func:`kimi_vl.text.chat.encode` keeps text of users apart.)
     """
 
     def __init__(self, tokenizer: Any, options: ImageOptions, source: Path | None = None):

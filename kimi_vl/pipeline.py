@@ -20,19 +20,23 @@ from typing import Any
 import torch
 from PIL import Image
 
-from . import chat, data_url, images, kernels, loader, parameters, weights
-from .config import Config
-from .engine import Engine, EngineOptions, Patches, Ticket
+from . import kernels, parameters
+from .engine.engine import Engine, EngineOptions, Patches, Ticket
+from .engine.sampling import Sampling
+from .engine.warm_up import warm_up
 from .errors import UserError
 from .events import Answer, ClosedBy, Done, Event, FinishReason, Reasoning, Usage
-from .images import ImageOptions
-from .messages import ImagePart, Message, Turn, asks_something, read
-from .model import KimiVL
-from .repetition import Repetition
-from .sampling import Sampling
-from .stops import StopSequences
-from .tokenizer import TextStream, Tokenizer
-from .warm_up import warm_up
+from .media import data_url, images
+from .media.images import ImageOptions
+from .model.config import Config
+from .model.kimi_vl import KimiVL
+from .text import chat
+from .text.messages import ImagePart, Message, Turn, asks_something, read
+from .text.repetition import Repetition
+from .text.stop_sequences import StopSequences
+from .text.tokenizer import TextStream, Tokenizer
+from .weights import loader
+from .weights import resolve as weights
 
 ImageSource = bytes | bytearray | str | Path | Image.Image
 Deliver = Callable[[Event | Exception], None]
@@ -46,11 +50,12 @@ def load(
     options: EngineOptions | None = None,
     thinks: bool | None = None,
 ) -> Pipeline:
-    """A pipeline for ``model``: a published name, ``demo``, ``auto``, or a directory (see :mod:`kimi_vl.weights`).
+    """A pipeline for ``model``: a published name, ``demo``, ``auto``, or a directory (:mod:`kimi_vl.weights.resolve`).
 
     ``device`` None takes a CUDA GPU if there is one; ``dtype`` None is bfloat16 there and float32 on a CPU; ``thinks``
-    None is what :func:`kimi_vl.weights.thinks` knows of the model. Raises :class:`~kimi_vl.errors.CheckpointError`
-    naming what is wrong with the files, and RuntimeError where a first request, which is made here, fails.
+    None is what :func:`kimi_vl.weights.resolve.thinks` knows of the model. Raises
+    :class:`~kimi_vl.errors.CheckpointError` naming what is wrong with the files, and RuntimeError where a first
+    request, which is made here, fails.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     directory = weights.resolve(model, has_gpu=chosen.type == "cuda")
@@ -269,7 +274,7 @@ class EventStream(Iterator[Event]):
 
 
 class _Guide:
-    """Turns drawn tokens to events, and says what follows: see :class:`kimi_vl.engine.Guide`."""
+    """Turns drawn tokens to events, and says what follows: see :class:`kimi_vl.engine.engine.Guide`."""
 
     def __init__(
         self,

@@ -22,12 +22,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-import kimi_vl.language
-import kimi_vl.vision
-from kimi_vl import chat, loader
-from kimi_vl.cache import LatentCache
-from kimi_vl.images import ImageOptions, preprocess
-from kimi_vl.tokenizer import Tokenizer
+import kimi_vl.model.language
+import kimi_vl.model.vision
+from kimi_vl.media.images import ImageOptions, preprocess
+from kimi_vl.model.kimi_vl import KimiVL
+from kimi_vl.model.latent_cache import LatentCache
+from kimi_vl.text import chat
+from kimi_vl.text.tokenizer import Tokenizer
+from kimi_vl.weights import loader
 
 Grids = list[tuple[int, int]]
 
@@ -149,7 +151,7 @@ def _keeping(caught: dict[str, Any], name: str) -> Callable[..., None]:
 
 
 @contextmanager
-def _watching(model: kimi_vl.model.KimiVL, caught: dict[str, Tensor]) -> Iterator[None]:
+def _watching(model: KimiVL, caught: dict[str, Tensor]) -> Iterator[None]:
     """Catches every golden stage of our model under its golden name."""
 
     def entry(name: str) -> Callable[..., None]:
@@ -158,14 +160,14 @@ def _watching(model: kimi_vl.model.KimiVL, caught: dict[str, Tensor]) -> Iterato
 
         return keep
 
-    def vision_rope(states: Tensor, cos: Tensor, sin: Tensor, turn: Any = kimi_vl.vision.apply_rope) -> Tensor:
+    def vision_rope(states: Tensor, cos: Tensor, sin: Tensor, turn: Any = kimi_vl.model.vision.apply_rope) -> Tensor:
         result = turn(states, cos, sin)
         caught.setdefault("vit.rope_freqs_cis_real_imag", torch.stack((cos, sin), dim=-1))
         name = "vit.block0.k_rope" if "vit.block0.q_rope" in caught else "vit.block0.q_rope"
         caught.setdefault(name, result)
         return result
 
-    def text_rope(states: Tensor, cos: Tensor, sin: Tensor, turn: Any = kimi_vl.language.apply_rope) -> Tensor:
+    def text_rope(states: Tensor, cos: Tensor, sin: Tensor, turn: Any = kimi_vl.model.language.apply_rope) -> Tensor:
         result = turn(states, cos, sin)
         name = "lm.layer0.k_pe" if "lm.layer0.q_pe_in" in caught else "lm.layer0.q_pe"
         for stage, value in (
@@ -179,7 +181,7 @@ def _watching(model: kimi_vl.model.KimiVL, caught: dict[str, Tensor]) -> Iterato
 
     tower, projector, text = model.vision_tower, model.multi_modal_projector, model.language_model.model
     after = {"vit.patch_embed": tower.patch_embed, "vit.final_layernorm": tower.encoder.final_layernorm}
-    before = {"vit.patch_embed.proj": tower.patch_embed.pos_emb}
+    before: dict[str, Any] = {"vit.patch_embed.proj": tower.patch_embed.pos_emb}
     for index, block in enumerate(tower.encoder.blocks):
         after[f"vit.block{index}.out"] = block
     first: Any = tower.encoder.blocks[0]
@@ -213,8 +215,8 @@ def _watching(model: kimi_vl.model.KimiVL, caught: dict[str, Tensor]) -> Iterato
             stack.callback(module.register_forward_hook(_keeping(caught, name)).remove)
         for name, module in before.items():
             stack.callback(module.register_forward_pre_hook(entry(name)).remove)
-        stack.enter_context(mock.patch.object(kimi_vl.vision, "apply_rope", vision_rope))
-        stack.enter_context(mock.patch.object(kimi_vl.language, "apply_rope", text_rope))
+        stack.enter_context(mock.patch.object(kimi_vl.model.vision, "apply_rope", vision_rope))
+        stack.enter_context(mock.patch.object(kimi_vl.model.language, "apply_rope", text_rope))
         yield
     for name in [name for name in caught if name.endswith(".gate")]:
         chosen, weights = caught.pop(name)

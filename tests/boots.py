@@ -50,7 +50,7 @@ class Boots:
         )
 
     def start(self, model: str, cache: Path, environment: dict[str, str], **settings: Any) -> Boot:
-        """Resolve ``model`` with these variables set, and these constants of `kimi_vl.download`."""
+        """Resolve ``model`` with these variables set, and these constants of `kimi_vl.weights.download`."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.count += 1
         report = Path(self.folder.name) / f"{self.count}.json"
@@ -82,7 +82,9 @@ def _boot(request: dict[str, Any]) -> None:
     import io
     import logging
 
-    from kimi_vl import CheckpointError, download, weights
+    from kimi_vl import CheckpointError
+    from kimi_vl.weights import download
+    from kimi_vl.weights import resolve as weights
 
     os.environ.update(request["environment"])
     for name in [name for name, value in request["environment"].items() if not value]:
@@ -102,7 +104,7 @@ def _boot(request: dict[str, Any]) -> None:
 
 
 def _serve() -> None:
-    import kimi_vl.weights  # noqa: F401  what every start needs, once
+    import kimi_vl.weights.resolve  # noqa: F401  what every start needs, once
 
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)

@@ -14,4 +14,4 @@ pytest_plugins = ["tests.rings"]
 def anything_is_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights have strips on a machine that lacks the instructions or the memory, too."""
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr("kimi_vl.memory.available", lambda: 2**40)
+    monkeypatch.setattr("kimi_vl.device.memory.available", lambda: 2**40)

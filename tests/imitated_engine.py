@@ -19,13 +19,14 @@ from bench_suite import checkpoint, ladder
 from bench_suite.imitated_cuda import Counts, Machine
 from torch import Tensor
 
-from kimi_vl import kernels, loader
-from kimi_vl.config import Config
-from kimi_vl.engine import Engine, EngineOptions, Patches, Ticket
-from kimi_vl.graphs import Launched, Row, StaticDecoder
+from kimi_vl import kernels
+from kimi_vl.engine.cuda_graphs import Launched, Row, StaticDecoder
+from kimi_vl.engine.engine import Engine, EngineOptions, Patches, Ticket
+from kimi_vl.engine.sampling import Sampling
 from kimi_vl.kernels import plain, reference
-from kimi_vl.model import KimiVL
-from kimi_vl.sampling import Sampling
+from kimi_vl.model.config import Config
+from kimi_vl.model.kimi_vl import KimiVL
+from kimi_vl.weights import loader
 
 # KIMI_VL_KERNELS and KIMI_VL_GRAPHS. What is interpreted is slow, so most tests of graphs are "captured", with STATIC
 # in the place of kernels; "called" are the same steps where nothing can be captured.

@@ -85,7 +85,7 @@ def fits(device: Device, cache: Path) -> list[Fit]:
 def _device() -> Device:
     import torch
 
-    from .. import memory
+    from ..device import memory
 
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
@@ -124,7 +124,9 @@ def _existing(path: Path) -> Path:
 
 
 def _limits() -> dict[str, int]:
-    from .. import images, parameters, stops
+    from .. import parameters
+    from ..media import images
+    from ..text import stop_sequences as stops
 
     return {
         "images a request": images.MAX_IMAGES,

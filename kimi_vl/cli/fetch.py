@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from .. import download, verify, weights
+    from ..weights import download, verify
+    from ..weights import resolve as weights
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     folder = weights.resolve(arguments.model, has_gpu=True)

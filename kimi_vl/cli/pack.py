@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from ..progress import amount
+from ..weights.progress import amount
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..pack import pack
+    from ..weights.pack import pack
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     packed = pack(arguments.directory, arguments.out)

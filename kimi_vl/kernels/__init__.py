@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import flash
-from ..config import TextConfig
+from ..model import flash_attention as flash
+from ..model.config import TextConfig
 from . import plain, reference, strips
 from .strips import Experts, Strips, mlp, project
 
@@ -47,8 +47,8 @@ class Ops:
     """One implementation of every operation; :mod:`kimi_vl.kernels.reference` says what each computes.
 
     ``static`` ones never make the host wait, and leave tokens without a slot unwritten: what steps over buffers that
-    stay (:mod:`kimi_vl.graphs`) need. ``lay_out`` makes of weights what may be taken in their place: by products, and
-    by ``moe``, ``mla_prepare`` and ``mla_decode`` of the same table as their ``laid_out``.
+    stay (:mod:`kimi_vl.engine.cuda_graphs`) need. ``lay_out`` makes of weights what may be taken in their place: by
+    products, and by ``moe``, ``mla_prepare`` and ``mla_decode`` of the same table as their ``laid_out``.
     """
 
     name: str

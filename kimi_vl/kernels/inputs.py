@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache import Rows
-from ..config import TextConfig
-from ..language import LATENT_NORM_EPS
+from ..model.config import TextConfig
+from ..model.language import LATENT_NORM_EPS
 from . import REFERENCE, Ops, reference
+from .attention_metadata import Rows
 
 # Unit roundoffs: a rounding to bfloat16 (8 significant bits) is off by at most 2^-8 of the value. Float32 sums of
 # some thousand terms in an unknown order are off by some ten of its 2^-24.

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cache import Block, Rows
-from ..language import apply_rope, project
+from ..model.language import apply_rope, project
 from . import reference
+from .attention_metadata import Block, Rows
 from .strips import Strips, mlp
 
 # Shapes as in `reference`.
@@ -207,7 +207,7 @@ def mla_decode(
     laid_out: Mapping[Tensor, Strips] = _NONE,
 ) -> Tensor:
     """``laid_out`` are strips of some of the weights. Entries are gathered for as many sequences at a time as
-    :attr:`kimi_vl.cache.Rows.blocks` has in a block."""
+    :attr:`kimi_vl.kernels.attention_metadata.Rows.blocks` has in a block."""
     entries, rank = entries.flatten(0, 1), to_value.shape[-1]
     if len(rows.blocks) == 1:
         mixed = _mixed(query, entries, rows.blocks[0], scale, rank)

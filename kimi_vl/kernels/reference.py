@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cache import Rows
-from ..language import apply_rope
+from ..model.language import apply_rope
+from .attention_metadata import Rows
 
 # Shapes: T tokens, H hidden_size, E routed experts, K experts a token, I expert width, W shared experts' width,
 # B sequences that decode one token each, N heads, R rank of the latent, P rotary dims, Q other dims of keys, V dims of

@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 
-from .. import flash
-from ..config import TextConfig
+from ..model import flash_attention as flash
+from ..model.config import TextConfig
 from . import OPERATIONS, REFERENCE, TORCH, VARIABLE, Ops, Use, triton_ops
 from .inputs import Call, Inputs, Unset, Widths, apart
 

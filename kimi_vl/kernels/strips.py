@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import language, memory
+from ..device import memory
+from ..model import language
 
 # Shapes: E matrices of O rows and I inputs, each in S strips; n vectors.
 
@@ -86,7 +87,7 @@ def _groups(weights: Sequence[Tensor], experts: Sequence[Experts]) -> Iterator[d
 
 
 def project(states: Tensor, weight: Tensor, laid_out: Mapping[Tensor, Strips]) -> Tensor:
-    """:func:`kimi_vl.language.project` of ``states`` (T, I), from strips where there is one vector and they exist."""
+    """:func:`kimi_vl.model.language.project` of ``states`` (T, I), from strips where they exist, for one vector."""
     strips = laid_out.get(weight) if len(states) == 1 else None
     return language.project(states, weight) if strips is None else strips.product(states)
 

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..cache import Rows
+from .attention_metadata import Rows
 
 # Entries a program reads at least; fewer would cost more in partial sums than in entries.
 LEAST_SHARE = 64

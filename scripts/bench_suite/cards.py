@@ -25,11 +25,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kimi_vl.config import TextConfig
-from kimi_vl.engine import EngineOptions
+from kimi_vl.engine.engine import EngineOptions
 from kimi_vl.kernels import OPERATIONS, triton_ops
 from kimi_vl.kernels.inputs import Unset, Widths
 from kimi_vl.kernels.startup_check import Calls
+from kimi_vl.model.config import TextConfig
 
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 REGISTERS = 255  # of a thread, on all of these

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kimi_vl import loader
-from kimi_vl.config import Config
+from kimi_vl.model.config import Config
+from kimi_vl.weights import loader
 
 CACHE = Path(__file__).parents[2] / ".cache" / "bench"
 # The published config.json, but for the numbers of layers.

@@ -103,8 +103,9 @@ def main() -> int:
 def _kimi_vl(args: argparse.Namespace) -> tuple[str, Contestant]:
     import torch
 
-    from kimi_vl import __version__, loader
-    from kimi_vl.engine import Engine, EngineOptions
+    from kimi_vl import __version__
+    from kimi_vl.engine.engine import Engine, EngineOptions
+    from kimi_vl.weights import loader
 
     from . import decode, ladder
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from kimi_vl.config import TextConfig
-from kimi_vl.engine import Engine
-from kimi_vl.sampling import Sampling
+from kimi_vl.engine.engine import Engine
+from kimi_vl.engine.sampling import Sampling
+from kimi_vl.model.config import TextConfig
 
 GREEDY = Sampling(0, 1, 0, 0)
 

@@ -184,8 +184,8 @@ def decoder_against_float64(job: Job) -> None:
 
     import torch
 
-    from kimi_vl.cache import Chunk, PagedCache
-    from kimi_vl.fused import FusedDecoder
+    from kimi_vl.engine.decoder import FusedDecoder
+    from kimi_vl.engine.kv_cache import Chunk, PagedCache
     from kimi_vl.kernels import REFERENCE, choose
 
     from . import ladder

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from kimi_vl.cache import Rows
 from kimi_vl.kernels import TORCH, Ops, choose
+from kimi_vl.kernels.attention_metadata import Rows
 from kimi_vl.kernels.inputs import PUBLISHED, Call, Inputs, Widths
 
 COLD_BYTES = 256 << 20  # several times the caches of anything we know

@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from kimi_vl import graphs, kernels, loader
-from kimi_vl.config import Config
-from kimi_vl.engine import Engine, EngineOptions, Patches
-from kimi_vl.fused import FusedDecoder
-from kimi_vl.graphs import StaticDecoder
-from kimi_vl.model import KimiVL
-from kimi_vl.sampling import Sampling
+from kimi_vl import kernels
+from kimi_vl.engine import cuda_graphs as graphs
+from kimi_vl.engine.cuda_graphs import StaticDecoder
+from kimi_vl.engine.decoder import FusedDecoder
+from kimi_vl.engine.engine import Engine, EngineOptions, Patches
+from kimi_vl.engine.sampling import Sampling
+from kimi_vl.model.config import Config
+from kimi_vl.model.kimi_vl import KimiVL
+from kimi_vl.weights import loader
 
 from . import checkpoint, decode
 

@@ -29,14 +29,16 @@ from . import imitated_cuda  # isort: skip  # before any kernel
 import torch
 from torch import Tensor
 
-from kimi_vl import graphs, kernels, loader
-from kimi_vl.cache import PagedCache
-from kimi_vl.config import Config
-from kimi_vl.engine import Engine, EngineOptions
-from kimi_vl.fused import FusedDecoder
-from kimi_vl.graphs import Row, StaticDecoder
-from kimi_vl.model import KimiVL
-from kimi_vl.sampling import Sampling
+from kimi_vl import kernels
+from kimi_vl.engine import cuda_graphs as graphs
+from kimi_vl.engine.cuda_graphs import Row, StaticDecoder
+from kimi_vl.engine.decoder import FusedDecoder
+from kimi_vl.engine.engine import Engine, EngineOptions
+from kimi_vl.engine.kv_cache import PagedCache
+from kimi_vl.engine.sampling import Sampling
+from kimi_vl.model.config import Config
+from kimi_vl.model.kimi_vl import KimiVL
+from kimi_vl.weights import loader
 
 from . import checkpoint, decode, ladder
 from .imitated_cuda import A100, H100, Card, Counts, DeviceTensor

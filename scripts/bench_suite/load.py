@@ -29,7 +29,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from kimi_vl import loader
+from kimi_vl.weights import loader
 
 from . import checkpoint
 
@@ -40,7 +40,7 @@ CONTESTANTS = {
     "copy": "copy in memory",
     "read": "read into memory in use",
     "read_new": "read into new memory",
-    "kimi_vl": "kimi_vl.loader.load",
+    "kimi_vl": "kimi_vl.weights.loader.load",
     "transformers": "transformers from_pretrained",
 }
 _CEILINGS = ("copy", "read", "read_new")

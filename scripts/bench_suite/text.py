@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kimi_vl.chat import THINK_CLOSE, THINK_OPEN, ThinkingSplitter
-from kimi_vl.repetition import Repetition
-from kimi_vl.stops import StopSequences
-from kimi_vl.tokenizer import TextStream, Tokenizer
+from kimi_vl.text.chat import THINK_CLOSE, THINK_OPEN, ThinkingSplitter
+from kimi_vl.text.repetition import Repetition
+from kimi_vl.text.stop_sequences import StopSequences
+from kimi_vl.text.tokenizer import TextStream, Tokenizer
 
 DEMO = Path(__file__).parents[2] / "kimi_vl" / "demo"
 PROMISE = 20.0

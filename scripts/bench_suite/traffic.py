@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from kimi_vl.config import Config
+from kimi_vl.model.config import Config
 
 from . import checkpoint, decode, kernels, vision
 from .contestants import NAMES, Process

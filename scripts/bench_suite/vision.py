@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from kimi_vl import flash
-from kimi_vl.config import Config
+from kimi_vl.model import flash_attention as flash
+from kimi_vl.model.config import Config
 
 from . import checkpoint, kernels, ladder
 

@@ -12,11 +12,12 @@ from typing import Any
 from tokenizers import Tokenizer as BpeTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from kimi_vl import chat, loader
-from kimi_vl.config import Config
-from kimi_vl.images import ImageOptions
-from kimi_vl.model import KimiVL
-from kimi_vl.tokenizer import NUM_SPECIAL_TOKENS, Tokenizer
+from kimi_vl.media.images import ImageOptions
+from kimi_vl.model.config import Config
+from kimi_vl.model.kimi_vl import KimiVL
+from kimi_vl.text import chat
+from kimi_vl.text.tokenizer import NUM_SPECIAL_TOKENS, Tokenizer
+from kimi_vl.weights import loader
 
 NUM_RANKS = 1024
 VOCAB_SIZE = NUM_RANKS + NUM_SPECIAL_TOKENS - 2

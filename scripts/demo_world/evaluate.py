@@ -17,9 +17,12 @@ from pathlib import Path
 import torch
 
 from demo_world import lessons, pictures
-from kimi_vl import chat, generation, loader, weights
-from kimi_vl.images import ImageOptions, preprocess
-from kimi_vl.tokenizer import Tokenizer
+from kimi_vl.media.images import ImageOptions, preprocess
+from kimi_vl.model import generation
+from kimi_vl.text import chat
+from kimi_vl.text.tokenizer import Tokenizer
+from kimi_vl.weights import loader
+from kimi_vl.weights import resolve as weights
 
 SEED = 77_000_000  # far from the seeds of training
 LIMIT = 200

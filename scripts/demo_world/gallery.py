@@ -17,10 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from demo_world import lessons, pictures
-from kimi_vl import chat
-from kimi_vl.images import ImageOptions, preprocess
-from kimi_vl.model import KimiVL
-from kimi_vl.tokenizer import Tokenizer
+from kimi_vl.media.images import ImageOptions, preprocess
+from kimi_vl.model.kimi_vl import KimiVL
+from kimi_vl.text import chat
+from kimi_vl.text.tokenizer import Tokenizer
 
 PICTURE_TASKS = {"sum": 30, "object": 6, "count": 10, "place": 14, "compare": 16, "describe": 14, "second_turn": 10}
 TALKS = {"place": 4, "compare": 4}  # conversations a visit: where concluding is harder than seeing

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from demo_world import checkpoint, gallery, lessons, pictures
-from kimi_vl import loader
-from kimi_vl.images import ImageOptions, preprocess
-from kimi_vl.language import Attention, Experts, Gate
-from kimi_vl.model import KimiVL
-from kimi_vl.tokenizer import Tokenizer
+from kimi_vl.media.images import ImageOptions, preprocess
+from kimi_vl.model.kimi_vl import KimiVL
+from kimi_vl.model.language import Attention, Experts, Gate
+from kimi_vl.text.tokenizer import Tokenizer
+from kimi_vl.weights import loader
 
 SEED = 20260101
 LABEL_CLASSES = (len(pictures.KINDS), len(pictures.COLOURS), pictures.MAX_ORDER + 1)
@@ -163,7 +163,7 @@ def plain_attention(
 
 
 def all_experts(self: Experts, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """What :meth:`kimi_vl.language.Experts.forward` computes, with every expert seeing every token.
+    """What :meth:`kimi_vl.model.language.Experts.forward` computes, with every expert seeing every token.
 
     Two large products, most of their rows weighted by zero, train these small experts several times faster than
     many small products over chosen tokens.

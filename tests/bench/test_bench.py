@@ -13,7 +13,7 @@ import torch
 from bench_suite import checkpoint, load
 from safetensors.torch import load_file
 
-from kimi_vl import loader
+from kimi_vl.weights import loader
 
 ROOT = Path(__file__).parents[2]
 TINY = 0.012  # GB

@@ -14,8 +14,8 @@ from bench_suite import checkpoint, contestants, traffic
 from bench_suite.decode import bytes_a_step, prefill_operations
 from torch.utils.flop_counter import FlopCounterMode
 
-from kimi_vl import loader
-from kimi_vl.config import Config, TextConfig
+from kimi_vl.model.config import Config, TextConfig
+from kimi_vl.weights import loader
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,10 +19,10 @@ assert triton_on_cpu.interpreter  # it comes before any kernel
 
 from bench_suite import checkpoint, gpu, kernels, vision  # noqa: E402
 
-from kimi_vl import graphs  # noqa: E402
 from kimi_vl import kernels as choices  # noqa: E402
-from kimi_vl.config import Config  # noqa: E402
+from kimi_vl.engine import cuda_graphs as graphs  # noqa: E402
 from kimi_vl.kernels.inputs import PUBLISHED, Widths  # noqa: E402
+from kimi_vl.model.config import Config  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TOY = Widths(hidden=64, experts=8, top_k=3, inner=32, shared=64)

@@ -7,9 +7,9 @@ import json
 import pytest
 from bench_suite import text
 
-from kimi_vl.chat import ThinkingSplitter
-from kimi_vl.repetition import Repetition
-from kimi_vl.tokenizer import TextStream, Tokenizer
+from kimi_vl.text.chat import ThinkingSplitter
+from kimi_vl.text.repetition import Repetition
+from kimi_vl.text.tokenizer import TextStream, Tokenizer
 
 TOKENIZER = Tokenizer.from_directory(text.DEMO)
 

@@ -71,10 +71,11 @@ from bench_suite import cards
 from triton.runtime.jit import compute_cache_key
 
 from kimi_vl import loader
-from kimi_vl.cache import Chunk, PagedCache, Rows, Step
-from kimi_vl.config import Config, VisionConfig
-from kimi_vl.engine import EngineOptions
-from kimi_vl.fused import FusedDecoder
+from kimi_vl.kernels.attention_metadata import Rows, Step
+from kimi_vl.engine.kv_cache import Chunk, PagedCache
+from kimi_vl.model.config import Config, VisionConfig
+from kimi_vl.engine.engine import EngineOptions
+from kimi_vl.engine.decoder import FusedDecoder
 from kimi_vl.kernels import OPERATIONS, triton_ops
 from kimi_vl.kernels.startup_check import Calls
 

@@ -12,7 +12,8 @@ import pytest
 from cog_local import schema
 from cog_local.client import ServerGone
 from cog_local.server import ROOT, Server
-from kimi_vl import pack, weights
+from kimi_vl.weights import pack
+from kimi_vl.weights import resolve as weights
 from tests.weights_world import FaultServer
 
 

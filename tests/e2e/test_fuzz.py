@@ -21,7 +21,7 @@ from hypothesis.strategies import SearchStrategy
 
 from cog_local.client import Client, RequestRefused
 from cog_local.server import Server
-from kimi_vl.tokenizer import Tokenizer
+from kimi_vl.text.tokenizer import Tokenizer
 
 from .conftest import data_url, picture, worker_of
 from .scripted import CHECKPOINT

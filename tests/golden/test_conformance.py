@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kimi_vl import language, projector, vision
+from kimi_vl.model import language, projector, vision
 
 GOLDEN = Path(__file__).parent / "golden_a"
 FOLDERS = golden.case_folders(GOLDEN)

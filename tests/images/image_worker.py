@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kimi_vl import images
 from kimi_vl.errors import UserError
+from kimi_vl.media import images
 
 HALF = (0.5, 0.5, 0.5)
 OPTIONS = images.ImageOptions(14, 4096, HALF, HALF)

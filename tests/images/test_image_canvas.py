@@ -12,8 +12,8 @@ import pytest
 from image_corpus import saved
 from PIL import Image
 
-from kimi_vl import images
-from kimi_vl.images import ImageOptions
+from kimi_vl.media import images
+from kimi_vl.media.images import ImageOptions
 
 OPTIONS = ImageOptions(14, 4096, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CANVAS = (40, 30)

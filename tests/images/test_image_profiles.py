@@ -13,8 +13,8 @@ import pytest
 from image_corpus import chunk, png, png_rows, saved, segment
 from PIL import Image, ImageCms
 
-from kimi_vl import icc, image_files, images
-from kimi_vl.images import ImageOptions
+from kimi_vl.media import icc, image_files, images
+from kimi_vl.media.images import ImageOptions
 
 OPTIONS = ImageOptions(14, 4096, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 LEVELS = np.array([0, 30, 64, 128, 200, 255], dtype=np.uint8)

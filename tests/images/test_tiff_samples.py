@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from image_corpus import LONG, SHORT, Tag, tiff
 
-from kimi_vl import images
 from kimi_vl.errors import UserError
-from kimi_vl.images import ImageOptions
+from kimi_vl.media import images
+from kimi_vl.media.images import ImageOptions
 
 OPTIONS = ImageOptions(14, 4096, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 WIDTH, HEIGHT = 19, 17

@@ -15,7 +15,7 @@ from PIL import Image
 import kimi_vl
 import predict
 from demo_world import evaluate, lessons
-from kimi_vl import weights
+from kimi_vl.weights import resolve as weights
 
 ROOT = Path(__file__).parents[2]
 SEED = 31_000_000  # neither training's nor the card's

@@ -1,4 +1,4 @@
-"""The engine against the plain loop of :mod:`kimi_vl.generation`, and requests against each other.
+"""The engine against the plain loop of :mod:`kimi_vl.model.generation`, and requests against each other.
 
 In float32 on a CPU a request gives the same tokens alone, in company, in chunks, after others with the same
 beginning, and whatever happens to its neighbours.
@@ -21,15 +21,16 @@ import numpy as np
 import pytest
 import torch
 
-from kimi_vl import kernels, loader
-from kimi_vl.cache import Chunk, PagedCache
-from kimi_vl.engine import Engine, EngineOptions, Patches, Ticket
+from kimi_vl import kernels
+from kimi_vl.engine.decoder import FusedDecoder
+from kimi_vl.engine.engine import Engine, EngineOptions, Patches, Ticket
+from kimi_vl.engine.kv_cache import Chunk, PagedCache
+from kimi_vl.engine.sampling import Sampling
+from kimi_vl.engine.scheduler import Work
 from kimi_vl.errors import UserError
-from kimi_vl.fused import FusedDecoder
-from kimi_vl.generation import Prompt, greedy
-from kimi_vl.model import KimiVL
-from kimi_vl.sampling import Sampling
-from kimi_vl.scheduler import Work
+from kimi_vl.model.generation import Prompt, greedy
+from kimi_vl.model.kimi_vl import KimiVL
+from kimi_vl.weights import loader
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
 PAD = 1045

@@ -17,18 +17,21 @@ from typing import Any
 import pytest
 import torch
 
-from kimi_vl import devices, kernels, loader, sampling
-from kimi_vl.cache import PagedCache
-from kimi_vl.embeddings import EmbeddingCache
-from kimi_vl.engine import Engine, EngineOptions
+from kimi_vl import kernels
+from kimi_vl.device import cuda as devices
+from kimi_vl.engine import sampling
+from kimi_vl.engine.cuda_graphs import Launched, StaticDecoder
+from kimi_vl.engine.decoder import FusedDecoder
+from kimi_vl.engine.engine import Engine, EngineOptions
+from kimi_vl.engine.faults import IN_A_ROW
+from kimi_vl.engine.image_cache import EmbeddingCache
+from kimi_vl.engine.kv_cache import PagedCache
+from kimi_vl.engine.requests import Ticket
+from kimi_vl.engine.sampling import Sampling
+from kimi_vl.engine.scheduler import Scheduler
 from kimi_vl.errors import UserError
-from kimi_vl.faults import IN_A_ROW
-from kimi_vl.fused import FusedDecoder
-from kimi_vl.graphs import Launched, StaticDecoder
-from kimi_vl.model import KimiVL
-from kimi_vl.sampling import Sampling
-from kimi_vl.scheduler import Scheduler
-from kimi_vl.tickets import Ticket
+from kimi_vl.model.kimi_vl import KimiVL
+from kimi_vl.weights import loader
 from tests.parity.test_engine import CHECKPOINT, SMALL, Listener, ask, ids_of, image, send, settle, some_requests
 
 MARK = 1001  # an id that no other prompt has
@@ -115,7 +118,7 @@ def set_trap(trap: Trap, phase: str) -> None:
         trap.watch()
         trap.at(FusedDecoder, {"prefill": "states", "logits": "logits"}[phase], lambda *given: trap.marked)
     elif phase == "draw":
-        trap.at(sys.modules["kimi_vl.engine"], "draw", seeds)
+        trap.at(sys.modules["kimi_vl.engine.engine"], "draw", seeds)
     elif phase == "clear":
         trap.at(PagedCache, "clear", lambda cache, pages: bool({*pages} & {*trap.pages()}))
     elif phase == "page table":
@@ -317,7 +320,12 @@ def test_a_lost_device_ends_the_engine_and_everybody_is_told(engine, monkeypatch
     while not all(listener.tokens for listener in running):
         time.sleep(0.001)
     trap = Trap(monkeypatch, accelerator_error)
-    owners = {"states": FusedDecoder, "draw": sys.modules["kimi_vl.engine"], "read": Launched, "launch": StaticDecoder}
+    owners = {
+        "states": FusedDecoder,
+        "draw": sys.modules["kimi_vl.engine.engine"],
+        "read": Launched,
+        "launch": StaticDecoder,
+    }
     with engine._lock:
         trap.at(owners[seam], seam)
         later = send(engine, ids_of(9))[0]
@@ -362,7 +370,7 @@ def test_when_every_request_fails_the_health_is_false(engine, monkeypatch, phase
     trap = Trap(monkeypatch, lambda: RuntimeError("a kernel that is refused"))
     owner, name = {
         "prefill": (FusedDecoder, "states"),
-        "draw": (sys.modules["kimi_vl.engine"], "draw"),
+        "draw": (sys.modules["kimi_vl.engine.engine"], "draw"),
         "vision": (KimiVL, "encode_images"),
     }[phase]
     trap.at(owner, name)

@@ -14,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kimi_vl import flash, kernels, loader, vision
-from kimi_vl.engine import Engine
+from kimi_vl import kernels
+from kimi_vl.engine.engine import Engine
 from kimi_vl.kernels import startup_check
+from kimi_vl.model import flash_attention as flash
+from kimi_vl.model import vision
+from kimi_vl.weights import loader
 from tests.parity.test_engine import CHECKPOINT, SMALL, ask, some_requests
 
 CPU = torch.device("cpu")

@@ -24,10 +24,10 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from kimi_vl import loader as own_loader
-from kimi_vl.config import Config
 from kimi_vl.errors import CheckpointError
 from kimi_vl.hf import KimiVLConfig, KimiVLForConditionalGeneration, KimiVLProcessor, KimiVLTextConfig
+from kimi_vl.model.config import Config
+from kimi_vl.weights import loader as own_loader
 
 GOLDEN = Path(os.environ.get("KIMI_VL_GOLDEN", Path(__file__).parents[1] / "golden" / "golden_a"))
 CHECKPOINT = GOLDEN / "checkpoint"

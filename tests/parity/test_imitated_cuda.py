@@ -19,17 +19,17 @@ from bench_suite.imitated_cuda import Machine
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from kimi_vl import engine as engine_module
-from kimi_vl import sampling
-from kimi_vl.cache import PagedCache
-from kimi_vl.engine import Engine, Ticket
+from kimi_vl.engine import engine as engine_module
+from kimi_vl.engine import sampling
+from kimi_vl.engine.cuda_graphs import CudaGraphs, Launched, StaticDecoder
+from kimi_vl.engine.decoder import FusedDecoder
+from kimi_vl.engine.engine import Engine, Ticket
+from kimi_vl.engine.kv_cache import PagedCache
+from kimi_vl.engine.sampling import Sampling
+from kimi_vl.engine.scheduler import Work
 from kimi_vl.errors import UserError
-from kimi_vl.fused import FusedDecoder
-from kimi_vl.graphs import CudaGraphs, Launched, StaticDecoder
 from kimi_vl.kernels import triton_router
-from kimi_vl.model import KimiVL
-from kimi_vl.sampling import Sampling
-from kimi_vl.scheduler import Work
+from kimi_vl.model.kimi_vl import KimiVL
 from tests.imitated_engine import (
     OPTIONS,
     PAD,

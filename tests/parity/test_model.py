@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from kimi_vl import loader
-from kimi_vl.cache import LatentCache
-from kimi_vl.config import Config
-from kimi_vl.generation import Prompt, Session, greedy
-from kimi_vl.language import project
-from kimi_vl.model import KimiVL
+from kimi_vl.model.config import Config
+from kimi_vl.model.generation import Prompt, Session, greedy
+from kimi_vl.model.kimi_vl import KimiVL
+from kimi_vl.model.language import project
+from kimi_vl.model.latent_cache import LatentCache
+from kimi_vl.weights import loader
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
 NO_STOP: frozenset[int] = frozenset()

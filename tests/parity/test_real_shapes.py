@@ -15,9 +15,10 @@ import torch
 from bench_suite import checkpoint
 from safetensors.torch import save_file
 
-from kimi_vl import language, loader, vision
-from kimi_vl.config import Config
-from kimi_vl.projector import Projector
+from kimi_vl.model import language, vision
+from kimi_vl.model.config import Config
+from kimi_vl.model.projector import Projector
+from kimi_vl.weights import loader
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers.models.deepseek_v3 import DeepseekV3Config
 
-from kimi_vl import loader, verify
-from kimi_vl.config import Config
 from kimi_vl.errors import CheckpointError
 from kimi_vl.hf import KimiVLConfig, KimiVLForConditionalGeneration, KimiVLProcessor, KimiVLTextConfig
-from kimi_vl.images import ImageOptions
-from kimi_vl.tokenizer import Tokenizer
+from kimi_vl.media.images import ImageOptions
+from kimi_vl.model.config import Config
+from kimi_vl.text.tokenizer import Tokenizer
+from kimi_vl.weights import loader, verify
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
 PUBLISHED = json.loads((CHECKPOINT / "config.json").read_text())

@@ -14,13 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from kimi_vl import graphs, kernels, loader, sampling
-from kimi_vl.cache import Chunk, LatentCache, PagedCache
-from kimi_vl.engine import Engine, EngineOptions
-from kimi_vl.fused import FusedDecoder
-from kimi_vl.graphs import StaticDecoder
-from kimi_vl.model import KimiVL
-from kimi_vl.sampling import Sampling
+from kimi_vl import kernels
+from kimi_vl.engine import cuda_graphs as graphs
+from kimi_vl.engine import sampling
+from kimi_vl.engine.cuda_graphs import StaticDecoder
+from kimi_vl.engine.decoder import FusedDecoder
+from kimi_vl.engine.engine import Engine, EngineOptions
+from kimi_vl.engine.kv_cache import Chunk, PagedCache
+from kimi_vl.engine.sampling import Sampling
+from kimi_vl.model.kimi_vl import KimiVL
+from kimi_vl.model.latent_cache import LatentCache
+from kimi_vl.weights import loader
 from tests.parity.test_engine import (
     CHECKPOINT,
     SMALL,

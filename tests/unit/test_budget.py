@@ -8,9 +8,9 @@ import pytest
 import torch
 from bench_suite import checkpoint
 
-from kimi_vl import budget
-from kimi_vl.cache import PagedCache
-from kimi_vl.config import Config
+from kimi_vl.device import budget
+from kimi_vl.engine.kv_cache import PagedCache
+from kimi_vl.model.config import Config
 
 GB = 1 << 30
 TEXT = replace(Config.from_dict(checkpoint.PUBLISHED).text_config, num_hidden_layers=27)

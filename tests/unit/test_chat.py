@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from kimi_vl import chat
 from kimi_vl.errors import UserError
-from kimi_vl.messages import read
-from kimi_vl.tokenizer import Tokenizer
+from kimi_vl.text import chat
+from kimi_vl.text.messages import read
+from kimi_vl.text.tokenizer import Tokenizer
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
 IMAGE = {"type": "image"}

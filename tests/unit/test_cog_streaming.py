@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 import torch
 
-from kimi_vl import loader
 from kimi_vl.cog_streaming import Cancellation, Streams, on_cancel
-from kimi_vl.images import ImageOptions
+from kimi_vl.media.images import ImageOptions
 from kimi_vl.pipeline import Pipeline
-from kimi_vl.tokenizer import Tokenizer
+from kimi_vl.text.tokenizer import Tokenizer
+from kimi_vl.weights import loader
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kimi_vl.config import Config
 from kimi_vl.errors import CheckpointError
+from kimi_vl.model.config import Config
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
 VALUES = json.loads((CHECKPOINT / "config.json").read_text())

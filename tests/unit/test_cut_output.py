@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import predict
-from kimi_vl import loader
-from kimi_vl.chat import THINK_CLOSE, THINK_OPEN
 from kimi_vl.events import Done, Event
-from kimi_vl.images import ImageOptions
+from kimi_vl.media.images import ImageOptions
 from kimi_vl.pipeline import Pipeline
-from kimi_vl.tokenizer import Tokenizer
+from kimi_vl.text.chat import THINK_CLOSE, THINK_OPEN
+from kimi_vl.text.tokenizer import Tokenizer
+from kimi_vl.weights import loader
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
 TOKENIZER = Tokenizer.from_directory(CHECKPOINT)

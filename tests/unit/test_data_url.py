@@ -21,12 +21,12 @@ from cog.types import File
 from PIL import Image
 
 import predict
-from kimi_vl import data_url, images
 from kimi_vl.errors import UserError
-from kimi_vl.image_files import MAX_BYTES
-from kimi_vl.images import ImageOptions
-from kimi_vl.messages import read
+from kimi_vl.media import data_url, images
+from kimi_vl.media.image_files import MAX_BYTES
+from kimi_vl.media.images import ImageOptions
 from kimi_vl.pipeline import image_sources
+from kimi_vl.text.messages import read
 
 OPTIONS = ImageOptions(14, 4096, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 PICTURE = Image.fromarray(np.random.default_rng(5).integers(0, 256, (9, 12, 3), dtype=np.uint8))

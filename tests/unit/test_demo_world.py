@@ -36,8 +36,9 @@ from demo_world.pictures import (
     patch_labels,
     picture_size,
 )
-from kimi_vl import chat, weights
-from kimi_vl.tokenizer import Tokenizer
+from kimi_vl.text import chat
+from kimi_vl.text.tokenizer import Tokenizer
+from kimi_vl.weights import resolve as weights
 
 FONTS = find_fonts()
 

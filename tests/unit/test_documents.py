@@ -11,8 +11,10 @@ import yaml
 
 import predict
 from cog_local import schema
-from kimi_vl import images, parameters, stops
+from kimi_vl import parameters
 from kimi_vl.cli import main as command
+from kimi_vl.media import images
+from kimi_vl.text import stop_sequences as stops
 from tests.unit.test_cog_yaml import pins
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from kimi_vl.faults import Broken
-from kimi_vl.graphs import CudaGraphs
+from kimi_vl.engine.cuda_graphs import CudaGraphs
+from kimi_vl.engine.faults import Broken
 
 
 class Torch211:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kimi_vl import images
 from kimi_vl.errors import CheckpointError, UserError
-from kimi_vl.images import ImageOptions
+from kimi_vl.media import images
+from kimi_vl.media.images import ImageOptions
 
 DATA = Path(__file__).parents[1] / "golden"
 HALF = (0.5, 0.5, 0.5)

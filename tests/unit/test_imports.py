@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,89 +13,90 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "kimi_vl"
 
-# The package's modules and which of its own modules each may import.
+# The rooms of the package (folders, and modules beside them), and which of the others each may import. Nothing points
+# upward: a room may only import those that stand above it here.
 ALLOWED = {
-    "__init__": {"errors", "events", "hf", "pipeline"},
-    "cog_streaming": set(),
     "errors": set(),
     "events": set(),
-    "published": {"errors"},
-    "config": {"errors", "published"},
-    "tokenizer": {"errors"},
-    "stops": {"errors"},
-    "messages": {"errors"},
-    "chat": {"errors", "messages", "stops", "tokenizer"},
-    "icc": set(),
-    "tiff_samples": set(),
-    "image_files": {"icc", "tiff_samples"},
-    "data_url": {"errors", "image_files"},
-    "images": {"data_url", "errors", "icc", "image_files", "published", "tiff_samples"},
-    "repetition": set(),
-    "flash": set(),
-    "vision": {"config", "flash"},
-    "projector": {"config", "vision"},
-    "language": {"config", "flash"},
-    "devices": set(),
-    "cache": {"config", "devices", "flash", "language"},
-    "memory": set(),
-    "budget": {"cache", "config", "memory"},
-    "fused": {"cache", "kernels", "language", "memory"},
-    "graphs": {"cache", "devices", "faults", "fused", "model", "sampling"},
-    "model": {"config", "language", "projector", "vision"},
-    "loader": {"config", "errors", "memory", "model"},
     "parameters": {"errors"},
-    "sampling": {"devices", "parameters"},
-    "generation": {"cache", "model", "vision"},
-    "pages": set(),
-    "scheduler": {"pages"},
-    "faults": {"devices", "errors"},
-    "embeddings": set(),
-    "tickets": {"faults", "sampling", "scheduler", "vision"},
-    "engine": {
-        "budget", "cache", "config", "devices", "embeddings", "errors", "faults", "fused", "graphs", "kernels", "model",
-        "pages", "sampling", "scheduler", "tickets",
-    },
-    "foreign": set(),
-    "archive": {"errors", "foreign"},
-    "progress": set(),
-    "download": {"archive", "errors", "progress"},
-    "hub": {"download", "errors", "progress"},
-    "verify": {"errors", "foreign", "loader", "progress"},
-    "weights": {"download", "errors", "hub", "verify"},
-    "pack": {"download", "errors", "foreign", "loader", "progress", "verify"},
-    "pipeline": {
-        "chat", "config", "data_url", "engine", "errors", "events", "images", "kernels", "loader", "messages", "model",
-        "parameters", "repetition", "sampling", "stops", "tokenizer", "warm_up", "weights",
-    },
-    "warm_up": {"engine", "sampling"},
-    "hf": {"chat", "config", "data_url", "errors", "images", "loader", "messages", "published", "tokenizer"},
-}  # fmt: skip
+    "text": {"errors"},
+    "model": {"errors"},
+    "media": {"errors", "model"},
+    "device": {"model"},
+    "kernels": {"device", "model"},
+    "weights": {"device", "errors", "model"},
+    "engine": {"device", "errors", "kernels", "model", "parameters"},
+    "hf": {"errors", "media", "model", "text", "weights"},
+    "pipeline": {"engine", "errors", "events", "kernels", "media", "model", "parameters", "text", "weights"},
+    "__init__": {"errors", "events", "hf", "pipeline"},
+    "cog_streaming": set(),
+    "cli": {"__init__", "device", "errors", "events", "media", "parameters", "pipeline", "text", "weights"},
+}
+WITHOUT_TORCH = {
+    "errors",
+    "events",
+    "parameters",
+    "text",
+    "cog_streaming",
+    "model.config",
+    "engine.scheduler",
+    "engine.page_pool",
+}
+LARGEST_ROOM = 12  # modules beside its __init__
 
 
-def imports(path: Path) -> tuple[set[str], set[str]]:
-    """Modules of this package and of others that ``path`` imports, wherever in the file."""
+def modules() -> dict[str, Path]:
+    """Every module by its dotted name below the package."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        found[name.removesuffix(".__init__") if "." in name else name] = path
+    return found
+
+
+MODULES = modules()
+
+
+def room(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def imports(module: str) -> tuple[set[str], set[str]]:
+    """The rooms of this package, and the other packages, that a module imports wherever in the file."""
+    path = MODULES[module]
+    folder = path.relative_to(PACKAGE).parent.parts
     own, foreign = set(), set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
-            own |= {node.module} if node.module else {alias.name for alias in node.names}
+            base = folder[: len(folder) - node.level + 1]
+            named = [*base, *(node.module.split(".") if node.module else [])]
+            own |= {named[0]} if named else {a.name if a.name in ALLOWED else "__init__" for a in node.names}
         elif isinstance(node, ast.ImportFrom):
             foreign.add((node.module or "").split(".")[0])
         elif isinstance(node, ast.Import):
             foreign |= {alias.name.split(".")[0] for alias in node.names}
-    return own, foreign
+    return own - {room(module)}, foreign
 
 
-def test_every_module_has_its_place():
-    assert {path.stem for path in PACKAGE.glob("*.py")} == ALLOWED.keys()
+def test_every_room_is_known_and_small():
+    assert {room(module) for module in MODULES} == ALLOWED.keys()
+    sizes = Counter(room(module) for module in MODULES if "." in module)
+    assert max(sizes.values()) <= LARGEST_ROOM
 
 
-@pytest.mark.parametrize("module", ALLOWED)
+def test_nothing_points_upward():
+    order = list(ALLOWED)
+    for name, allowed in ALLOWED.items():
+        assert all(order.index(other) < order.index(name) for other in allowed), name
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_directions(module):
-    own, foreign = imports(PACKAGE / f"{module}.py")
-    assert own <= ALLOWED[module]
+    own, foreign = imports(module)
+    assert own <= ALLOWED[room(module)]
     assert "cog" not in foreign
-    assert "transformers" not in foreign or module == "hf"
-    if module in ("scheduler", "errors", "events", "config", "tokenizer", "messages", "chat"):
+    assert "transformers" not in foreign or room(module) == "hf"
+    if module in WITHOUT_TORCH or room(module) in WITHOUT_TORCH:
         assert "torch" not in foreign
 
 

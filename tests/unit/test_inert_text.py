@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import predict
-from kimi_vl import chat
 from kimi_vl.errors import UserError
-from kimi_vl.messages import read
-from kimi_vl.tokenizer import TextStream, Tokenizer
+from kimi_vl.text import chat
+from kimi_vl.text.messages import read
+from kimi_vl.text.tokenizer import TextStream, Tokenizer
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
 TOKENIZER = Tokenizer.from_directory(CHECKPOINT)

@@ -27,9 +27,11 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 from triton.runtime.errors import InterpreterError  # noqa: E402
 
-from kimi_vl import cache, kernels, memory  # noqa: E402
-from kimi_vl.cache import Rows  # noqa: E402
+from kimi_vl import kernels  # noqa: E402
+from kimi_vl.device import memory  # noqa: E402
+from kimi_vl.engine import kv_cache as cache  # noqa: E402
 from kimi_vl.kernels import plain, reference, strips, triton_mla, triton_moe, triton_norm  # noqa: E402
+from kimi_vl.kernels.attention_metadata import Rows  # noqa: E402
 from kimi_vl.kernels.inputs import Call, Inputs, Widths, apart, distance, routed_alike, with_arguments  # noqa: E402
 
 ROOT = Path(__file__).parents[2]

@@ -23,10 +23,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kimi_vl import loader
-from kimi_vl.config import Config
 from kimi_vl.errors import CheckpointError
-from kimi_vl.model import KimiVL
+from kimi_vl.model.config import Config
+from kimi_vl.model.kimi_vl import KimiVL
+from kimi_vl.weights import loader
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "tests" / "golden" / "golden_a" / "checkpoint"
@@ -402,7 +402,7 @@ def test_the_first_fault_ends_all_threads(tmp_path, odd_config, monkeypatch):
 
 def test_loading_is_reported(tmp_path, odd_config, monkeypatch, caplog):
     write_folder(tmp_path, odd_config, random_tensors(odd_config, torch.bfloat16))
-    caplog.set_level(logging.INFO, logger="kimi_vl.loader")
+    caplog.set_level(logging.INFO, logger="kimi_vl.weights.loader")
     loader.load(tmp_path)
     quick = [record.getMessage() for record in caplog.records]
     assert len(quick) == 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from kimi_vl import memory
+from kimi_vl.device import memory
 
 GB = 10**9
 

@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import predict
-from kimi_vl import chat, loader
-from kimi_vl.chat import THINK_CLOSE, THINK_OPEN
 from kimi_vl.errors import UserError
-from kimi_vl.images import ImageOptions
-from kimi_vl.messages import ImagePart, Turn, asks_something, read
+from kimi_vl.media.images import ImageOptions
 from kimi_vl.pipeline import Pipeline
-from kimi_vl.tokenizer import Tokenizer
+from kimi_vl.text import chat
+from kimi_vl.text.chat import THINK_CLOSE, THINK_OPEN
+from kimi_vl.text.messages import ImagePart, Turn, asks_something, read
+from kimi_vl.text.tokenizer import Tokenizer
+from kimi_vl.weights import loader
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
 TOKENIZER = Tokenizer.from_directory(CHECKPOINT)

@@ -17,14 +17,15 @@ import pytest
 import torch
 from PIL import Image
 
-from kimi_vl import chat, loader
-from kimi_vl.engine import Engine
+from kimi_vl.engine.engine import Engine
+from kimi_vl.engine.scheduler import Work
 from kimi_vl.errors import UserError
 from kimi_vl.events import Answer, Done, Event, Reasoning
-from kimi_vl.images import ImageOptions
+from kimi_vl.media.images import ImageOptions
 from kimi_vl.pipeline import Pipeline
-from kimi_vl.scheduler import Work
-from kimi_vl.tokenizer import Tokenizer
+from kimi_vl.text import chat
+from kimi_vl.text.tokenizer import Tokenizer
+from kimi_vl.weights import loader
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
 ASK = [{"role": "user", "content": "Why?"}]

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kimi_vl.repetition import COPIES, EVERY, LONGEST_BLOCK, SHORTEST_LOOP, Repetition
-from kimi_vl.tokenizer import Tokenizer
+from kimi_vl.text.repetition import COPIES, EVERY, LONGEST_BLOCK, SHORTEST_LOOP, Repetition
+from kimi_vl.text.tokenizer import Tokenizer
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
 

@@ -12,8 +12,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kimi_vl.engine.sampling import Sampling, _best, choose, draw, draw_together, finite, sample, uniform, uniforms
 from kimi_vl.errors import UserError
-from kimi_vl.sampling import Sampling, _best, choose, draw, draw_together, finite, sample, uniform, uniforms
 
 
 def reference(logits: list[float], temperature: float, top_p: float, top_k: int) -> dict[int, float]:

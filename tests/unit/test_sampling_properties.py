@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kimi_vl import sampling
-from kimi_vl.sampling import Sampling, sample
+from kimi_vl.engine import sampling
+from kimi_vl.engine.sampling import Sampling, sample
 
 STEPS = 300
 

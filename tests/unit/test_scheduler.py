@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from kimi_vl.pages import PagePool
-from kimi_vl.scheduler import NeverFits, QueueFull, Request, Scheduler, Span, Work
+from kimi_vl.engine.page_pool import PagePool
+from kimi_vl.engine.scheduler import NeverFits, QueueFull, Request, Scheduler, Span, Work
 
 PAGE = 4
 

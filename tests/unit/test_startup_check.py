@@ -26,9 +26,12 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.runtime.errors import OutOfResources, PTXASError  # noqa: E402
 
-from kimi_vl import flash, kernels, loader, pipeline, warm_up  # noqa: E402
-from kimi_vl.engine import Engine  # noqa: E402
+from kimi_vl import kernels, pipeline  # noqa: E402
+from kimi_vl.engine import warm_up  # noqa: E402
+from kimi_vl.engine.engine import Engine  # noqa: E402
 from kimi_vl.kernels import startup_check  # noqa: E402
+from kimi_vl.model import flash_attention as flash  # noqa: E402
+from kimi_vl.weights import loader  # noqa: E402
 from tests.parity.test_engine import CHECKPOINT, SMALL, ask, some_requests  # noqa: E402
 
 ROOT = Path(__file__).parents[2]

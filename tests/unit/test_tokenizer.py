@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kimi_vl.errors import CheckpointError
-from kimi_vl.tokenizer import TextStream, Tokenizer
+from kimi_vl.text.tokenizer import TextStream, Tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "golden_a"
 DATA = json.loads((GOLDEN / "tokenizer.json").read_text(encoding="utf-8"))

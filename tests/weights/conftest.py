@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kimi_vl import download
+from kimi_vl.weights import download
 from tests.boots import Boots
 from tests.weights_world import ROOT, FaultServer
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kimi_vl import download, loader, pack, verify, weights
 from kimi_vl.errors import CheckpointError
+from kimi_vl.weights import download, loader, pack, verify
+from kimi_vl.weights import resolve as weights
 from tests.weights_world import CHECKPOINT, REVISION, ROOT, cache_tree, flip, largest_blob
 
 

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kimi_vl import download, loader, pipeline, verify, weights
+from kimi_vl import pipeline
 from kimi_vl.errors import CheckpointError
+from kimi_vl.weights import download, loader, verify
+from kimi_vl.weights import resolve as weights
 from tests.weights_world import (
     CHECKPOINT,
     NAME,
@@ -122,7 +124,7 @@ def test_a_login_in_the_address_is_used_and_never_shown(site, no_pget, tmp_path,
 
 def test_a_person_can_follow(site, road, tmp_path, cache, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr("kimi_vl.progress.INTERVAL_SECONDS", 0.1)
+    monkeypatch.setattr("kimi_vl.weights.progress.INTERVAL_SECONDS", 0.1)
     serve(site, tmp_path)
     site.rate = 5e6
     fetched(cache, f"{site.url}{NAME}.tar?token=hush")

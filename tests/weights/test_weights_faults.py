@@ -18,8 +18,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from kimi_vl import download, loader, weights
 from kimi_vl.errors import CheckpointError
+from kimi_vl.weights import download, loader
+from kimi_vl.weights import resolve as weights
 from tests.weights_world import NAME, REVISION, FaultServer, cache_tree, flip, largest_blob, tar_of
 
 TAR = f"{NAME}.tar"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kimi_vl import loader
+from kimi_vl.weights import loader
 from tests.boots import Boots
 from tests.weights_world import CHECKPOINT, REVISION, FaultServer, blob_name, flip, largest_blob
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kimi_vl import loader, verify
 from kimi_vl.errors import CheckpointError
+from kimi_vl.weights import loader, verify
 from tests.boots import Boot, Boots
 from tests.weights_world import NAME, REVISION, FaultServer, cache_tree, tar_of
 

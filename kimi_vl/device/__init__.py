@@ -1,0 +1,1 @@
+"""The machine: its GPU, its memory, and how an engine divides that."""

@@ -1,0 +1,1 @@
+"""The serving engine: one thread that batches every request."""

@@ -1,0 +1,144 @@
+"""The decoder through a table of operations: :mod:`kimi_vl.model.language` again, cut where kernels are.
+
+Computes what the modules of a :class:`LanguageModel` compute, with their parameters, for the tokens of one step of the
+engine. Each addition to the residual happens within the norm that follows it, and so does the router. One operation
+makes queries ready and writes new entries; another attends and leaves the latent space. Knows no model but the decoder,
+and no request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from ..device import memory
+from ..kernels import Experts, Ops, mlp, project
+from ..kernels.attention_metadata import Step
+from ..model.language import LATENT_NORM_EPS, Attention, LanguageModel, Layer, MoE, rope_tables
+
+# Shapes: T tokens, of which the first B are one of a sequence each; H, N, R, P, Q, V as in the decoder.
+
+
+class FusedDecoder:
+    """Takes the place of a :class:`LanguageModel` in a step of the engine; parameters are shared with it.
+
+    They are not to be changed after that: some are laid out anew.
+    """
+
+    def __init__(self, model: LanguageModel, ops: Ops):
+        self._model, self._ops = model, ops
+        layers = [layer for layer in model.model.layers if isinstance(layer, Layer)]
+        # Not in the caller's thread: where it is left with a pool of OpenMP's threads, the engine's wait asleep for
+        # each other, which costs a CPU half of its speed. This one's pool ends with it.
+        with ThreadPoolExecutor(1) as pool:
+            self._projections = list(pool.map(_Projections, [layer.self_attn for layer in layers]))
+            self._laid_out = pool.submit(ops.lay_out, *self._weights(layers)).result()
+            self._rope = pool.submit(_rope, model).result()  # (max_position_embeddings, 2P)
+        self._besides = {"laid_out": self._laid_out} if self._laid_out else {}
+
+    def _weights(self, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Experts]]:
+        """What products read, apart from experts, and these."""
+        weights, experts = [self._model.lm_head.weight], []
+        for layer, projections in zip(layers, self._projections, strict=True):
+            weights += [projections.joined, projections.to_key, projections.to_value, layer.self_attn.o_proj.weight]
+            if isinstance(layer.mlp, MoE):
+                experts.append(_experts(layer.mlp))
+            else:
+                weights += layer.mlp.weights
+        return weights, experts
+
+    def states(self, embeddings: Tensor, step: Step) -> Tensor:
+        """Final states (T, H) of embeddings (T, H)."""
+        decoder, ops = self._model.model, self._ops
+        rope = self._rope[step.positions]  # (T, 2P)
+        residual, delta = embeddings, None
+        for layer, projections, entries in zip(decoder.layers, self._projections, step.entries, strict=True):
+            assert isinstance(layer, Layer)
+            norm = layer.input_layernorm
+            residual, normed = ops.add_rms_norm(residual, delta, norm.weight, norm.eps)  # (T, H)
+            delta = self._attend(layer.self_attn, projections, normed, rope, entries, step)
+            norm = layer.post_attention_layernorm
+            if isinstance(layer.mlp, MoE):
+                gate = layer.mlp.gate
+                residual, normed, chosen, weights = ops.norm_router(
+                    residual, delta, norm.weight, norm.eps,
+                    gate.weight, gate.e_score_correction_bias, gate.top_k, gate.scaling,
+                )  # fmt: skip
+                delta = ops.moe(normed, chosen, weights, *_experts(layer.mlp), **self._besides)
+            else:
+                residual, normed = ops.add_rms_norm(residual, delta, norm.weight, norm.eps)
+                delta = mlp(normed, layer.mlp.weights, self._laid_out)
+        return ops.add_rms_norm(residual, delta, decoder.norm.weight, decoder.norm.eps)[1]
+
+    def logits(self, states: Tensor) -> Tensor:
+        """float32 scores (T, vocab_size) of final states (T, H), row after row in memory."""
+        scores = project(states, self._model.lm_head.weight, self._laid_out)
+        return scores.to(torch.float32, memory_format=torch.contiguous_format)
+
+    def _attend(
+        self, attention: Attention, projections: _Projections, normed: Tensor, rope: Tensor, entries: Tensor, step: Step
+    ) -> Tensor:
+        """The attention's output (T, H): one token of a sequence in the latent space, longer chunks with keys and
+        values written out."""
+        config, ops, decoding = attention.config, self._ops, len(step.rows.lengths)
+        # kernels take tokens in one piece
+        joined = project(normed, projections.joined, self._laid_out).contiguous()  # (T, N (Q+P) + R+P)
+        absorbed, rotated = ops.mla_prepare(
+            joined, projections.to_key, attention.kv_a_layernorm.weight, rope, entries, step.slots,
+            LATENT_NORM_EPS, decoding, **self._besides,
+        )  # fmt: skip
+        parts: list[Tensor] = []
+        if decoding:
+            heads = ops.mla_decode(
+                absorbed, entries, step.rows, attention.scale, projections.to_value, **self._besides
+            )  # (B, N, V)
+            parts.append(heads.flatten(1))
+        for chunk in step.longer:
+            past = entries[chunk.pages].flatten(0, 1)[: chunk.end].unsqueeze(0)  # (1, L, R+P)
+            own = slice(chunk.tokens.start - decoding, chunk.tokens.stop - decoding)
+            query = joined[chunk.tokens, : config.num_attention_heads * config.qk_head_dim]
+            query = query.unflatten(-1, (config.num_attention_heads, -1))[..., : config.qk_nope_head_dim]  # (S, N, Q)
+            q, r = (part.transpose(0, 1).unsqueeze(0) for part in (query, rotated[own]))  # (1, N, S, Q), (1, N, S, P)
+            parts.append(attention.expanded(q, r, past, chunk.mask)[0].transpose(0, 1).flatten(1))  # (S, N V)
+        states = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return project(states, attention.o_proj.weight, self._laid_out)
+
+
+@torch.no_grad()
+def _rope(model: LanguageModel) -> Tensor:
+    """Cosines, then sines of every position there may be: made once, since a step's own take a dozen launches."""
+    config, weight = model.model.config, model.lm_head.weight
+    positions = torch.arange(config.max_position_embeddings, device=weight.device)
+    return torch.cat(rope_tables(positions, config.qk_rope_head_dim, config.rope_theta, weight.dtype), dim=-1)
+
+
+def _experts(moe: MoE) -> Experts:
+    return moe.experts.gate_up_proj, moe.experts.down_proj, moe.shared_experts.weights
+
+
+class _Projections:
+    """An attention's projections as a step needs them.
+
+    ``joined`` (N (Q+P) + R+P, H) is those of queries and entries, which read the same input; the model's own weights
+    become parts of it, so that it takes no memory of its own. ``to_key`` (N, R, Q) and ``to_value`` (N, V, R) are the
+    halves of ``kv_b_proj``, head by head, the first of them turned.
+    """
+
+    @torch.no_grad()
+    def __init__(self, attention: Attention):
+        config = attention.config
+        both = (attention.q_proj, attention.kv_a_proj_with_mqa)
+        sizes = [projection.out_features for projection in both]
+        weight = both[0].weight
+        self.joined = memory.empty((sum(sizes), config.hidden_size), weight.dtype, weight.device)
+        for projection, part in zip(both, self.joined.split(sizes), strict=True):
+            projection.weight.data = part.copy_(projection.weight)
+        up = attention.kv_b_proj.weight.view(config.num_attention_heads, -1, config.kv_lora_rank)  # (N, Q+V, R)
+        to_key, to_value = up.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
+        halves = to_key, to_value.transpose(1, 2)
+        if weight.device.type == "cpu":  # where a product would copy them, each time
+            halves = tuple(half.contiguous() for half in halves)
+        self.to_key, self.to_value = (half.transpose(1, 2) for half in halves)

@@ -1,0 +1,79 @@
+"""The engine's paged KV cache: one latent and one rotary key a token and layer, in pages that sequences may share.
+
+Makes the tensors of a step's attention metadata. Which page belongs to which sequence is the scheduler's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..device import cuda as devices
+from ..kernels.attention_metadata import LongChunk, Rows, Step
+from ..model import flash_attention as flash
+from ..model.config import TextConfig
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """New tokens of one sequence: positions ``begin`` to ``end``, the pages of everything up to ``end``."""
+
+    pages: Sequence[int]
+    begin: int
+    end: int
+
+
+class PagedCache:
+    """Pages of ``page_size`` entries; any sequence may use any of them, and several may share one.
+
+    Memory that was never written holds anything: :meth:`clear` pages before their first use. Per token and layer
+    ``kv_lora_rank + qk_rope_head_dim`` values, as in :class:`LatentCache`.
+    """
+
+    def __init__(
+        self, config: TextConfig, pages: int, page_size: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ):
+        self.page_size = page_size
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        self.entries = torch.empty(config.num_hidden_layers, pages, page_size, width, dtype=dtype, device=device)
+
+    @staticmethod
+    def page_bytes(config: TextConfig, page_size: int, dtype: torch.dtype) -> int:
+        """Memory of one page, all layers together."""
+        return page_size * config.kv_values_per_token * dtype.itemsize
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """Set all entries of some pages to zero. The host does not wait, so a step may be under way meanwhile."""
+        if pages:
+            self.entries.index_fill_(1, devices.tensor(pages, torch.int64, self.entries.device), 0)
+
+    def step(self, chunks: Sequence[Chunk]) -> Step:
+        """For the new tokens of ``chunks``, one after another; chunks of one token come first."""
+        size, device = self.page_size, self.entries.device
+        slots = [chunk.pages[at // size] * size + at % size for chunk in chunks for at in range(chunk.begin, chunk.end)]
+        positions = [at for chunk in chunks for at in range(chunk.begin, chunk.end)]
+        single = [chunk for chunk in chunks if chunk.end - chunk.begin == 1]
+        most = max((-(-chunk.end // size) for chunk in single), default=0)
+        table = [[*chunk.pages[:most], *[-1] * (most - len(chunk.pages))] for chunk in single]
+        longer, first = [], len(single)
+        for chunk in chunks[first:]:
+            count, mask = chunk.end - chunk.begin, None
+            if chunk.begin and not flash.usable(self.entries):
+                mask = torch.ones(count, chunk.end, dtype=torch.bool, device=device).tril(chunk.begin)  # (S, L)
+            own = devices.tensor(chunk.pages[: -(-chunk.end // size)], torch.int64, device)
+            longer.append(LongChunk(slice(first, first + count), own, chunk.end, mask))
+            first += count
+        return Step(
+            self.entries,
+            devices.tensor(positions, torch.int64, device),
+            devices.tensor(slots, torch.int64, device),
+            Rows(
+                devices.tensor(table, torch.int32, device).view(len(single), most),
+                devices.tensor([chunk.end for chunk in single], torch.int32, device),
+                size,
+                [chunk.end for chunk in single],
+            ),
+            longer,
+        )

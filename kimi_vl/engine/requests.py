@@ -1,0 +1,115 @@
+"""A request as its caller hands it to the engine: pictures as patches, and a guide that is asked about every token."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from ..model.vision import Grid
+from .faults import as_exception
+from .sampling import Sampling, uniforms
+from .scheduler import Request, Span
+
+log = logging.getLogger(__name__)
+
+
+class Patches:
+    """An image as the vision tower takes it: ``pixel_values`` (P, 3, 14, 14), float32, in a ``grid``.
+
+    The digest is the SHA-256 of exactly these values, so that only equal pictures are taken for each other.
+    """
+
+    def __init__(self, pixel_values: np.ndarray, grid: Grid):
+        self.pixel_values, self.grid = pixel_values, grid
+        self.digest = hashlib.sha256(repr(grid).encode() + np.ascontiguousarray(pixel_values).tobytes()).digest()
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1] // 4
+
+
+class Guide(Protocol):
+    """What the engine asks about a request. All calls come from the engine's thread, and must not wait.
+
+    Whatever a call raises ends its own request and no other.
+    """
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are drawn. Asked once, when the request is handed in."""
+        ...
+
+    @property
+    def text_only(self) -> bool:
+        """Whether tokens without text are ruled out in the next draw."""
+        ...
+
+    def forced(self) -> int | None:
+        """The next token where it is not drawn. Asked once for each token."""
+        ...
+
+    def take(self, token: int) -> int | None:
+        """What follows the sequence after this token was drawn: it, another one, or None when all is said."""
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """The request is over, without an end."""
+        ...
+
+
+class Unguided:
+    """The guide of a request that nobody sent: takes whatever is drawn, and tells nobody."""
+
+    sampling = Sampling(1, 0.9, 20, 0)
+    text_only = False
+
+    def forced(self) -> int | None:
+        return None
+
+    def take(self, token: int) -> int | None:
+        return token
+
+    def fail(self, error: Exception) -> None:
+        pass
+
+
+class Ticket:
+    """A request in the engine; :meth:`kimi_vl.engine.engine.Engine.cancel` takes it back."""
+
+    def __init__(self, request: Request, patches: Sequence[Patches], guide: Guide, deadline: float = float("inf")):
+        self.request, self.patches, self.guide, self.deadline = request, patches, guide, deadline
+        self.sampling = guide.sampling
+        self.drawn = 0
+        self.cancelled = False
+        self._numbers: tuple[int, list[float]] = (0, [])  # where they begin, and uniform numbers from there on
+
+    def number(self, position: int) -> float:
+        """What the draw at ``position`` is decided by."""
+        begin, numbers = self._numbers
+        if not begin <= position < begin + len(numbers):
+            begin, numbers = self._numbers = position, uniforms(self.sampling.seed, position, 64)
+        return numbers[position - begin]
+
+    def fail(self, error: BaseException) -> None:
+        """The request is over; whoever cannot even be told that harms nobody else."""
+        try:
+            self.guide.fail(as_exception(error))
+        except BaseException as another:
+            log.warning("a request's end could not be told (%s)", type(another).__name__)
+
+
+def spans(ids: Sequence[int], patches: Sequence[Patches], pad: int) -> list[Span]:
+    """Where each image's placeholders ``pad`` are. Raises ValueError where they do not go with the images."""
+    found, at = [], 0
+    for image in patches:
+        while at < len(ids) and ids[at] != pad:
+            at += 1
+        found.append(Span(at, at + image.tokens, image.digest))
+        at += image.tokens
+    if sum(token == pad for token in ids) != sum(image.tokens for image in patches):
+        raise ValueError("the placeholders and the images differ in number")
+    return found

@@ -1,0 +1,260 @@
+"""From logits to one token: temperature, then top-k, then top-p, then a draw that depends on seed and position alone.
+
+Knows no text and no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import parameters
+from ..device import cuda as devices
+
+LEAST_TEMPERATURE = 1e-4  # below it the likeliest token is all that is left, and a division by it may not be finite
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; values of other types or outside their bounds raise
+    :class:`~kimi_vl.errors.UserError` (E_PARAMETER).
+
+    ``temperature`` 0 (or next to it, or ``top_p`` 0, or ``top_k`` 1) takes the most likely token. ``top_k`` 0 is off.
+    The same ``seed`` gives the same draws.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        checked = {
+            "temperature": parameters.number("temperature", self.temperature, 0, 2),
+            "top_p": parameters.number("top_p", self.top_p, 0, 1),
+            "top_k": parameters.integer("top_k", self.top_k, 0, parameters.MAX_TOP_K),
+            "seed": parameters.integer("seed", self.seed, 0, parameters.MAX_SEED),
+        }
+        for name, value in checked.items():  # as Python's own numbers, whatever type they came in
+            object.__setattr__(self, name, value)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < LEAST_TEMPERATURE or self.top_p == 0 or self.top_k == 1
+
+    @property
+    def cuts(self) -> bool:
+        """Whether only some of the likelier tokens are drawn among."""
+        return not self.greedy and (self.top_p < 1 or self.top_k > 0)
+
+
+def sample(logits: Tensor, sampling: Sampling, position: int) -> int:
+    """One token id from float32 ``logits`` (V,); ``position`` counts the tokens drawn before in this request."""
+    if sampling.greedy:
+        return int(logits.argmax())
+    # float64, or the tail of a large vocabulary is lost in rounding
+    scores, ids = (logits / sampling.temperature).double(), None
+    if sampling.top_k and sampling.top_k < scores.numel():
+        scores, ids = _best(scores, sampling.top_k)
+    probabilities = scores.softmax(-1)
+    if sampling.top_p < 1 and ids is None:
+        probabilities, ids = _likeliest(probabilities, sampling.top_p)
+    cumulative = probabilities.cumsum(-1)
+    if sampling.top_p < 1:
+        # the smallest set that reaches top_p: a token belongs if those before it do not reach it
+        kept = int((cumulative - probabilities < sampling.top_p).sum())
+        cumulative = cumulative[:kept]
+    target = uniform(sampling.seed, position) * cumulative[-1]
+    index = min(int(torch.searchsorted(cumulative, target, right=True)), cumulative.numel() - 1)
+    return index if ids is None else int(ids[index])
+
+
+def _best(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest of ``values`` (V,), falling, and their indices; of equal ones the first, in order."""
+    best, ids = values.topk(min(count + 1, values.numel()))
+    if count < len(best) and best[count - 1] == best[count]:  # which of the equal ones these are is left to chance
+        above, equal = (values > best[count]).nonzero()[:, 0], (values == best[count]).nonzero()[:, 0]
+        ids = torch.cat((above, equal))
+    ids = ids[:count].sort().values
+    best, order = values[ids].sort(descending=True, stable=True)
+    return best, ids[order]
+
+
+def _likeliest(probabilities: Tensor, total: float) -> tuple[Tensor, Tensor]:
+    """The largest of ``probabilities`` (V,), falling, and their indices: as many as surely reach ``total``.
+
+    Sorting all of a large vocabulary takes far longer than finding the few that matter.
+    """
+    for count in (64, 2048):
+        if count < probabilities.numel():
+            best, ids = _best(probabilities, count)
+            if best.sum() > total:
+                return best, ids
+    return probabilities.sort(descending=True, stable=True)
+
+
+def draw(
+    logits: Tensor,
+    samplings: Sequence[Sampling],
+    positions: Sequence[int],
+    limits: Sequence[int],
+    rounded: bool = False,
+) -> list[int]:
+    """One token id for each row of float32 ``logits`` (B, V), of the ids below its limit; see :func:`sample`.
+
+    A row's draw depends on nothing but its own logits, seed and position. ``rounded`` says that all logits are bfloat16
+    values, which saves time on a GPU.
+    """
+    if logits.is_cuda:
+        return draw_together(logits, samplings, positions, limits, rounded)
+    vocabulary = logits.shape[-1]
+    if all(sampling.greedy for sampling in samplings) and all(limit == vocabulary for limit in limits):
+        return logits.argmax(-1).tolist()
+    rows = zip(logits, samplings, positions, limits, strict=True)
+    return [sample(row[:limit], sampling, position) for row, sampling, position, limit in rows]
+
+
+def finite(logits: Tensor) -> Tensor:
+    """Which rows (B) of ``logits`` (B, V) hold no infinity and no NaN: a sum hides neither, and reads them once."""
+    return logits.sum(-1).isfinite()
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) made by a counter-based generator from ``seed`` and ``position`` alone."""
+    return uniforms(seed, position, 1)[0]
+
+
+def uniforms(seed: int, position: int, count: int) -> list[float]:
+    """:func:`uniform` of ``count`` positions from ``position`` on, in one go."""
+    # each position is a block of four numbers, of which the first is taken
+    return np.random.Generator(np.random.Philox(key=seed, counter=position)).random(4 * count)[::4].tolist()
+
+
+def draw_together(
+    logits: Tensor,
+    samplings: Sequence[Sampling],
+    positions: Sequence[int],
+    limits: Sequence[int],
+    rounded: bool = False,
+) -> list[int]:
+    """The same with as few calls as one row takes, for devices where calls are what costs. The host waits once."""
+    if not samplings:
+        return []
+    most = logits.shape[-1]  # more than there are ids is as good as all of them
+    numbers = [
+        [0.0 if sampling.greedy else sampling.temperature for sampling in samplings],
+        [sampling.top_p for sampling in samplings],
+        [uniform(sampling.seed, position) for sampling, position in zip(samplings, positions, strict=True)],
+        [min(sampling.top_k, most) for sampling in samplings],
+        limits,
+    ]
+    given = devices.tensor(numbers, torch.float64, logits.device)
+    temperature, top_p, uniform_numbers = given[:3]
+    top_k, below = given[3:].long()  # float64 holds them exactly
+    greedy_only, cut = all(s.greedy for s in samplings), any(s.cuts for s in samplings)
+    return choose(
+        logits, temperature, top_p, top_k, below, uniform_numbers, greedy_only=greedy_only, cut=cut, rounded=rounded
+    ).tolist()
+
+
+_TOGETHER = 16  # sequences of a cut draw at a time, which bounds its memory
+
+
+def choose(
+    logits: Tensor,
+    temperature: Tensor,
+    top_p: Tensor,
+    top_k: Tensor,
+    limits: Tensor,
+    numbers: Tensor,
+    *,
+    greedy_only: bool,
+    cut: bool,
+    rounded: bool = False,
+) -> Tensor:
+    """:func:`draw` for tensors on any device, without asking the host anything: ids (B,) of ``logits`` (B, V).
+
+    Per row: ``temperature`` (0 takes the likeliest), ``top_p``, both float64; ``top_k`` and the limit of ids, int64;
+    the uniform number that decides, float64. What the whole batch has no use for is left out: ``greedy_only`` says
+    that every temperature is 0, and without ``cut`` no row has a top_p or top_k. ``rounded`` says that all logits are
+    bfloat16 values, which need not be sorted. Rows of NaN give some valid id.
+    """
+    if cut and not greedy_only and len(logits) > _TOGETHER:
+        parts = (each.split(_TOGETHER) for each in (logits, temperature, top_p, top_k, limits, numbers))
+        options = {"greedy_only": greedy_only, "cut": cut, "rounded": rounded}
+        return torch.cat([choose(*part, **options) for part in zip(*parts, strict=True)])
+    logits = logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) >= limits[:, None], float("-inf"))
+    likeliest = logits.argmax(-1)
+    if greedy_only:
+        return likeliest
+    greedy = temperature == 0
+    temperature = temperature.masked_fill(greedy, 1).float()[:, None]
+    scores = logits / temperature
+    chosen = _inverse(scores.double().softmax(-1).cumsum(-1), limits, numbers)
+    if cut:
+        top_k = limits.where(top_k == 0, torch.minimum(top_k, limits))
+        if rounded:
+            among = _cut_rounded(logits, temperature, top_p, top_k, numbers)
+        else:
+            among = _cut_sorted(scores, top_p, top_k, numbers)
+        chosen = among.where((top_p < 1) | (top_k < limits), chosen)
+    return likeliest.where(greedy, chosen)
+
+
+def _cut_sorted(scores: Tensor, top_p: Tensor, top_k: Tensor, numbers: Tensor) -> Tensor:
+    """Ids (B,) drawn among the likeliest of ``scores`` (B, V)."""
+    ranked, ids = scores.sort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(scores.shape[-1], device=scores.device)
+    probabilities = ranked.double().masked_fill(ranks >= top_k[:, None], float("-inf")).softmax(-1)
+    cumulative = probabilities.cumsum(-1)
+    before = cumulative - probabilities
+    kept = torch.minimum((before < top_p[:, None]).sum(-1), top_k).where(top_p < 1, top_k)
+    return ids.gather(-1, _inverse(cumulative, kept, numbers)[:, None])[:, 0]
+
+
+def _cut_rounded(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, numbers: Tensor) -> Tensor:
+    """The same of ``logits`` (B, V) that are bfloat16 values, to be divided by ``temperature`` (B, 1): without sorting.
+
+    There are 65,536 such values. It is counted how often each occurs, the greatest first; what is kept and drawn is
+    some of a value's tokens, all of which are as likely, in the order of their ids.
+    """
+    values = _falling_values(logits.device)  # (65536)
+    bits = (logits + 0.0).bfloat16().view(torch.int16).int()  # the addition makes a zero of a negative zero
+    places = 32767 - bits.where(bits >= 0, bits ^ 32767)  # (B, V), in `values`
+    counts = torch.zeros(len(logits), len(values), dtype=torch.int32, device=logits.device)
+    counts.scatter_add_(1, places.long(), torch.ones((), dtype=torch.int32, device=logits.device).expand_as(places))
+    kept = (top_k[:, None] - counts.cumsum(-1) + counts).clamp(min=0).minimum(counts)  # of each value's tokens
+    top = logits.amax(-1, keepdim=True) / temperature
+    weights = ((values / temperature).double() - top.double()).exp().where(kept > 0, 0)  # of one token of a value
+    shares = weights / (kept * weights).sum(-1, keepdim=True)
+    before = (kept * shares).cumsum(-1) - kept * shares
+    # a token belongs if those before it do not reach top_p
+    fitting = ((top_p[:, None] - before) / shares).ceil().clamp(min=0)
+    kept = fitting.minimum(kept).where((top_p[:, None] < 1) & (kept > 0), kept).long()
+    cumulative = (kept * shares).cumsum(-1)
+    target = numbers[:, None] * cumulative[:, -1:]
+    last = (kept > 0).long().mul(torch.arange(len(values), device=values.device)).amax(-1, keepdim=True)
+    found = torch.searchsorted(cumulative, target, right=True).minimum(last)  # (B, 1)
+    passed = (target - cumulative.gather(-1, found)) / shares.gather(-1, found) + kept.gather(-1, found)
+    number = passed.floor().clamp(min=0).minimum(kept.gather(-1, found) - 1)  # among the tokens of the value
+    alike = (places == found).cumsum(-1, dtype=torch.int32)  # (B, V)
+    return (alike <= number).sum(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def _falling_values(device: torch.device) -> Tensor:
+    """All bfloat16 values in float32, from the greatest to the least, NaN and infinities as the least of all."""
+    order = 32767 - torch.arange(1 << 16, device=device)
+    bits = order.where(order >= 0, order ^ 32767).to(torch.int16)
+    values = bits.view(torch.bfloat16).float()
+    return values.masked_fill(~values.isfinite(), float("-inf"))
+
+
+def _inverse(cumulative: Tensor, counts: Tensor, numbers: Tensor) -> Tensor:
+    """The index (B,) at which each row of sums (B, V), of which the first ``counts`` matter, passes its number."""
+    last = (counts - 1).clamp(min=0)
+    target = numbers * cumulative.gather(-1, last[:, None])[:, 0]
+    return torch.minimum(torch.searchsorted(cumulative, target[:, None], right=True)[:, 0], last)

@@ -1,0 +1,205 @@
+"""Who is computed next: requests in, chunks of work out.
+
+No tensors, no text, no threads. A request is admitted only when every page it may ever need is set aside for it, so
+that nothing that runs is ever thrown out. First come, first served: the head of the queue waits for pages and is not
+overtaken, and whatever runs moves on by at least one token in each step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .page_pool import PagePool
+
+
+@dataclass(frozen=True)
+class Span:
+    """Positions ``begin`` to ``end`` of a prompt are the placeholders of an image with this digest."""
+
+    begin: int
+    end: int
+    digest: bytes
+
+
+@dataclass(eq=False)
+class Request:
+    """A sequence on its way: ``ids`` are the prompt and what came after it; ``room`` is how much may come."""
+
+    ids: list[int]
+    room: int
+    images: Sequence[Span] = ()
+    prompt_length: int = field(init=False)
+    computed: int = 0  # tokens whose entries are in the cache
+    reused: int = 0  # of them, those that were there before
+    pages: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)  # of the full pages, as far as they are known
+
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.ids)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Compute positions ``begin`` to ``end`` of a request; ``pages`` hold everything up to ``end``."""
+
+    request: Request
+    begin: int
+    end: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether the request's next token can be drawn after this."""
+        return self.end == len(self.request.ids)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is a single token, after which the next one can be drawn."""
+        return self.complete and self.end - self.begin == 1
+
+
+class QueueFull(Exception):
+    """As many requests wait as may wait."""
+
+
+class NeverFits(Exception):
+    """The request needs more pages than there are."""
+
+
+class Scheduler:
+    """Plans steps of at most ``step_tokens`` tokens for at most ``max_rows`` requests at once."""
+
+    def __init__(
+        self,
+        pool: PagePool,
+        page_size: int,
+        *,
+        max_rows: int,
+        step_tokens: int,
+        max_waiting: int,
+        reuse: bool = True,
+    ):
+        if not 0 < max_rows <= step_tokens:
+            raise ValueError("every running request must have its token in a step")
+        self.pool, self.page_size = pool, page_size
+        self.max_rows, self.step_tokens, self.max_waiting, self.reuse = max_rows, step_tokens, max_waiting, reuse
+        # pages that were taken and not cleared: what they hold is nobody's. Whoever clears one takes it out of here.
+        self.fresh: set[int] = set()
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def check(self, prompt_length: int, room: int) -> None:
+        """Raises :class:`NeverFits` for what could not run even alone."""
+        if self._page_count(prompt_length + room) > self.pool.count:
+            raise NeverFits
+
+    def add(self, request: Request) -> None:
+        """Queue a request; raises :class:`QueueFull` or :class:`NeverFits`, and then nothing has changed."""
+        self.check(request.prompt_length, request.room)
+        if len(self.waiting) >= self.max_waiting:
+            raise QueueFull
+        self.waiting.append(request)
+
+    def plan(self) -> list[Work]:
+        """The work of one step, single tokens first; empty only when nothing waits or runs."""
+        self._admit()
+        decoding = [request for request in self.running if request.computed == len(request.ids) - 1]
+        works = [Work(request, request.computed, request.computed + 1) for request in decoding]
+        left = self.step_tokens - len(works)
+        longer = []
+        for request in self.running:
+            missing = len(request.ids) - request.computed
+            if missing > 1 and left > 0:
+                end = request.computed + min(missing, left)
+                (longer if end - request.computed > 1 else works).append(Work(request, request.computed, end))
+                left -= end - request.computed
+        works += longer
+        for work in works:
+            self._extend(work.request, work.end)
+        return works
+
+    def ahead(self, works: Sequence[Work]) -> list[Work]:
+        """The step after one that decodes, before its tokens are known; empty where a request will have its last one.
+
+        What comes of it counts only for requests whose next token turns out to be what was computed.
+        """
+        if any(work.end + 1 >= work.request.prompt_length + work.request.room for work in works):
+            return []
+        following = [Work(work.request, work.end, work.end + 1) for work in works]
+        for work in following:
+            self._extend(work.request, work.end)
+        return following
+
+    def computed(self, work: Work) -> None:
+        """The entries of a work are in the cache now; its full pages may be shared from here on."""
+        request = work.request
+        request.computed = work.end
+        if not self.reuse:
+            return
+        for index in range(len(request.keys), request.computed // self.page_size):
+            request.keys.append(self._key(request, index))
+        for index in range(work.begin // self.page_size, request.computed // self.page_size):
+            self.pool.remember(request.pages[index], request.keys[index])
+
+    def remove(self, request: Request, forget: bool = False) -> None:
+        """A request is over, whatever it was doing; its pages are given back, and not used again if ``forget``."""
+        if request in self.running:
+            for page in reversed(request.pages):  # the end of a sequence is the first to be given away
+                if forget:
+                    self.pool.forget(page)
+                self.pool.give_back(page)
+            request.pages = []
+            self.running.remove(request)  # at last: whoever finds nothing running finds every page
+        elif request in self.waiting:
+            self.waiting.remove(request)
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.max_rows:
+            request = self.waiting[0]
+            if self.reuse:
+                self._reuse(request)
+            if self.pool.available - self._owed(self.running) < self._owed([request]):
+                for page in request.pages:
+                    self.pool.give_back(page)
+                request.pages, request.computed, request.reused = [], 0, 0
+                return
+            self.running.append(self.waiting.popleft())
+
+    def _owed(self, requests: Sequence[Request]) -> int:
+        """Pages set aside for these requests that they have not taken yet."""
+        return sum(self._page_count(request.prompt_length + request.room) - len(request.pages) for request in requests)
+
+    def _reuse(self, request: Request) -> None:
+        """Begin with the pages that hold the same tokens already; the last token is always computed."""
+        for index in range((len(request.ids) - 1) // self.page_size):
+            if index == len(request.keys):
+                request.keys.append(self._key(request, index))
+            page = self.pool.find(request.keys[index])
+            if page is None:
+                break
+            request.pages.append(page)
+        request.computed = request.reused = len(request.pages) * self.page_size
+
+    def _extend(self, request: Request, end: int) -> None:
+        while len(request.pages) < self._page_count(end):
+            request.pages.append(self.pool.take())
+            self.fresh.add(request.pages[-1])
+
+    def _key(self, request: Request, index: int) -> bytes:
+        """Stands for all tokens up to the end of page ``index``; images count by what they show."""
+        begin, end = index * self.page_size, (index + 1) * self.page_size
+        digest = hashlib.sha256(request.keys[index - 1] if index else b"")
+        digest.update(b"".join(token.to_bytes(4, "little") for token in request.ids[begin:end]))
+        for image in request.images:
+            if image.begin < end and begin < image.end:
+                digest.update(image.digest + (begin - image.begin).to_bytes(8, "little", signed=True))
+        return digest.digest()
+
+    def _page_count(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)

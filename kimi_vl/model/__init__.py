@@ -1,0 +1,1 @@
+"""The network: configuration, vision tower, projector, decoder; and the plain reference generation."""

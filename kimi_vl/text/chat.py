@@ -1,0 +1,215 @@
+"""The chat format: messages to ids with image slots, and text to thinking and answer.
+
+Control tokens come from the structure of the messages alone; their text is only ever text. Knows no tensors.
+Source of the format: the chat template of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import UserError
+from .messages import ImagePart, Message, Role, Turn, read
+from .stop_sequences import overlap
+from .tokenizer import Tokenizer
+
+DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant"
+THINK_OPEN, THINK_CLOSE = "◁think▷", "◁/think▷"
+MARKERS = ((THINK_OPEN, THINK_CLOSE), ("<think>", "</think>"))
+"""Around thinking in what the assistant said before: the model's own, and those that clients keep."""
+MEDIA_PAD = "<|media_pad|>"
+
+
+@dataclass(frozen=True)
+class _Control:
+    """A special token put there by the format."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Text:
+    text: str
+
+
+_Part = _Control | _Text
+
+_IMAGE_SLOT: tuple[_Part, ...] = (
+    _Control("<|media_start|>"),
+    _Text("image"),
+    _Control("<|media_content|>"),
+    _Control(MEDIA_PAD),
+    _Control("<|media_end|>"),
+)
+
+
+def render(messages: Sequence[Message | Turn], add_generation_prompt: bool = True) -> str:
+    """The conversation as the published chat template prints it, one ``<|media_pad|>`` an image."""
+    parts = _layout(messages, add_generation_prompt)
+    return "".join(part.name if isinstance(part, _Control) else part.text for part in parts)
+
+
+def encode(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message | Turn],
+    image_tokens: Sequence[int],
+    add_generation_prompt: bool = True,
+    limit: int | None = None,
+    continue_last: bool = False,
+) -> list[int]:
+    """Ids of the conversation, with ``image_tokens[k]`` placeholders for the k-th image.
+
+    ``continue_last`` leaves the last message open, in place of beginning a new one. Raises :class:`UserError`:
+    E_MESSAGES_INVALID for malformed messages or when the number of images differs;
+    E_PROMPT_TOO_LONG beyond ``limit`` ids, found out without reading all of a long text.
+    """
+    counts = iter(image_tokens)
+    ids: list[int] = []
+    slots = 0
+    parts = _layout(messages, add_generation_prompt and not continue_last)
+    for part in parts[:-1] if continue_last else parts:
+        if isinstance(part, _Text):
+            ids += tokenizer.encode(part.text, limit=None if limit is None else limit - len(ids))
+        elif part.name == MEDIA_PAD:
+            slots += 1
+            ids += [tokenizer.media_pad_id] * next(counts, 0)
+        else:
+            ids.append(tokenizer.special[part.name])
+        if limit is not None and len(ids) > limit:
+            raise UserError(
+                "E_PROMPT_TOO_LONG",
+                f"the conversation takes more than the {limit} tokens that fit; shorten it or send fewer images.",
+            )
+    if slots != len(image_tokens):
+        raise UserError(
+            "E_MESSAGES_INVALID",
+            f"the messages have {slots} image parts and {len(image_tokens)} images came with them; make these equal.",
+        )
+    return ids
+
+
+def begun(turns: Sequence[Turn]) -> str | None:
+    """The text of a last turn of the assistant's own, which is then continued; None where there is none."""
+    return turns[-1].text if turns and turns[-1].role == "assistant" else None
+
+
+def without_earlier_thinking(turns: Sequence[Turn]) -> list[Turn]:
+    """``turns`` with the thinking taken out of what the assistant said: a model is given earlier answers alone.
+
+    Thinking begins with an opening marker, the model's own or a think tag, at the start (white space before it does
+    not count), and goes on to the first closing one, or to the end where it was cut off. Anything else is an answer.
+    """
+    return [_answer(turn) if turn.role == "assistant" else turn for turn in turns]
+
+
+def _answer(turn: Turn) -> Turn:
+    """``turn`` without its thinking, which may go over several parts."""
+    begin = len(turn.text) - len(answer_of(turn.text))
+    parts: list[str | ImagePart] = []
+    for part in turn.parts:
+        if isinstance(part, str):
+            parts.append(part[begin:])
+            begin = max(0, begin - len(part))
+        else:
+            parts.append(part)
+    return Turn(turn.role, tuple(parts))
+
+
+def answer_of(text: str) -> str:
+    """What follows the thinking in a whole text, all of it where it does not begin with thinking."""
+    said = text.lstrip()
+    for opener, closer in MARKERS:
+        if said.startswith(opener):
+            return said[len(opener) :].partition(closer)[2]
+    return text
+
+
+def _layout(messages: Sequence[Message | Turn], add_generation_prompt: bool) -> list[_Part]:
+    parts: list[_Part] = []
+    turns = read(messages)
+    if not turns or turns[0].role != "system":
+        parts += _turn(Turn("system", (DEFAULT_SYSTEM_PROMPT,)))
+    for turn in turns:
+        parts += _turn(turn)
+    if add_generation_prompt:
+        parts += _opening("assistant")
+    return _joined(parts)
+
+
+def _turn(turn: Turn) -> list[_Part]:
+    content: list[_Part] = []
+    for part in turn.parts:
+        content += [_Text(part)] if isinstance(part, str) else _IMAGE_SLOT
+    return [*_opening(turn.role), *content, _Control("<|im_end|>")]
+
+
+def _opening(role: Role) -> list[_Part]:
+    return [_Control(f"<|im_{role}|>"), _Text(role), _Control("<|im_middle|>")]
+
+
+def _joined(parts: list[_Part]) -> list[_Part]:
+    """Neighbouring texts become one, so that they are encoded as the template's single string would be."""
+    joined: list[_Part] = []
+    for part in parts:
+        if isinstance(part, _Text) and joined and isinstance(joined[-1], _Text):
+            joined[-1] = _Text(joined[-1].text + part.text)
+        elif part != _Text(""):
+            joined.append(part)
+    return joined
+
+
+Section = Literal["reasoning", "answer"]
+
+
+class ThinkingSplitter:
+    """Splits a growing text into thinking and answer, the same way however it is cut into pieces.
+
+    A text that begins with the opening marker (white space before it is skipped) is thinking up to the closing
+    marker, and answer after it. A text without the opening marker is all answer.
+    """
+
+    def __init__(self) -> None:
+        self.section: Section | None = None  # None until the beginning is known
+        self._space: list[str] = []  # what the text begins with, while that is white space
+        self._held = ""
+
+    def push(self, text: str) -> list[tuple[Section, str]]:
+        """The pieces that ``text`` makes certain, in order; none of them empty."""
+        if self.section is None and not self._held:
+            rest = text.lstrip()
+            self._space.append(text[: len(text) - len(rest)])
+            text = rest
+        self._held += text
+        if self.section is None and self._held:
+            if self._held.startswith(THINK_OPEN):
+                self.section, self._held = "reasoning", self._held[len(THINK_OPEN) :]
+            elif not THINK_OPEN.startswith(self._held):
+                self.section, self._held = "answer", "".join(self._space) + self._held
+        pieces: list[tuple[Section, str]] = []
+        if self.section == "reasoning":
+            thinking, closed, rest = self._held.partition(THINK_CLOSE)
+            if closed:
+                pieces.append(("reasoning", thinking))
+                self.section, self._held = "answer", rest
+            else:
+                cut = len(self._held) - overlap(self._held, THINK_CLOSE)
+                pieces.append(("reasoning", self._held[:cut]))
+                self._held = self._held[cut:]
+        if self.section == "answer":
+            pieces.append(("answer", self._held))
+            self._held = ""
+        return [piece for piece in pieces if piece[1]]
+
+    def drop_unfinished(self) -> None:
+        """Forget what is held back because it may become a marker: something else comes now, or nothing."""
+        if self._held and self.section is None:
+            self._space = []  # it came before an opening marker, where it is skipped
+        self._held = ""
+
+    def finish(self) -> list[tuple[Section, str]]:
+        """What is still held back, once no more text comes."""
+        held = self._held if self.section else "".join(self._space) + self._held
+        self._held, self._space = "", []
+        return [(self.section or "answer", held)] if held else []

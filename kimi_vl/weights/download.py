@@ -1,0 +1,550 @@
+"""A tar at a URL to a folder on disk: refuses what must not be there before it arrives, and compares afterwards.
+
+By pget under a watchdog, or by Python. Does not know what a checkpoint is. Never prints a query or a password.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import re
+import shutil
+import signal
+import ssl
+import stat
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import httpx
+
+from ..errors import CheckpointError
+from .progress import Progress, amount
+from .tar_contents import LARGEST_END, Contents, end_fault
+
+log = logging.getLogger(__name__)
+for _library in ("httpx", "httpcore"):  # they would log every address with what signs it
+    logging.getLogger(_library).setLevel(logging.WARNING)
+
+TRIES = 3
+PAUSE_SECONDS = 5.0
+STALL_SECONDS = 120.0  # pget itself has no read timeout, and goes on for ever when every answer is cut off
+# pget keeps a chunk a connection in memory, and writes nothing before the first of them is whole. A chunk is what the
+# line brings in FIRST_SECONDS, shared among the connections: a slow line, too, is then seen to bring something.
+CONNECTIONS = 16
+FIRST_SECONDS = 2.0
+LEAST_CHUNK = 256_000
+LARGEST_CHUNK = 16_000_000
+
+_WATCH_SECONDS = 0.2
+_MEASURED_BYTES = 8_000_000
+_REDIRECTS = 10
+_WINDOW = 2**16  # bytes asked for at once while only headers are read
+_LARGEST_HEADER = 2**20
+# What changes pget's behaviour from outside. PGET itself names the program.
+_PGET_SETTINGS = (
+    "PGET_EXTRACT",
+    "PGET_FORCE",
+    "PGET_OUTPUT",
+    "PGET_PID_FILE",
+    "PGET_CHUNK_SIZE",
+    "PGET_LOG_LEVEL",
+    "PGET_RESOLVE",
+)
+_REFUSALS = {
+    401: "the server asks for a login (401); check the user, password or token in the address",
+    403: "the server refuses access (403); check the address, and that a signed link has not expired",
+    404: "the server has no such file (404); check the address",
+    410: "the server no longer has this file (410); check the address",
+    416: "the server's file is empty (416); upload it again",
+}
+_TRANSIENT = (408, 425, 429)
+
+
+class _Retry(Exception):
+    """A failure that another try may not meet; the text goes into parentheses of a sentence."""
+
+
+def shown(url: str) -> str:
+    """``url`` as it may be printed: without user, password, query and fragment."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "(an address that cannot be read)"
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def redact(text: str) -> str:
+    """``text`` with every URL in it as it may be printed."""
+    return re.sub(r"https?://[^\s\"'<>\\]+", lambda found: shown(found[0]), text, flags=re.IGNORECASE)
+
+
+class Redaction(logging.Filter):
+    """Applies :func:`redact` to what a library logs."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = redact(record.getMessage()), ()
+        return True
+
+
+def disk_error(folder: Path, error: OSError) -> CheckpointError:
+    """What a person is told when the disk does not take what it is given."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _disk_full(folder, 0)
+    return CheckpointError(f"{folder}: cannot be written ({error.strerror or type(error).__name__}); check the disk")
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Raise where ``needed`` bytes and one in a hundred more do not fit on the disk of ``folder``."""
+    needed += needed // 100
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"{folder}: {what} needs {amount(needed)} and {amount(free)} are free; "
+            f"free {amount(needed - free)} or use a larger disk"
+        )
+
+
+def fetch(url: str, private: Path) -> Path:
+    """Extract the tar at ``url`` below ``private``, an empty folder of the caller's own; the extracted folder.
+
+    Raises :class:`CheckpointError`, which may leave files in ``private``: the caller deletes it.
+    """
+    program = _pget()
+    reason = ""
+    for attempt in range(1, TRIES + 1):
+        if attempt > 1:
+            log.warning("try %d of %d failed: %s", attempt - 1, TRIES, reason)
+            time.sleep(PAUSE_SECONDS * (attempt - 1))
+            remove(private)
+            private.mkdir(mode=0o700)
+        try:
+            # The last try does without pget: its faults must not be the reason why a service stays down.
+            return _try(url, private, program if attempt < TRIES else None, patience=STALL_SECONDS * attempt)
+        except _Retry as error:
+            reason = str(error)
+        except OSError as error:
+            raise disk_error(private.parent, error) from None
+    raise CheckpointError(
+        f"{shown(url)}: could not be fetched in {TRIES} tries ({reason}); check the server and the network, "
+        "and start again"
+    )
+
+
+def _try(url: str, private: Path, program: str | None, patience: float) -> Path:
+    remote = _probe(url)
+    contents = _read_contents(url, remote.size) if remote.ranges and remote.size is not None else None
+    if remote.size is not None:
+        check_space(private.parent, remote.size, shown(url))
+    tree = private / "tree"
+    size = "an archive of unknown size" if remote.size is None else amount(remote.size)
+    if program and contents and remote.lengths:
+        log.info("fetching %s from %s with pget", size, shown(url))
+        progress = Progress("fetching", contents.size)
+        _extract_with_pget(program, url, private, tree, contents.size, progress, patience)
+    else:
+        missing = "support ranges" if contents is None else "send the length of a part"
+        why = "" if program is None else f": the server does not {missing}, which pget needs"
+        log.info("fetching %s from %s with Python%s", size, shown(url), why)
+        progress = Progress("fetching", remote.size)
+        contents = _extract_with_python(url, remote, tree, progress)
+    progress.finish("fetched")
+    if difference := contents.difference(tree):  # pget takes some incomplete extractions for complete
+        raise _Retry(difference)
+    return tree
+
+
+def remove(folder: Path) -> None:
+    """Delete ``folder``, also where an archive made folders in it that cannot be written."""
+    for path, names, _ in os.walk(folder):
+        for name in names:
+            inner = os.path.join(path, name)
+            if not os.path.islink(inner):
+                with suppress(OSError):
+                    os.chmod(inner, 0o700)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _disk_full(folder: Path, needed: int) -> CheckpointError:
+    free = f"free {amount(needed)}" if needed else "free some space"
+    return CheckpointError(f"{folder}: no space is left on this disk; {free} or use a larger one")
+
+
+# What is at the other end
+
+
+@dataclass(frozen=True)
+class _Remote:
+    size: int | None
+    ranges: bool
+    lengths: bool  # of the parts that are sent
+
+
+@contextmanager
+def _open(url: str, span: str = "") -> Iterator[httpx.Response]:
+    """The answer to a GET, of ``span`` ("0-99") only where the server can. Its body is still to be read."""
+    # Some networks in front of servers turn a library's own name away.
+    headers = {"User-Agent": "kimi-vl", "Accept-Encoding": "identity"} | ({"Range": f"bytes={span}"} if span else {})
+    try:
+        with httpx.Client(timeout=STALL_SECONDS, max_redirects=_REDIRECTS) as client:
+            answer = client.send(client.build_request("GET", url, headers=headers), stream=True)
+            for _ in range(_REDIRECTS):
+                if answer.next_request is None:
+                    break
+                answer.close()
+                _refuse_downgrade(answer.request.url, answer.next_request.url)
+                answer = client.send(answer.next_request, stream=True)
+            with closing(answer):
+                _refuse_status(url, answer)
+                yield answer
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol):
+        raise CheckpointError(f"{shown(url)}: is not a valid address; check its spelling") from None
+    except httpx.TransportError as error:
+        if _is_certificate(error):
+            raise CheckpointError(
+                f"{shown(url)}: the server's certificate is not trusted; check the address and the clock, or name the "
+                "authority that signed it with SSL_CERT_FILE"
+            ) from None
+        raise _Retry(_reason(error)) from None
+
+
+def _refuse_downgrade(before: httpx.URL, after: httpx.URL) -> None:
+    if before.scheme == "https" and after.scheme != "https":
+        raise CheckpointError(
+            f"{shown(str(before))}: redirects to an address without encryption, {shown(str(after))}; "
+            "use an https address that does not"
+        )
+
+
+def _refuse_status(url: str, answer: httpx.Response) -> None:
+    status = answer.status_code
+    if status in (200, 206):
+        return
+    if status in _REFUSALS:
+        raise CheckpointError(f"{shown(url)}: {_REFUSALS[status]}")
+    if 400 <= status < 500 and status not in _TRANSIENT:
+        raise CheckpointError(f"{shown(url)}: the server refuses the request ({status}); check the address")
+    raise _Retry(f"the server answers {status}")
+
+
+def _is_certificate(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _reason(error: httpx.TransportError) -> str:
+    """Why the network failed, in a few words."""
+    if isinstance(error, httpx.TimeoutException):
+        return f"no byte arrived for {STALL_SECONDS:g} s"
+    if isinstance(error, httpx.RemoteProtocolError):
+        return "the connection was cut off"
+    inner: BaseException | None = error
+    while inner is not None and not (isinstance(inner, OSError) and inner.strerror):
+        inner = inner.__cause__ or inner.__context__
+    if isinstance(inner, OSError):
+        return redact(inner.strerror or "")
+    return redact(str(error)) or type(error).__name__
+
+
+def _probe(url: str) -> _Remote:
+    with _open(url, "0-0") as answer:
+        length = answer.headers.get("Content-Length", "")
+        if answer.status_code == 206:
+            return _Remote(_total(answer), True, length.isdecimal())
+        return _Remote(int(length) if length.isdecimal() else None, False, length.isdecimal())
+
+
+def _total(answer: httpx.Response) -> int | None:
+    """The whole file's size, from the answer to a request for a part of it."""
+    found = re.fullmatch(r"bytes \d+-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+    return int(found[1]) if found else None
+
+
+def _chunk(url: str, size: int) -> int:
+    """Bytes for one of pget's chunks: what the line brings in FIRST_SECONDS, for each connection."""
+    received, began, now = 0, 0.0, 0.0
+    with suppress(_Retry), _open(url, f"0-{min(size // 100, _MEASURED_BYTES)}") as answer:
+        for piece in answer.iter_raw():
+            now = time.monotonic()
+            began = began or now  # a rate without the time that connecting takes
+            received += len(piece)
+            if now - began > FIRST_SECONDS:
+                break
+    rate = received / max(now - began, 1e-3)
+    return int(min(max(rate * FIRST_SECONDS / CONNECTIONS, LEAST_CHUNK), LARGEST_CHUNK))
+
+
+class _RangedFile:
+    """A file at a URL that tarfile can seek in: only what is read travels."""
+
+    def __init__(self, url: str, size: int):
+        self.url = url
+        self.size = size
+        self.position = 0
+        self._window = b""
+        self._start = 0
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, position: int) -> int:
+        self.position = position
+        return position
+
+    def read(self, size: int) -> bytes:
+        if size > _LARGEST_HEADER:  # an archive that wants memory, not one that holds files
+            raise tarfile.ReadError("a header is too large")
+        pieces = []
+        end = min(self.position + size, self.size)
+        while self.position < end:
+            if not self._start <= self.position < self._start + len(self._window):
+                self._load()
+            piece = self._window[self.position - self._start : end - self._start]
+            pieces.append(piece)
+            self.position += len(piece)
+        return b"".join(pieces)
+
+    def _load(self) -> None:
+        last = min(self.position + _WINDOW, self.size) - 1
+        with _open(self.url, f"{self.position}-{last}") as answer:
+            if answer.status_code != 206 or _total(answer) != self.size:
+                raise _Retry("the file on the server changed or is served in different ways")
+            pieces = []
+            with suppress(httpx.RemoteProtocolError):  # cut off: what came is of use
+                for piece in answer.iter_raw():
+                    pieces.append(piece)
+            window = b"".join(pieces)
+        if not window:
+            raise _Retry("the connection was cut off")
+        self._start, self._window = self.position, window
+
+
+def _read_contents(url: str, size: int) -> Contents:
+    """The table of contents, for the price of the headers; raises for what must not be downloaded at all."""
+    contents = Contents(shown(url))
+    file: Any = _RangedFile(url, size)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                contents.add(member)
+            end = archive.offset
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise _not_a_tar(url, error) from None
+    file.seek(end)
+    if fault := end_fault(file.read(min(size - end, LARGEST_END))):
+        raise CheckpointError(f"{shown(url)}: {fault}; make or upload it anew")
+    contents.finish()
+    return contents
+
+
+def _not_a_tar(url: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{shown(url)}: is not a complete, uncompressed tar archive ({redact(str(error)) or type(error).__name__}); "
+        "make or upload it anew"
+    )
+
+
+# By pget
+
+
+def _pget() -> str | None:
+    """The pget to use: what PGET names, else the one on PATH."""
+    named = os.environ.get("PGET")
+    program = shutil.which(named or "pget")
+    if program is None:
+        log.info("%s: fetching with Python, on one connection", f"PGET={named} is no program" if named else "no pget")
+    return program
+
+
+def _extract_with_pget(
+    program: str, url: str, private: Path, tree: Path, size: int, progress: Progress, patience: float
+) -> None:
+    chunk = _chunk(url, size)
+    try:
+        process = subprocess.Popen(
+            [
+                *(program, "-x", "--pid-file", str(private / "pget.pid"), "--log-level", "warn"),
+                *("-m", str(chunk), "-c", str(CONNECTIONS), url, str(tree)),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env={name: value for name, value in os.environ.items() if name not in _PGET_SETTINGS},
+            preexec_fn=_die_with(os.getpid()) if sys.platform == "linux" else None,
+        )
+    except OSError as error:
+        raise _Retry(f"pget cannot be started: {error.strerror}") from None
+    lines: deque[str] = deque(maxlen=50)
+    reader = threading.Thread(target=_read_lines, args=(process, lines), daemon=True)
+    reader.start()
+    try:
+        _watch(process, tree, progress, patience)
+    finally:
+        with suppress(OSError):
+            process.kill()
+        process.wait()
+        reader.join(timeout=5)
+        if process.stderr is not None and not reader.is_alive():  # where pget is a script, its child may still hold it
+            process.stderr.close()
+    if process.returncode:
+        said = _last_words(lines)
+        if "no space left on device" in said:
+            raise _disk_full(private.parent, size)
+        raise _Retry(f"pget ended with status {process.returncode}{': ' if said else ''}{said}")
+
+
+def _watch(process: subprocess.Popen[bytes], tree: Path, progress: Progress, patience: float) -> None:
+    """Wait for the end of a download that grows on the disk."""
+    size, grown = 0, time.monotonic()
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=_WATCH_SECONDS)
+            break
+        current = _size(tree)
+        progress.reach(current)
+        if current > size:
+            size, grown = current, time.monotonic()
+        elif time.monotonic() - grown > patience:
+            raise _Retry(f"pget wrote nothing for {patience:g} s")
+    progress.reach(_size(tree))
+
+
+def _size(tree: Path) -> int:
+    total = 0
+    for folder, _, names in os.walk(tree):
+        for name in names:
+            with suppress(OSError):
+                status = os.lstat(os.path.join(folder, name))
+                total += status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return total
+
+
+def _read_lines(process: subprocess.Popen[bytes], lines: deque[str]) -> None:
+    assert process.stderr is not None
+    with suppress(OSError, ValueError):  # closed under us
+        while line := process.stderr.readline(4096):
+            lines.append(line.decode(errors="replace").strip())
+
+
+def _last_words(lines: deque[str]) -> str:
+    """Why pget gave up: its last error, a crash of its runtime, or whatever it said last."""
+    for start in ("Error: ", "panic: ", "fatal error: ", ""):
+        for line in reversed(lines):
+            if line and line.startswith(start):
+                return redact(line.removeprefix("Error: "))[:300]
+    return ""
+
+
+def _die_with(parent: int) -> Any:
+    """What a child runs before it becomes pget, so that it never outlives us: we may be killed outright.
+
+    The kernel ties it to the thread that starts it, which is the one that waits for it.
+    """
+    prctl = ctypes.CDLL(None).prctl
+    death_signal = 1
+
+    def prepare() -> None:
+        prctl(death_signal, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return prepare
+
+
+# By Python
+
+
+class _Body:
+    """The bytes of a URL in order; a connection that is cut off is taken up again where the server can."""
+
+    def __init__(self, url: str, remote: _Remote, progress: Progress):
+        self.url = url
+        self.remote = remote
+        self.progress = progress
+        self.received = 0
+        self._pieces: Iterator[bytes] | None = None
+        self._taken_up_at = -1
+        self._last: deque[bytes] = deque(maxlen=16)
+
+    def read(self, size: int) -> bytes:
+        """What comes next, of whatever length; nothing at the end."""
+        while True:
+            left = None if self.remote.size is None else self.remote.size - self.received
+            if left == 0:
+                return b""
+            reason = "the connection was cut off"
+            try:
+                self._pieces = self._pieces or self._connect()
+                piece = next(self._pieces, b"")[:left]
+            except _Retry as error:
+                reason = str(error)
+            else:
+                if piece:
+                    self.received += len(piece)
+                    self._last.append(piece)
+                    self.progress.reach(self.received)
+                if piece or left is None:
+                    return piece
+            self.close()
+            if not self.remote.ranges or self._taken_up_at == self.received:
+                raise _Retry(reason)
+            self._taken_up_at = self.received
+            log.info("%s after %s: going on from there", reason, amount(self.received))
+
+    def _connect(self) -> Iterator[bytes]:
+        with _open(self.url, f"{self.received}-" if self.received else "") as answer:
+            if self.received and (answer.status_code != 206 or _total(answer) != self.remote.size):
+                raise _Retry("the file on the server changed")
+            yield from answer.iter_raw()
+
+    def rest(self, start: int) -> bytes:
+        """What came and still comes from position ``start`` on, which is near; of very much only the beginning."""
+        came = b"".join(self._last)
+        if self.received - start > len(came):
+            raise _Retry("the answer came in crumbs")
+        rest = came[len(came) - (self.received - start) :]
+        while len(rest) < LARGEST_END and (piece := self.read(2**16)):
+            rest += piece
+        return rest
+
+    def close(self) -> None:
+        self._pieces = None  # which closes the connection
+
+
+def _extract_with_python(url: str, remote: _Remote, tree: Path, progress: Progress) -> Contents:
+    contents = Contents(shown(url))
+    body: Any = _Body(url, remote, progress)
+    tree.mkdir()
+    try:
+        with closing(body), tarfile.open(fileobj=body, mode="r|", bufsize=LARGEST_END) as archive:
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)  # not in Python 3.11 before 3.11.4
+            for member in archive:
+                contents.add(member)
+                archive.extract(member, tree, set_attrs=False)
+            fault = end_fault(body.rest(archive.offset))
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        if remote.size is None:
+            raise _Retry(f"it is not a complete, uncompressed tar archive: {redact(str(error))}") from None
+        raise _not_a_tar(url, error) from None
+    if fault and remote.size is None:  # then nobody can tell an archive that is cut off from a connection that was
+        raise _Retry(fault)
+    if fault:
+        raise CheckpointError(f"{shown(url)}: {fault}; make or upload it anew")
+    contents.finish()
+    return contents
