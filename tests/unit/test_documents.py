@@ -153,12 +153,12 @@ def test_commands_that_are_shown_have_options_that_exist() -> None:
             command._parser().parse_args(words)  # exits where it does not understand
 
 
-def test_scripts_that_are_named_exist() -> None:
+def test_files_that_are_named_exist() -> None:
     for page in PAGES:
         if page.name == "CHANGELOG.md":  # which speaks of the past, too
             continue
-        for name in re.findall(r"(?<![\w/.])scripts/([a-z_0-9]+(?:\.\w+)?)", read(page)):
-            assert (ROOT / "scripts" / name).exists(), f"{page.name}: scripts/{name}"
+        for name in re.findall(r"(?<![\w/.])(?:scripts|tests|kimi_vl|docs|images)/[\w./]*\w", read(page)):
+            assert (ROOT / name).exists(), f"{page.name}: {name}"
 
 
 def test_the_figures_of_the_readme_are_measured() -> None:
