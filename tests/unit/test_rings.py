@@ -43,7 +43,7 @@ def project(pytester: pytest.Pytester) -> pytest.Pytester:
     pytester.makeconftest('pytest_plugins = ["tests.rings"]')
     pytester.makeini("[pytest]\nmarkers =\n  slow\n  nightly\n")
     pytester.makepyfile(test_ours=TESTS)
-    pytester.mkpydir("e2e").joinpath("test_served.py").write_text("def test_served(): pass\n")
+    pytester.mkdir("e2e").joinpath("test_served.py").write_text("def test_served(): pass\n")
     return pytester
 
 
