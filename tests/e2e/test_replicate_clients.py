@@ -87,7 +87,7 @@ def result(command: list[str], server: Server, **environment: str) -> Any:
         env={**os.environ, "SERVER": server.url, "VERSION": VERSION, **environment},
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert process.returncode == 0, process.stderr
@@ -156,7 +156,7 @@ def node() -> str:
         PACKAGES.mkdir(parents=True, exist_ok=True)
         install = [npm, "install", "--prefix", str(PACKAGES), "--no-audit", "--no-fund", JAVASCRIPT_CLIENT]
         try:
-            subprocess.run(install, capture_output=True, timeout=120, check=True)
+            subprocess.run(install, capture_output=True, timeout=300, check=True)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
             pytest.skip(f"npm cannot install {JAVASCRIPT_CLIENT}")
     return node

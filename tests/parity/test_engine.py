@@ -230,7 +230,7 @@ def test_a_neighbour_that_fails_changes_nothing(model, engine, monkeypatch, faul
     ticket = engine.submit(bad_ids, bad_patches, 30, bad, seconds=0.0 if fault == "late" else 60)
     listeners = [send(engine, ids, patches, room=25)[0] for ids, patches in requests]
     if isinstance(bad, Held):
-        assert bad.reached.wait(60)
+        assert bad.reached.wait(300)
         engine.cancel(ticket)
         bad.let_go.set()
     assert [listener.result() for listener in listeners] == alone

@@ -105,7 +105,7 @@ def test_a_generator_streams_in_the_context_of_its_coroutine(cog: Cog, streams: 
     def pieces() -> Generator[str, None, None]:
         try:
             for number in range(3):
-                step.get(timeout=10)
+                step.get(timeout=300)
                 yield f"{PREDICTION.get()} {number}"
         finally:
             closed.append(PREDICTION.get())
@@ -139,7 +139,7 @@ def test_many_run_at_once_and_keep_their_contexts(cog: Cog, streams: Streams) ->
 
     def pieces(name: str) -> Generator[str, None, None]:
         for _ in range(20):
-            together.wait(timeout=10)
+            together.wait(timeout=300)
             yield f"{name}={PREDICTION.get()}"
 
     def run(number: int) -> list[Any]:
@@ -165,7 +165,7 @@ def waiting(events: SimpleQueue[Any]) -> Generator[str, None, None]:
     """Waits for events, and hears that it is cancelled while it does."""
     on_cancel(events.put)
     while True:
-        event = events.get(timeout=60)
+        event = events.get(timeout=300)
         if isinstance(event, BaseException):
             raise event
         yield event
@@ -227,7 +227,7 @@ def test_cancelling_a_coroutine_that_still_runs(cog: Cog, streams: Streams) -> N
         await asyncio.sleep(30)
 
     future = cog.submit(slow())
-    assert entered.wait(10)
+    assert entered.wait(300)
     assert future.cancel()
     with pytest.raises(CancelledError):
         future.result()
@@ -267,11 +267,11 @@ def test_without_the_hook_many_run_at_once(cog: Cog, joined: Streams) -> None:
     together = threading.Barrier(40)
 
     def pieces() -> Generator[str, None, None]:
-        together.wait(timeout=20)
+        together.wait(timeout=300)
         yield "met"
 
     futures = [cog.submit(joined.run(pieces())) for _ in range(40)]
-    assert [future.result(timeout=20) for future in futures] == [["met"]] * 40
+    assert [future.result(timeout=300) for future in futures] == [["met"]] * 40
 
 
 def test_without_the_hook_cancelling_is_heard_too(cog: Cog, joined: Streams) -> None:
@@ -289,7 +289,7 @@ def test_without_the_hook_cancelling_is_heard_too(cog: Cog, joined: Streams) -> 
     while not events.empty():
         pass
     assert future.cancel()
-    assert over.wait(10)
+    assert over.wait(300)
     with pytest.raises(CancelledError):
         future.result()
 

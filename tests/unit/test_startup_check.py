@@ -236,7 +236,7 @@ def test_a_first_request_that_fails_fails_the_setup(fault, model, monkeypatch):
         if fault == ("prefill" if works[0].begin == 0 else "decoding"):
             raise OutOfResources(122_880, 101_376, "shared memory")
         if fault == "never":
-            let_go.wait(60)
+            let_go.wait(300)
         return forward(self, works)
 
     monkeypatch.setattr(Engine, "_forward", faulty)
