@@ -53,6 +53,10 @@ def waiting_for(lock: Path) -> bool:
     )
 
 
+def probes(served: FaultServer) -> int:
+    return len([span for _, span in served.requests if span == "bytes=0-0"])
+
+
 def test_two_starts_at_once_fetch_once(boots, served, cache, environment):
     served.limit = 200_000
     first = start(boots, cache, environment)
@@ -60,14 +64,14 @@ def test_two_starts_at_once_fetch_once(boots, served, cache, environment):
         time.sleep(0.01)
     second = start(boots, cache, environment)
     while not waiting_for(cache / f"{NAME}.lock"):
-        assert first.running() and second.running()
+        assert first.running() and second.running() and probes(served) == 1
         time.sleep(0.01)
     served.limit = math.inf
     reports = [finished(first), finished(second)]
     assert reports[0]["folder"] == reports[1]["folder"] == str(cache / NAME / "snapshots" / REVISION)
     assert "another start is at work" in reports[1]["log"]
     assert served.sent < 1.5 * (served.folder / f"{NAME}.tar").stat().st_size
-    assert len([span for _, span in served.requests if span == "bytes=0-0"]) == 1
+    assert probes(served) == 1
 
 
 def test_a_start_takes_over_from_one_that_is_killed_while_it_waits(boots, served, cache, environment):
