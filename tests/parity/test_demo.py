@@ -45,6 +45,7 @@ def test_the_card_covers_every_task():
     assert promised().keys() == lessons.TASKS.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", lessons.TASKS)
 def test_fresh_pictures(examinee, task):
     """New questions, right as often as the card says but for chance: three standard deviations of both samples."""

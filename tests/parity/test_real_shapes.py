@@ -20,6 +20,8 @@ from kimi_vl.model.config import Config
 from kimi_vl.model.projector import Projector
 from kimi_vl.weights import loader
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 PUBLISHED = checkpoint.divided(1, 27, 27)

@@ -151,6 +151,7 @@ def test_the_caller_is_left_without_a_pool_of_threads(model):
     assert left == [0]
 
 
+@pytest.mark.slow
 def test_the_engine_with_kernels_gives_the_same_tokens(model, plain, monkeypatch):
     ops("triton")
     monkeypatch.setenv(kernels.VARIABLE, "triton")

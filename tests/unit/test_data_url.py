@@ -178,6 +178,7 @@ def test_a_path_is_no_data_url_whatever_its_name(tmp_path: Path, monkeypatch: py
     assert images.load(Path("data:,x.png"), OPTIONS).tobytes() == PICTURE.tobytes()
 
 
+@pytest.mark.slow
 def test_the_limit_is_exact() -> None:
     whole = bytes(MAX_BYTES)
     assert data_url.decode("data:;base64," + base64.b64encode(whole).decode()) == whole

@@ -130,7 +130,9 @@ CASES: dict[str, Callable[[torch.dtype], Call]] = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * ("real width" in case)) for case in CASES]
+)
 def test_twin(case: str, dtype: torch.dtype, fences: Fences):
     call = fenced(CASES[case](dtype), fences)
     found = apart(call, call.run(TRITON), dtype)
@@ -309,6 +311,7 @@ def test_an_expert_with_more_rows_than_a_block(tokens: int, plan: str, fences: F
     assert found <= 1, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tokens", "plan"), [(1, "pairs"), (3, "blocks of 16")])
 def test_experts_at_the_real_widths(tokens: int, plan: str, fences: Fences):
     tiles = {

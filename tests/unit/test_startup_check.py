@@ -90,6 +90,7 @@ def judged(operation: str, ops: kernels.Ops, use: kernels.Use) -> str:
     return startup_check.reason_against(operation, ops, startup_check.Calls(use, CPU).of(operation), use.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sound_kernels_are_taken(use, dtype):
     use = dataclasses.replace(use, dtype=dtype)
