@@ -226,10 +226,10 @@ class FaultServer:
             end = min(position + 2**15, len(data), *stops)
             while self.sent >= self.limit and not self.released.wait(0.002):
                 pass
-            handler.wfile.write(data[position:end])
-            self.sent += end - position
             if self.rate:
                 time.sleep(self.turn((end - position) / self.rate))
+            handler.wfile.write(data[position:end])
+            self.sent += end - position
             position = end
 
     def turn(self, seconds: float) -> float:

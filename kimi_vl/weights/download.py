@@ -50,6 +50,7 @@ LARGEST_CHUNK = 16_000_000
 _WATCH_SECONDS = 0.2
 _MEASURED_BYTES = 8_000_000
 _REDIRECTS = 10
+_NUMBER = "[0-9]{1,18}"
 _WINDOW = 2**16  # bytes asked for at once while only headers are read
 _LARGEST_HEADER = 2**20
 # What changes pget's behaviour from outside. PGET itself names the program.
@@ -82,6 +83,8 @@ def shown(url: str) -> str:
         parts = urlsplit(url)
     except ValueError:
         return "(an address that cannot be read)"
+    if not parts.path and "@" in parts.query + parts.fragment and "@" not in parts.netloc:
+        return "(an address that cannot be read)"  # of a password with a "?" or "#": what stands before is a part of it
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
@@ -197,18 +200,21 @@ def _open(url: str, span: str = "") -> Iterator[httpx.Response]:
     # Some networks in front of servers turn a library's own name away.
     headers = {"User-Agent": "kimi-vl", "Accept-Encoding": "identity"} | ({"Range": f"bytes={span}"} if span else {})
     try:
-        with httpx.Client(timeout=STALL_SECONDS, max_redirects=_REDIRECTS) as client:
-            answer = client.send(client.build_request("GET", url, headers=headers), stream=True)
+        with closing(_client()) as client:
+            request = client.build_request("GET", url, headers=headers)
+            if _port_too_large(request.url):
+                raise httpx.InvalidURL("port")
+            answer = client.send(request, stream=True)
             for _ in range(_REDIRECTS):
                 if answer.next_request is None:
                     break
                 answer.close()
-                _refuse_downgrade(answer.request.url, answer.next_request.url)
+                _refuse_redirect(answer.request.url, answer.next_request.url)
                 answer = client.send(answer.next_request, stream=True)
             with closing(answer):
                 _refuse_status(url, answer)
                 yield answer
-    except (httpx.InvalidURL, httpx.UnsupportedProtocol):
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError):  # the last, of names that no host can have
         raise CheckpointError(f"{shown(url)}: is not a valid address; check its spelling") from None
     except httpx.TransportError as error:
         if _is_certificate(error):
@@ -219,12 +225,33 @@ def _open(url: str, span: str = "") -> Iterator[httpx.Response]:
         raise _Retry(_reason(error)) from None
 
 
-def _refuse_downgrade(before: httpx.URL, after: httpx.URL) -> None:
-    if before.scheme == "https" and after.scheme != "https":
+def _client() -> httpx.Client:
+    """With the proxies and the certificates that the environment names."""
+    try:
+        return httpx.Client(timeout=STALL_SECONDS)
+    except OSError:
         raise CheckpointError(
-            f"{shown(str(before))}: redirects to an address without encryption, {shown(str(after))}; "
-            "use an https address that does not"
-        )
+            "the files that SSL_CERT_FILE, SSL_CERT_DIR or SSLKEYLOGFILE name cannot be used; correct or unset these"
+        ) from None
+    except ImportError:
+        raise CheckpointError("a SOCKS proxy is set, which needs the package socksio; install it or unset it") from None
+    except (httpx.InvalidURL, ValueError):
+        raise CheckpointError(
+            "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY or NO_PROXY is not as it should be; correct or unset it"
+        ) from None
+
+
+def _refuse_redirect(before: httpx.URL, after: httpx.URL) -> None:
+    place = f"{shown(str(before))}: redirects to {shown(str(after))}"
+    if before.scheme == "https" and after.scheme == "http":
+        raise CheckpointError(f"{place}, an address without encryption; use an https address that does not")
+    if after.scheme not in ("http", "https") or not after.host or _port_too_large(after):
+        raise CheckpointError(f"{place}, which is no valid https address; use one that does not")
+
+
+def _port_too_large(url: httpx.URL) -> bool:
+    """The operating system would take the lower 16 bits of it."""
+    return (url.port or 0) >= 2**16
 
 
 def _refuse_status(url: str, answer: httpx.Response) -> None:
@@ -233,6 +260,8 @@ def _refuse_status(url: str, answer: httpx.Response) -> None:
         return
     if status in _REFUSALS:
         raise CheckpointError(f"{shown(url)}: {_REFUSALS[status]}")
+    if 300 <= status < 400:
+        raise CheckpointError(f"{shown(url)}: the server's redirects lead to nothing ({status}); check the address")
     if 400 <= status < 500 and status not in _TRANSIENT:
         raise CheckpointError(f"{shown(url)}: the server refuses the request ({status}); check the address")
     raise _Retry(f"the server answers {status}")
@@ -249,7 +278,8 @@ def _reason(error: httpx.TransportError) -> str:
     if isinstance(error, httpx.TimeoutException):
         return f"no byte arrived for {STALL_SECONDS:g} s"
     if isinstance(error, httpx.RemoteProtocolError):
-        return "the connection was cut off"
+        cut_off = "disconnected" in str(error) or "closed" in str(error)
+        return "the connection was cut off" if cut_off else "the server's answer is not one of HTTP"
     inner: BaseException | None = error
     while inner is not None and not (isinstance(inner, OSError) and inner.strerror):
         inner = inner.__cause__ or inner.__context__
@@ -260,16 +290,16 @@ def _reason(error: httpx.TransportError) -> str:
 
 def _probe(url: str) -> _Remote:
     with _open(url, "0-0") as answer:
-        length = answer.headers.get("Content-Length", "")
+        length = re.fullmatch(_NUMBER, answer.headers.get("Content-Length", ""))
         if answer.status_code == 206:
-            return _Remote(_total(answer), True, length.isdecimal())
-        return _Remote(int(length) if length.isdecimal() else None, False, length.isdecimal())
+            return _Remote(_total(answer), True, length is not None)
+        return _Remote(int(length[0]) if length else None, False, length is not None)
 
 
-def _total(answer: httpx.Response) -> int | None:
-    """The whole file's size, from the answer to a request for a part of it."""
-    found = re.fullmatch(r"bytes \d+-\d+/(\d+)", answer.headers.get("Content-Range", ""))
-    return int(found[1]) if found else None
+def _total(answer: httpx.Response, start: int = 0) -> int | None:
+    """The whole file's size, from the answer to a request for the part of it from ``start`` on."""
+    found = re.fullmatch(f"bytes ({_NUMBER})-{_NUMBER}/({_NUMBER})", answer.headers.get("Content-Range", ""))
+    return int(found[2]) if found and int(found[1]) == start else None
 
 
 def _chunk(url: str, size: int) -> int:
@@ -278,8 +308,8 @@ def _chunk(url: str, size: int) -> int:
     with suppress(_Retry), _open(url, f"0-{min(size // 100, _MEASURED_BYTES)}") as answer:
         for piece in answer.iter_raw():
             now = time.monotonic()
-            began = began or now  # a rate without the time that connecting takes
-            received += len(piece)
+            received += len(piece) if began else 0  # a rate without the time that the first bytes take
+            began = began or now
             if now - began > FIRST_SECONDS:
                 break
     rate = received / max(now - began, 1e-3)
@@ -319,7 +349,7 @@ class _RangedFile:
     def _load(self) -> None:
         last = min(self.position + _WINDOW, self.size) - 1
         with _open(self.url, f"{self.position}-{last}") as answer:
-            if answer.status_code != 206 or _total(answer) != self.size:
+            if answer.status_code != 206 or _total(answer, self.position) != self.size:
                 raise _Retry("the file on the server changed or is served in different ways")
             pieces = []
             with suppress(httpx.RemoteProtocolError):  # cut off: what came is of use
@@ -507,7 +537,7 @@ class _Body:
 
     def _connect(self) -> Iterator[bytes]:
         with _open(self.url, f"{self.received}-" if self.received else "") as answer:
-            if self.received and (answer.status_code != 206 or _total(answer) != self.remote.size):
+            if self.received and (answer.status_code != 206 or _total(answer, self.received) != self.remote.size):
                 raise _Retry("the file on the server changed")
             yield from answer.iter_raw()
 

@@ -197,7 +197,7 @@ class Server:
             code = self.process.poll()
             if code is not None:
                 self._reader.join(timeout=2)
-                raise ServerError(f"Cog's server ended with status {code}: {self._last_words()}")
+                raise ServerError(f"Cog's server ended with {_how(code)}; the last that it said: {self._last_words()}")
             with contextlib.suppress(ServerGone):
                 health = self.client.health()
                 if not self._is_ours(health):
@@ -221,7 +221,8 @@ class Server:
         return any("Address already in use" in line for line in self.lines)
 
     def _last_words(self) -> str:
-        return next((line for line in reversed(self.lines) if line.strip()), "it wrote nothing")
+        said = (_message(line) for line in reversed(self.lines))
+        return next((words for words in said if words), "nothing")
 
     def stop(self, drain: bool = True) -> None:
         """Ends the server; with `drain`, requests in flight get seconds to finish. May be called again."""
@@ -248,6 +249,20 @@ class Server:
         """Waits until the server ends by itself and returns its exit status."""
         assert self.process is not None
         return self.process.wait()
+
+
+def _how(code: int) -> str:
+    """An exit status in words."""
+    if code == -signal.SIGKILL:
+        return "signal 9 (what a machine does that has no memory left)"
+    return f"status {code}" if code >= 0 else f"signal {-code}"
+
+
+def _message(line: str) -> str:
+    """The last line of the text in a line of the server's log, which is JSON or not."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        line = str(json.loads(line)["fields"]["message"])
+    return next((words for part in reversed(line.splitlines()) if (words := part.strip())), "")
 
 
 def _progress(line: str) -> str:
