@@ -105,7 +105,7 @@ class Trap:
 
 
 def set_trap(trap: Trap, phase: str) -> None:
-    def seeds(*given: Any) -> bool:
+    def seeds(*given: Any, **named: Any) -> bool:
         return any(getattr(each, "seed", None) == SEED for each in given[1])
 
     if phase == "vision":
