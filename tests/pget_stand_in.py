@@ -27,7 +27,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
 PAUSE = 0.02
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -94,6 +94,7 @@ class Source:
 
     def chunks(self) -> Iterator[Chunk]:
         """Raises what the first answer says; the errors of chunks are raised where these are read."""
+        check_address(self.url)
         answer, url = self._request(self.url, 0, self.chunk - 1)
         self.size = file_size(answer)
         chunks = [Chunk() for _ in range(0, max(self.size, 1), self.chunk)]
@@ -176,6 +177,19 @@ class Source:
         )
 
 
+def check_address(url: str) -> None:
+    """As far as the real one's parser is stricter than Python's."""
+    parts = urlsplit(url)
+    login = parts.netloc.rpartition("@")[0]
+    fault = ""
+    if not re.fullmatch(r"[A-Za-z0-9\-._:~!$&'()*+,;=%@]*", login):
+        fault = "net/url: invalid userinfo"
+    elif found := re.search(r"%(?![0-9A-Fa-f]{2}).{0,2}", login) or re.search(r"%(?![0-9A-Fa-f]{2}).{0,2}", parts.path):
+        fault = f'invalid URL escape "{found[0]}"'
+    if fault:
+        raise Failed(f'failed to download {url}: parse "{url}": {fault}')
+
+
 def follow(url: str, start: int, end: int) -> tuple[http.client.HTTPResponse, str]:
     while True:
         parts = urlsplit(url)
@@ -185,7 +199,8 @@ def follow(url: str, start: int, end: int) -> tuple[http.client.HTTPResponse, st
         login, has_login, _ = parts.netloc.rpartition("@")
         if has_login:
             headers["Authorization"] = "Basic " + base64.b64encode(unquote(login).encode()).decode()
-        connection.request("GET", parts.path + (f"?{parts.query}" if parts.query else ""), headers=headers)
+        place = quote(parts.path or "/", safe="/%!$&'()*+,;=:@~") + (f"?{parts.query}" if parts.query else "")
+        connection.request("GET", place, headers=headers)
         answer = connection.getresponse()
         place = answer.headers.get("Location")
         if answer.status not in (301, 302, 303, 307, 308) or not place:

@@ -408,7 +408,7 @@ def _extract_with_pget(
         process = subprocess.Popen(
             [
                 *(program, "-x", "--pid-file", str(private / "pget.pid"), "--log-level", "warn"),
-                *("-m", str(chunk), "-c", str(CONNECTIONS), url, str(tree)),
+                *("-m", str(chunk), "-c", str(CONNECTIONS), _escaped(url), str(tree)),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -435,6 +435,11 @@ def _extract_with_pget(
         if "no space left on device" in said:
             raise _disk_full(private.parent, size)
         raise _Retry(f"pget ended with status {process.returncode}{': ' if said else ''}{said}")
+
+
+def _escaped(url: str) -> str:
+    """``url`` with everything escaped that pget's parser refuses as it is, in logins above all."""
+    return re.sub(r"%(?![0-9A-Fa-f]{2})", "%25", str(httpx.URL(url).copy_with(fragment=None)))
 
 
 def _watch(process: subprocess.Popen[bytes], tree: Path, progress: Progress, patience: float) -> None:

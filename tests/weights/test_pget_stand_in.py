@@ -523,6 +523,27 @@ def test_a_certificate_that_nobody_trusts_is_not_tried_again(pget, home, tmp_pat
     assert tree_of(home / "dest") == FILES | {"l": "-> d/a"}
 
 
+@pytest.mark.parametrize(
+    ("login", "path", "says"),
+    [
+        ("u%40s:p%3Aa", "/a%20b.tar?x=%2F&y=a+b/c=", ""),
+        ("user:p@ss", "/a b.tar?x=%zz", ""),
+        ("us er:p", "/a.tar", "net/url: invalid userinfo"),
+        ("usér:p", "/a.tar", "net/url: invalid userinfo"),
+        ("user:p^", "/a.tar", "net/url: invalid userinfo"),
+        ("user:100%", "/a.tar", 'invalid URL escape "%"'),
+        ("user:p", "/a%zzz.tar", 'invalid URL escape "%zz"'),
+    ],
+)
+def test_addresses(pget, home, server, login, path, says):
+    serve(server, LINKED, {})
+    url = server.url.replace("://", f"://{login}@").rstrip("/") + path
+    ended = subprocess.run([*pget, url, str(home / "dest")], capture_output=True, text=True, timeout=60, check=False)
+    assert says in ended.stderr
+    assert ended.returncode == bool(says)
+    assert [asked for asked, _ in server.requests] == ([] if says else [path.replace(" ", "%20")])
+
+
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_a_cache_tree(pget, home, server, tmp_path, monkeypatch, format):
     """As it was before it was packed, links included."""

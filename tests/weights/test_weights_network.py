@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import io
 import logging
@@ -168,21 +169,33 @@ def test_certificates_that_cannot_be_read(site, no_pget, private, monkeypatch, n
 
 
 @pytest.mark.parametrize(
-    ("login", "sent"),
+    ("login", "meant"),
     [
-        ("us%40er:p%3Aa%2Fs%20s", "dXNAZXI6cDphL3Mgcw=="),
-        ("user:p@ss", "dXNlcjpwQHNz"),
-        ("us%C3%A9r:p%C3%A4ss", "dXPDqXI6cMOkc3M="),
-        ("user:", "dXNlcjo="),
+        ("us%40er:p%3Aa%2Fs%20s", "us@er:p:a/s s"),
+        ("user:p@ss", "user:p@ss"),
+        ("us%C3%A9r:p%C3%A4ss", "usér:päss"),
+        ("usér:p ss", "usér:p ss"),
+        ("user:100%^", "user:100%^"),
+        ("user:", "user:"),
     ],
 )
-def test_a_login_is_sent_as_it_is_meant(site, road, private, login, sent, caplog):
+def test_a_login_is_sent_as_it_is_meant(site, road, private, login, meant, caplog):
     caplog.set_level(logging.DEBUG)
     site.override = lambda path: TAR
-    site.login = f"Basic {sent}"
+    site.login = f"Basic {base64.b64encode(meant.encode()).decode()}"
     fetched(site.url.replace("://", f"://{login}@") + "a.tar", private)
-    assert "failed" not in caplog.text
+    assert "failed" not in caplog.text, "none of the three tries is spent on it"
     assert login not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"), [("a b.tar", "/a%20b.tar"), ("ä%2F.tar?x=%2F&y=a+b/c=", "/%C3%A4%2F.tar?x=%2F&y=a+b/c=")]
+)
+def test_a_path_is_asked_for_as_it_is_meant(site, road, private, path, asked, caplog):
+    site.override = lambda path: TAR
+    fetched(site.url + path + "#fragment", private)
+    assert "failed" not in caplog.text
+    assert {place for place, _ in site.requests} == {asked}
 
 
 def test_another_server_does_not_see_the_login(site, road, private, tmp_path):
