@@ -11,6 +11,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +42,11 @@ settings.load_profile("rings")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--ring", choices=LEFT_OUT, default="default", help="which tests run (default: default)")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The fast ring does not even import what is in the slow folders."""
+    return True if config.getoption("--ring") == "fast" and collection_path.name in SLOW_FOLDERS else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
