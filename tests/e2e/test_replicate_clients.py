@@ -57,7 +57,7 @@ const client = new Replicate({ auth: "none", baseUrl: process.env.SERVER });
 const model = "a/b:" + process.env.VERSION;
 const picture = "data:image/png;base64," + readFileSync("images/math_problem.png").toString("base64");
 const error = async (work) => { try { await work(); return "none"; } catch (error) { return error.message; } };
-const long = { prompt: "Tell me a long story.", temperature: 2, max_length_tokens: 4000 };
+const long = { prompt: "Tell me a long story.", temperature: 0, max_length_tokens: 100000 };
 const untilCanceled = async (id) => {
   for (;;) {
     try { await client.predictions.cancel(id); } catch (error) { if (error.response.status === 404) return; }
@@ -129,9 +129,9 @@ except replicate.exceptions.ReplicateError as error:
     assert (status, refused) == ("failed", 422) and "E_PROMPT_EMPTY: " in error
 
 
-def test_python_cancels_and_its_webhook_hears_of_it(python: str, server: Server, loopback: Loopback) -> None:
+def test_python_cancels_and_its_webhook_hears_of_it(python: str, endless_server: Server, loopback: Loopback) -> None:
     code = """
-long = {"prompt": "Tell me a long story.", "temperature": 2, "max_length_tokens": 4000}
+long = {"prompt": "Tell me a long story.", "temperature": 0, "max_length_tokens": 100_000}
 running = create(version="v", input=long, webhook=os.environ["HOOK"])
 try:
     while True:  # Cog may lose what cancels a prediction in its first moments
@@ -139,7 +139,7 @@ try:
 except replicate.exceptions.ReplicateError as error:
     print(json.dumps([running.id, running.status, error.status]))
 """
-    name, status, refused = by_python(python, server, code, HOOK=loopback.url + "/hook")
+    name, status, refused = by_python(python, endless_server, code, HOOK=loopback.url + "/hook")
     assert (status, refused) == ("starting", 404)
     check_hooks(hooks_of(loopback, [name])[name], "canceled")
 
@@ -196,7 +196,7 @@ def test_javascript_is_told_of_a_mistake(node: str, server: Server) -> None:
     assert "E_PROMPT_EMPTY: " in failed and "422" in refused and "temperature" in refused
 
 
-def test_javascript_cancels(node: str, server: Server) -> None:
+def test_javascript_cancels(node: str, endless_server: Server) -> None:
     code = """async () => {
       const running = client.predictions.create({ version: "v", id: "javascript-cancels", input: long, wait: true });
       let over = false;
@@ -204,7 +204,7 @@ def test_javascript_cancels(node: str, server: Server) -> None:
       while (!over) await untilCanceled("javascript-cancels");
       return (await running).status;
     }"""
-    assert by_javascript(node, server, code) == "canceled"
+    assert by_javascript(node, endless_server, code) == "canceled"
 
 
 def test_javascript_s_webhooks_are_called(node: str, server: Server, loopback: Loopback) -> None:
