@@ -40,7 +40,7 @@ WAYS = {
 PAD = 149
 GREEDY = Sampling(0, 1, 0, 0)
 TEXT_TOKENS = 140  # ids below have text
-OPTIONS = EngineOptions(page_size=8, max_rows=4, step_tokens=24, max_waiting=300, cache_bytes=48 << 10)
+OPTIONS = EngineOptions(page_size=8, max_num_seqs=4, max_num_batched_tokens=24, max_waiting=300, cache_bytes=48 << 10)
 
 
 def _moe(

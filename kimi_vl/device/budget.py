@@ -14,38 +14,48 @@ GATHERED = 3 * GB // 4  # decoding without kernels gathers entries in blocks of 
 
 
 def spare_bytes(
-    device: torch.device, config: TextConfig, dtype: torch.dtype, *, sequences: int, step_tokens: int, images: int
+    device: torch.device,
+    config: TextConfig,
+    dtype: torch.dtype,
+    *,
+    sequences: int,
+    max_num_batched_tokens: int,
+    images: int,
 ) -> int:
     """Bytes for the cache of an engine: on a GPU see :func:`cache_bytes`; on a CPU a tenth of the machine's memory,
     4 GiB at most."""
     if device.type != "cuda":
         return min(4 * GB, memory.total() // 10)
     free, _ = torch.cuda.mem_get_info(device)
-    return cache_bytes(free, config, dtype, sequences=sequences, step_tokens=step_tokens, images=images)
+    return cache_bytes(
+        free, config, dtype, sequences=sequences, max_num_batched_tokens=max_num_batched_tokens, images=images
+    )
 
 
 def cache_bytes(
-    free: int, config: TextConfig, dtype: torch.dtype, *, sequences: int, step_tokens: int, images: int
+    free: int, config: TextConfig, dtype: torch.dtype, *, sequences: int, max_num_batched_tokens: int, images: int
 ) -> int:
     """What of ``free`` bytes of a GPU the cache may take; 0 where steps need all of it.
 
-    Steps are of at most ``sequences`` sequences and ``step_tokens`` tokens, and ``images`` bytes of image vectors are
+    Steps are of at most ``sequences`` sequences and ``max_num_batched_tokens`` tokens, and ``images`` bytes of image vectors are
     kept. A prompt's chunk needs memory for each token that it looks at, and can look at no more than the cache holds,
     which with little memory is less than the model's context.
     """
     left = free * SHARE - LIBRARIES - images - drawing_bytes(config, sequences)
-    entry, seen = config.kv_values_per_token * dtype.itemsize, attention_bytes(config, dtype, step_tokens)
+    entry, seen = config.kv_values_per_token * dtype.itemsize, attention_bytes(config, dtype, max_num_batched_tokens)
     with_whole_context = left - max(GATHERED, seen * config.max_position_embeddings)
     with_less = min(left - GATHERED, left * entry / (entry + seen))
     return max(0, int(max(with_whole_context, with_less)))
 
 
-def attention_bytes(config: TextConfig, dtype: torch.dtype, step_tokens: int) -> int:
+def attention_bytes(config: TextConfig, dtype: torch.dtype, max_num_batched_tokens: int) -> int:
     """Of a prompt's chunk, for each token that it looks at: its entry twice (gathered, and cut out of that), keys and
     values as they are written out, both once more in one piece, and a mask as truth values and as numbers."""
     entry = config.kv_lora_rank + config.qk_rope_head_dim
     head = config.qk_nope_head_dim + config.v_head_dim + config.qk_head_dim + config.v_head_dim
-    return (2 * entry + config.num_attention_heads * head + step_tokens) * dtype.itemsize + step_tokens
+    return (
+        2 * entry + config.num_attention_heads * head + max_num_batched_tokens
+    ) * dtype.itemsize + max_num_batched_tokens
 
 
 def drawing_bytes(config: TextConfig, sequences: int) -> int:

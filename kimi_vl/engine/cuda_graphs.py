@@ -80,29 +80,29 @@ _TEMPERATURE, _TOP_P, _NUMBER, _FLOATS = range(4)
 
 
 class StaticDecoder:
-    """Decoding steps of at most ``max_rows`` rows over the pages of a cache."""
+    """Decoding steps of at most ``max_num_seqs`` rows over the pages of a cache."""
 
     def __init__(
         self,
         model: KimiVL,
         decoder: FusedDecoder,
         cache: PagedCache,
-        max_rows: int,
+        max_num_seqs: int,
         capture: Callable[[Action], Action] | None = None,
     ):
         """``capture`` makes of a step something that repeats it; None calls it plainly."""
         self._model, self._decoder, self._cache = model, decoder, cache
         self._capture = capture
-        self._buckets = buckets(max_rows)
+        self._buckets = buckets(max_num_seqs)
         self._replays: dict[tuple[int, str], Action] = {}
         self._failed: set[str] = set()
         device, page_size = cache.entries.device, cache.page_size
         pages = min(-(-model.config.text_config.max_position_embeddings // page_size), cache.entries.shape[1])
-        self._inputs = torch.zeros(_INTEGERS + _FLOATS, max_rows, dtype=torch.int64, device=device)
-        self._table = torch.zeros(max_rows, pages, dtype=torch.int32, device=device)
-        self._outputs = torch.zeros(2, max_rows, dtype=torch.int64, device=device)
+        self._inputs = torch.zeros(_INTEGERS + _FLOATS, max_num_seqs, dtype=torch.int64, device=device)
+        self._table = torch.zeros(max_num_seqs, pages, dtype=torch.int32, device=device)
+        self._outputs = torch.zeros(2, max_num_seqs, dtype=torch.int64, device=device)
         # what the device's table holds of each row: the list it was copied from, and how much of it
-        self._shown: list[tuple[list[int] | None, int]] = [(None, 0)] * max_rows
+        self._shown: list[tuple[list[int] | None, int]] = [(None, 0)] * max_num_seqs
         pinned = device.type == "cuda"
         # two of each, for the step under way and the one after it
         self._staged = [torch.zeros_like(self._inputs, device="cpu", pin_memory=pinned) for _ in range(2)]

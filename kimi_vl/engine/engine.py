@@ -52,8 +52,8 @@ class EngineOptions:
     """How much an engine takes on. ``cache_bytes`` 0 takes what the device can spare."""
 
     page_size: int = 32
-    max_rows: int = 64
-    step_tokens: int = 1024
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 1024
     max_waiting: int = 256
     cache_bytes: int = 0
     embedding_bytes: int = 256 << 20
@@ -61,7 +61,7 @@ class EngineOptions:
 
     def use(self, config: TextConfig, dtype: torch.dtype) -> kernels.Use:
         """What this asks of the decoder's operations."""
-        return kernels.Use(config, dtype, self.page_size, self.max_rows, self.step_tokens)
+        return kernels.Use(config, dtype, self.page_size, self.max_num_seqs, self.max_num_batched_tokens)
 
 
 class Engine:
@@ -91,13 +91,13 @@ class Engine:
             chosen = ops or kernels.choose(self._device, use=options.use(text, model.dtype))
         page_bytes = PagedCache.page_bytes(text, options.page_size, model.dtype)
         # no more pages than all rows could ever fill
-        most = options.max_rows * -(-text.max_position_embeddings // options.page_size)
+        most = options.max_num_seqs * -(-text.max_position_embeddings // options.page_size)
         spare = options.cache_bytes or spare_bytes(
             self._device,
             text,
             model.dtype,
-            sequences=options.max_rows,
-            step_tokens=options.step_tokens,
+            sequences=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
             images=options.embedding_bytes,
         )
         pages = min(most, spare // page_bytes)
@@ -107,8 +107,8 @@ class Engine:
         self.scheduler = Scheduler(
             PagePool(pages),
             options.page_size,
-            max_rows=options.max_rows,
-            step_tokens=options.step_tokens,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
             max_waiting=options.max_waiting,
             reuse=options.reuse,
         )
@@ -118,7 +118,7 @@ class Engine:
             self._decoder, self._static = FusedDecoder(model.language_model, chosen), None
             if chosen.static and wanted and (on_gpu or ops):
                 capture = capture or (CudaGraphs(self._device) if on_gpu else None)
-                self._static = StaticDecoder(model, self._decoder, self._cache, options.max_rows, capture)
+                self._static = StaticDecoder(model, self._decoder, self._cache, options.max_num_seqs, capture)
                 self._static.prepare()
         self._tickets: dict[Request, Ticket] = {}
         self._new: deque[Ticket] = deque()

@@ -69,22 +69,27 @@ class NeverFits(Exception):
 
 
 class Scheduler:
-    """Plans steps of at most ``step_tokens`` tokens for at most ``max_rows`` requests at once."""
+    """Plans steps of at most ``max_num_batched_tokens`` tokens for at most ``max_num_seqs`` requests at once."""
 
     def __init__(
         self,
         pool: PagePool,
         page_size: int,
         *,
-        max_rows: int,
-        step_tokens: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
         max_waiting: int,
         reuse: bool = True,
     ):
-        if not 0 < max_rows <= step_tokens:
+        if not 0 < max_num_seqs <= max_num_batched_tokens:
             raise ValueError("every running request must have its token in a step")
         self.pool, self.page_size = pool, page_size
-        self.max_rows, self.step_tokens, self.max_waiting, self.reuse = max_rows, step_tokens, max_waiting, reuse
+        self.max_num_seqs, self.max_num_batched_tokens, self.max_waiting, self.reuse = (
+            max_num_seqs,
+            max_num_batched_tokens,
+            max_waiting,
+            reuse,
+        )
         # pages that were taken and not cleared: what they hold is nobody's. Whoever clears one takes it out of here.
         self.fresh: set[int] = set()
         self.waiting: deque[Request] = deque()
@@ -111,7 +116,7 @@ class Scheduler:
         self._admit()
         decoding = [request for request in self.running if request.computed == len(request.ids) - 1]
         works = [Work(request, request.computed, request.computed + 1) for request in decoding]
-        left = self.step_tokens - len(works)
+        left = self.max_num_batched_tokens - len(works)
         longer = []
         for request in self.running:
             missing = len(request.ids) - request.computed
@@ -160,7 +165,7 @@ class Scheduler:
             self.waiting.remove(request)
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.max_rows:
+        while self.waiting and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
             if self.reuse:
                 self._reuse(request)

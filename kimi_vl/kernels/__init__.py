@@ -73,8 +73,8 @@ class Use:
     config: TextConfig
     dtype: torch.dtype
     page_size: int
-    max_rows: int
-    step_tokens: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
 
 
 REFERENCE = Ops(

@@ -62,26 +62,26 @@ class Calls:
 
     def add_rms_norm(self) -> Iterator[Call]:
         yield self._inputs.add_rms_norm(1, delta=False)
-        yield self._inputs.add_rms_norm(self._use.step_tokens)
+        yield self._inputs.add_rms_norm(self._use.max_num_batched_tokens)
 
     def norm_router(self) -> Iterator[Call]:
-        for tokens in (1, self._use.step_tokens):
+        for tokens in (1, self._use.max_num_batched_tokens):
             yield self._inputs.norm_router(tokens)
 
     def moe(self) -> Iterator[Call]:
         inputs = self._inputs
         weights = inputs.experts(), inputs.shared_experts()
-        for tokens in token_counts(self._use.step_tokens):
+        for tokens in token_counts(self._use.max_num_batched_tokens):
             yield inputs.moe(tokens, shared=inputs.widths.shared > 0, weights=weights)
 
     def mla_prepare(self) -> Iterator[Call]:
         yield self._inputs.mla_prepare(1)
-        decoding = min(self._use.max_rows, self._use.step_tokens - 1)
-        yield self._inputs.mla_prepare(self._use.step_tokens, decoding, unwritten=1)
+        decoding = min(self._use.max_num_seqs, self._use.max_num_batched_tokens - 1)
+        yield self._inputs.mla_prepare(self._use.max_num_batched_tokens, decoding, unwritten=1)
 
     def mla_decode(self) -> Iterator[Call]:
         """Short contexts, which one program goes through, and longer ones, which several share."""
-        for count in token_counts(self._use.max_rows):
+        for count in token_counts(self._use.max_num_seqs):
             yield self._inputs.mla_decode([3] * count)
             yield self._inputs.mla_decode(
                 [700, *[1, 64, 33][: count - 1]] + [5] * (count - 4), 1024 // self._use.page_size

@@ -112,7 +112,7 @@ def _kimi_vl(args: argparse.Namespace) -> tuple[str, Contestant]:
     if args.threads:
         torch.set_num_threads(args.threads)
     model = loader.load(args.folder, dtype=getattr(torch, args.dtype), device=torch.device(args.device))
-    options = EngineOptions(reuse=False, max_rows=args.rows, embedding_bytes=0)
+    options = EngineOptions(reuse=False, max_num_seqs=args.rows, embedding_bytes=0)
     engine = Engine(model, model.config.text_config.vocab_size, options)
 
     class KimiVL:

@@ -144,7 +144,7 @@ def count_steps(way: str, sequences: int, layers: int, sampling: Sampling = SAMP
         made = ladder.random_model(Config.from_dict(values), torch.device("cpu"))
         loader.save(made, folder / "model.safetensors", torch.bfloat16)
         model = loader.load(folder, dtype=torch.bfloat16, device="cuda:0", threads=1)
-        options = EngineOptions(page_size=PAGE, max_rows=sequences, cache_bytes=sequences << 16, embedding_bytes=0)
+        options = EngineOptions(page_size=PAGE, max_num_seqs=sequences, cache_bytes=sequences << 16, embedding_bytes=0)
         with _graphs(captured), _only(sequences):
             engine = Engine(model, 600, options, ops=_ops(chosen))
         counts: list[tuple[Counts, int]] = []

@@ -34,7 +34,7 @@ from kimi_vl.weights import loader
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
 PAD = 1045
-SMALL = EngineOptions(page_size=8, max_rows=4, step_tokens=12, max_waiting=40, cache_bytes=1 << 20)
+SMALL = EngineOptions(page_size=8, max_num_seqs=4, max_num_batched_tokens=12, max_waiting=40, cache_bytes=1 << 20)
 
 
 @pytest.fixture(scope="module")
@@ -156,10 +156,12 @@ def test_company_changes_nothing(model, engine):
     fresh.close()
 
 
-@pytest.mark.parametrize("step_tokens", [5, 7, 64])
+@pytest.mark.parametrize("max_num_batched_tokens", [5, 7, 64])
 @pytest.mark.parametrize("page_size", [1, 5, 64])
-def test_chunks_and_pages_of_any_size_change_nothing(model, engine, step_tokens, page_size):
-    options = EngineOptions(page_size=page_size, max_rows=4, step_tokens=step_tokens, cache_bytes=1 << 20)
+def test_chunks_and_pages_of_any_size_change_nothing(model, engine, max_num_batched_tokens, page_size):
+    options = EngineOptions(
+        page_size=page_size, max_num_seqs=4, max_num_batched_tokens=max_num_batched_tokens, cache_bytes=1 << 20
+    )
     other = Engine(model, 1024, options)
     for ids, patches in some_requests():
         assert ask(other, ids, patches) == ask(engine, ids, patches)
@@ -168,7 +170,7 @@ def test_chunks_and_pages_of_any_size_change_nothing(model, engine, step_tokens,
 
 
 def test_what_was_computed_before_is_used_again_and_changes_nothing(model, engine):
-    fresh = Engine(model, 1024, EngineOptions(page_size=8, step_tokens=64, cache_bytes=1 << 20, reuse=False))
+    fresh = Engine(model, 1024, EngineOptions(page_size=8, max_num_batched_tokens=64, cache_bytes=1 << 20, reuse=False))
     ids, patches = with_image(image(6, 8, 1), 2)
     ids += ids_of(30, 3)
     for tail in ([], [5], ids_of(9, 8), ids_of(20, 9)):
@@ -179,7 +181,7 @@ def test_what_was_computed_before_is_used_again_and_changes_nothing(model, engin
 
 
 def test_pictures_of_equal_size_are_never_mistaken(engine, model):
-    fresh = Engine(model, 1024, EngineOptions(page_size=8, step_tokens=64, cache_bytes=1 << 20, reuse=False))
+    fresh = Engine(model, 1024, EngineOptions(page_size=8, max_num_batched_tokens=64, cache_bytes=1 << 20, reuse=False))
     answers = set()
     for seed in range(4):
         ids, patches = with_image(image(6, 8, seed))
@@ -248,7 +250,9 @@ def test_a_neighbour_that_fails_changes_nothing(model, engine, monkeypatch, faul
 
 def test_values_that_are_not_finite_do_not_outlive_their_request(model):
     """A page whose last user failed is given to others: nothing of it may reach them, even behind a mask."""
-    engine = Engine(model, 1024, EngineOptions(page_size=8, max_rows=2, step_tokens=16, cache_bytes=1 << 16))
+    engine = Engine(
+        model, 1024, EngineOptions(page_size=8, max_num_seqs=2, max_num_batched_tokens=16, cache_bytes=1 << 16)
+    )
     right = ask(engine, ids_of(9), room=6)
     settle(engine)
     engine._cache.entries.fill_(float("nan"))
@@ -261,7 +265,9 @@ def test_values_that_are_not_finite_do_not_outlive_their_request(model):
 
 def test_more_than_the_queue_holds_is_refused_at_once(model):
     engine = Engine(
-        model, 1024, EngineOptions(page_size=8, max_rows=1, step_tokens=8, max_waiting=3, cache_bytes=1 << 18)
+        model,
+        1024,
+        EngineOptions(page_size=8, max_num_seqs=1, max_num_batched_tokens=8, max_waiting=3, cache_bytes=1 << 18),
     )
     held = Held(10)
     engine.submit(ids_of(5), [], 10, held)

@@ -469,7 +469,9 @@ def test_prompts_that_no_embedding_is_for_are_refused_at_once(model, ids):
 @pytest.mark.parametrize("every", [2, 3])
 def test_a_page_that_could_not_be_cleared_is_cleared_before_it_is_used(model, monkeypatch, every):
     """However often clearing fails, nobody's pages hold what an earlier user of them has left."""
-    engine = made(model, "static", EngineOptions(page_size=2, max_rows=4, step_tokens=12, cache_bytes=1 << 18))
+    engine = made(
+        model, "static", EngineOptions(page_size=2, max_num_seqs=4, max_num_batched_tokens=12, cache_bytes=1 << 18)
+    )
     alone = [listener.result() for listener in company(engine)]
     settle(engine)
     engine._cache.entries.fill_(float("nan"))

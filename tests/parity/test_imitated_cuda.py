@@ -299,7 +299,7 @@ def test_a_mistake_is_reported(folder, machine, monkeypatch, mistake, kind, devi
     """What the same requests meet without one is above: nothing."""
     Steps(machine, monkeypatch)
     mistake(monkeypatch)
-    small = replace(OPTIONS, max_rows=1)
+    small = replace(OPTIONS, max_num_seqs=1)
     with contextlib.suppress(Exception), engine_of(load(folder, device), "captured", small) as engine:
         for ask in some_asks(2)[::-1]:
             with contextlib.suppress(Exception):

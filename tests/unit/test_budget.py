@@ -14,7 +14,7 @@ from kimi_vl.model.config import Config
 
 GB = 1 << 30
 TEXT = replace(Config.from_dict(checkpoint.PUBLISHED).text_config, num_hidden_layers=27)
-STEPS = {"sequences": 64, "step_tokens": 1024, "images": 256 << 20}
+STEPS = {"sequences": 64, "max_num_batched_tokens": 1024, "images": 256 << 20}
 # What is free beside 30.6 GiB of weights in bfloat16, or, on 24 GB, beside a quarter of them; as drivers report cards.
 FREE = {"24": 23.6 - 7.7, "48": 44.5 - 30.6 - 0.6, "80": 79.2 - 30.6 - 0.6, "141": 139.8 - 30.6 - 0.6}
 
@@ -59,7 +59,7 @@ def test_with_too_little_there_is_none():
 
 def test_smaller_steps_leave_more():
     free = int(FREE["48"] * GB)
-    less = budget.cache_bytes(free, TEXT, torch.bfloat16, sequences=4, step_tokens=256, images=0)
+    less = budget.cache_bytes(free, TEXT, torch.bfloat16, sequences=4, max_num_batched_tokens=256, images=0)
     assert less > budget.cache_bytes(free, TEXT, torch.bfloat16, **STEPS) + GB
 
 

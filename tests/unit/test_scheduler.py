@@ -14,7 +14,7 @@ PAGE = 4
 
 
 def make(pages: int = 40, **options: int | bool) -> Scheduler:
-    values = {"max_rows": 6, "step_tokens": 16, "max_waiting": 50} | options
+    values = {"max_num_seqs": 6, "max_num_batched_tokens": 16, "max_waiting": 50} | options
     return Scheduler(PagePool(pages), PAGE, **values)  # pyright: ignore[reportArgumentType]
 
 
@@ -131,7 +131,7 @@ def test_bounds():
         scheduler.add(Request([1], 1))
     assert len(scheduler.waiting) == 2
     with pytest.raises(ValueError, match="token"):
-        make(max_rows=20)
+        make(max_num_seqs=20)
 
 
 def test_a_large_request_is_not_overtaken_for_ever():
@@ -178,7 +178,9 @@ def test_a_step_ahead_has_its_pages_and_ends_where_a_request_does():
 def test_random_traffic_loses_no_page_shares_none_wrongly_and_lets_nobody_starve(seed: int):
     rng = random.Random(seed)
     pages = rng.choice((12, 25, 60))
-    scheduler = make(pages=pages, max_rows=rng.randint(1, 6), step_tokens=rng.randint(6, 20), max_waiting=30)
+    scheduler = make(
+        pages=pages, max_num_seqs=rng.randint(1, 6), max_num_batched_tokens=rng.randint(6, 20), max_waiting=30
+    )
     contents: dict[int, list[tuple[int, ...]]] = {}  # what each page holds: the tokens up to the end of each slot
     alive: list[Request] = []
     for _ in range(400):
@@ -197,7 +199,7 @@ def test_random_traffic_loses_no_page_shares_none_wrongly_and_lets_nobody_starve
         assert list(scheduler.waiting) == order[len(order) - len(scheduler.waiting) :]  # nobody is overtaken
         assert bool(works) == scheduler.busy
         assert [w.end - w.begin == 1 for w in works] == sorted((w.end - w.begin == 1 for w in works), reverse=True)
-        assert sum(work.end - work.begin for work in works) <= scheduler.step_tokens
+        assert sum(work.end - work.begin for work in works) <= scheduler.max_num_batched_tokens
         decoding = {r for r in scheduler.running if r.computed >= r.prompt_length}
         assert decoding <= {work.request for work in works}  # what decodes moves on in each step
         for page in scheduler.fresh:
