@@ -174,34 +174,34 @@ class Pipeline:
         if deadline is not None and deadline != math.inf:
             deadline = parameters.number("deadline", deadline, 0)
         stops = StopSequences(parameters.texts("stop_sequences", stop_sequences))
-        ids, patches, begun = self._prompt(messages, images)
+        ids, patches, prefill = self._prompt(messages, images)
         context = self.model.config.text_config.max_position_embeddings
-        room = min(max_length_tokens, context - len(ids))
-        if room < 1:
+        max_new_tokens = min(max_length_tokens, context - len(ids))
+        if max_new_tokens < 1:
             raise UserError(
                 "E_PROMPT_TOO_LONG",
                 f"the prompt takes {len(ids)} tokens of {context}; shorten it or send fewer images.",
             )
-        text = _OutputText(self.tokenizer, stops, begun or "")
+        text = _OutputText(self.tokenizer, stops, prefill or "")
         guide = _Guide(
             self.tokenizer,
             sampling,
-            _Steering(self.tokenizer, self.thinks, room, thinking_budget, text.splitter.section),
+            _Steering(self.tokenizer, self.thinks, max_new_tokens, thinking_budget, text.splitter.section),
             text,
-            room,
+            max_new_tokens,
             Usage(len(ids), sum(image.tokens for image in patches), 0, 0),
             began,
             deliver,
         )
-        return self.engine.submit(ids, patches, room, guide, float("inf") if deadline is None else deadline)
+        return self.engine.submit(ids, patches, max_new_tokens, guide, float("inf") if deadline is None else deadline)
 
     def _prompt(
         self, messages: Sequence[Message | Turn], sources: Sequence[ImageSource]
     ) -> tuple[list[int], list[Patches], str | None]:
         """The ids, the images, and with what the answer begins, if a turn of it is to be continued."""
         turns = read(messages)
-        begun = chat.begun(turns)
-        continues = begun is not None
+        prefill = chat.assistant_prefill(turns)
+        continues = prefill is not None
         last = len(turns) - continues
         turns = [*chat.without_earlier_thinking(turns[:last]), *turns[last:]]
         if not asks_something(turns):
@@ -215,8 +215,8 @@ class Pipeline:
         ]
         context = self.model.config.text_config.max_position_embeddings
         counts = [image.tokens for image in patches]
-        ids = chat.encode(self.tokenizer, turns, counts, limit=context, continue_last=continues)
-        return ids, patches, begun
+        ids = chat.encode(self.tokenizer, turns, counts, limit=context, continue_final_message=continues)
+        return ids, patches, prefill
 
 
 def image_sources(parts: Sequence[ImagePart], beside: Sequence[ImageSource]) -> list[ImageSource]:
@@ -282,14 +282,14 @@ class _Guide:
         sampling: Sampling,
         steer: _Steering,
         text: _OutputText,
-        room: int,
+        max_new_tokens: int,
         usage: Usage,
         began: float,
         deliver: Deliver,
     ):
         self._stop_ids = tokenizer.stop_ids
         self.sampling = sampling
-        self._steer, self._text, self._room, self._usage = steer, text, room, usage
+        self._steer, self._text, self._max_new_tokens, self._usage = steer, text, max_new_tokens, usage
         self._began, self._first_at = began, None
         self._count = 0
         self._deliver = deliver
@@ -318,7 +318,7 @@ class _Guide:
             self._text.drop_unfinished()
         if self._text.stopped:
             return self._finish("stop_sequence")
-        return token if self._count < self._room else self._finish("length")
+        return token if self._count < self._max_new_tokens else self._finish("length")
 
     def fail(self, error: Exception) -> None:
         self._deliver(error)
@@ -354,7 +354,9 @@ class _Steering:
     What closes the thinking for the model, its budget or a loop, is called ``budget`` in either case.
     """
 
-    def __init__(self, tokenizer: Tokenizer, thinks: bool, room: int, budget: int | None, section: chat.Section | None):
+    def __init__(
+        self, tokenizer: Tokenizer, thinks: bool, max_new_tokens: int, budget: int | None, section: chat.Section | None
+    ):
         """``section`` is where a text that is continued stands."""
         self._opener, self._closer = tokenizer.encode(chat.THINK_OPEN), tokenizer.encode(chat.THINK_CLOSE)
         self._thinks = thinks
@@ -364,7 +366,7 @@ class _Steering:
         self._loop = Repetition()
         self.closed_by: ClosedBy = "none"
         self.reasoning_tokens = 0
-        longest = max(0, room - min(1024, room // 4) - len(self._closer))
+        longest = max(0, max_new_tokens - min(1024, max_new_tokens // 4) - len(self._closer))
         self._budget = longest if budget is None else min(budget, longest)
         if thinks and budget == 0 and section != "answer":
             self._queue, self.closing = self._closing_tokens(section), True

@@ -111,7 +111,7 @@ class Ask:
     """A request: what is sent, and what its guide does."""
 
     ids: list[int]
-    room: int
+    max_new_tokens: int
     sampling: Sampling = GREEDY
     pictures: Sequence[Patches] = ()
     forced: dict[int, int] = field(default_factory=dict)  # tokens that are put in, by how many came before
@@ -138,7 +138,7 @@ class Guide:
     def take(self, token: int) -> int | None:
         self.tokens.append(token)
         self.after(len(self.tokens))
-        if len(self.tokens) < self.ask.room:
+        if len(self.tokens) < self.ask.max_new_tokens:
             return token
         self.over.set()
         return None
@@ -161,7 +161,7 @@ def send(
     guide = Guide(ask)
     guide.after = after or guide.after
     with engine._lock:  # the engine takes it in only when its ticket is known here
-        ticket = engine.submit(ask.ids, ask.pictures, ask.room, guide)
+        ticket = engine.submit(ask.ids, ask.pictures, ask.max_new_tokens, guide)
         if tickets is not None:
             tickets.append(ticket)
     return guide

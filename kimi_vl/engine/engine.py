@@ -133,16 +133,21 @@ class Engine:
         self.steps = 0
 
     def submit(
-        self, ids: Sequence[int], patches: Sequence[Patches], room: int, guide: Guide, seconds: float = float("inf")
+        self,
+        ids: Sequence[int],
+        patches: Sequence[Patches],
+        max_new_tokens: int,
+        guide: Guide,
+        seconds: float = float("inf"),
     ) -> Ticket:
-        """Queue a prompt with its images (in the order of their placeholders) for up to ``room`` new tokens.
+        """Queue a prompt with its images (in the order of their placeholders) for up to ``max_new_tokens`` new tokens.
 
         Raises :class:`UserError` (E_OVERLOADED, E_PROMPT_TOO_LONG) at once; what happens later reaches the guide.
         """
         if not ids or not 0 <= min(ids) <= max(ids) < self.model.config.text_config.vocab_size:
             raise ValueError("a prompt has at least one token, and none outside of the vocabulary")
         pad = self.model.config.media_placeholder_token_id
-        request = Request(list(ids), room, spans(ids, patches, pad))
+        request = Request(list(ids), max_new_tokens, spans(ids, patches, pad))
         ticket = Ticket(request, patches, guide, time.monotonic() + seconds)
         try:
             self._queue(ticket)
@@ -156,7 +161,7 @@ class Engine:
             if self._broken or self._closing:
                 raise RuntimeError("the engine has stopped")
             try:
-                self.scheduler.check(ticket.request.prompt_length, ticket.request.room)
+                self.scheduler.check(ticket.request.prompt_length, ticket.request.max_new_tokens)
             except NeverFits:
                 raise UserError(
                     "E_PROMPT_TOO_LONG", "prompt and answer need more memory than there is; shorten either."
@@ -444,7 +449,7 @@ class Engine:
             return
         if following is None:
             self._release(request)
-        elif not 0 <= following < vocabulary or len(request.ids) >= request.prompt_length + request.room:
+        elif not 0 <= following < vocabulary or len(request.ids) >= request.prompt_length + request.max_new_tokens:
             # a GPU that meets an id without an embedding is lost, and with it everybody else
             self._fail(request, ValueError("a guide put a token outside of the vocabulary, or after the last one"))
         else:

@@ -26,10 +26,10 @@ class Span:
 
 @dataclass(eq=False)
 class Request:
-    """A sequence on its way: ``ids`` are the prompt and what came after it; ``room`` is how much may come."""
+    """A sequence on its way: ``ids`` are the prompt and what came after it; ``max_new_tokens`` is how much may come."""
 
     ids: list[int]
-    room: int
+    max_new_tokens: int
     images: Sequence[Span] = ()
     prompt_length: int = field(init=False)
     computed: int = 0  # tokens whose entries are in the cache
@@ -99,14 +99,14 @@ class Scheduler:
     def busy(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def check(self, prompt_length: int, room: int) -> None:
+    def check(self, prompt_length: int, max_new_tokens: int) -> None:
         """Raises :class:`NeverFits` for what could not run even alone."""
-        if self._page_count(prompt_length + room) > self.pool.count:
+        if self._page_count(prompt_length + max_new_tokens) > self.pool.count:
             raise NeverFits
 
     def add(self, request: Request) -> None:
         """Queue a request; raises :class:`QueueFull` or :class:`NeverFits`, and then nothing has changed."""
-        self.check(request.prompt_length, request.room)
+        self.check(request.prompt_length, request.max_new_tokens)
         if len(self.waiting) >= self.max_waiting:
             raise QueueFull
         self.waiting.append(request)
@@ -134,7 +134,7 @@ class Scheduler:
 
         What comes of it counts only for requests whose next token turns out to be what was computed.
         """
-        if any(work.end + 1 >= work.request.prompt_length + work.request.room for work in works):
+        if any(work.end + 1 >= work.request.prompt_length + work.request.max_new_tokens for work in works):
             return []
         following = [Work(work.request, work.end, work.end + 1) for work in works]
         for work in following:
@@ -178,7 +178,10 @@ class Scheduler:
 
     def _owed(self, requests: Sequence[Request]) -> int:
         """Pages set aside for these requests that they have not taken yet."""
-        return sum(self._page_count(request.prompt_length + request.room) - len(request.pages) for request in requests)
+        return sum(
+            self._page_count(request.prompt_length + request.max_new_tokens) - len(request.pages)
+            for request in requests
+        )
 
     def _reuse(self, request: Request) -> None:
         """Begin with the pages that hold the same tokens already; the last token is always computed."""

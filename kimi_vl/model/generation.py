@@ -28,11 +28,11 @@ class Prompt:
 class Session:
     """Some sequences being continued together. ``logits`` (B, vocab_size) are those of the next token of each row.
 
-    ``room`` is how many new tokens a row may get; the memory for them is taken at once.
+    ``max_new_tokens`` is how many new tokens a row may get; the memory for them is taken at once.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: KimiVL, prompts: Sequence[Prompt], room: int):
+    def __init__(self, model: KimiVL, prompts: Sequence[Prompt], max_new_tokens: int):
         self._model = model
         device = model.device
         lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
@@ -42,7 +42,7 @@ class Session:
             ids[row, : len(prompt.ids)] = torch.tensor(prompt.ids)
         ids, self._lengths = ids.to(device), lengths.to(device)
         self.cache = LatentCache(
-            model.config.text_config, len(prompts), longest + room, dtype=model.dtype, device=device
+            model.config.text_config, len(prompts), longest + max_new_tokens, dtype=model.dtype, device=device
         )
         features = self._encode_images(prompts)
         positions = torch.arange(longest, device=device).expand(len(prompts), -1)

@@ -57,19 +57,19 @@ def encode(
     image_tokens: Sequence[int],
     add_generation_prompt: bool = True,
     limit: int | None = None,
-    continue_last: bool = False,
+    continue_final_message: bool = False,
 ) -> list[int]:
     """Ids of the conversation, with ``image_tokens[k]`` placeholders for the k-th image.
 
-    ``continue_last`` leaves the last message open, in place of beginning a new one. Raises :class:`UserError`:
+    ``continue_final_message`` leaves the last message open, in place of beginning a new one. Raises :class:`UserError`:
     E_MESSAGES_INVALID for malformed messages or when the number of images differs;
     E_PROMPT_TOO_LONG beyond ``limit`` ids, found out without reading all of a long text.
     """
     counts = iter(image_tokens)
     ids: list[int] = []
     slots = 0
-    parts = _layout(messages, add_generation_prompt and not continue_last)
-    for part in parts[:-1] if continue_last else parts:
+    parts = _layout(messages, add_generation_prompt and not continue_final_message)
+    for part in parts[:-1] if continue_final_message else parts:
         if isinstance(part, _Text):
             ids += tokenizer.encode(part.text, limit=None if limit is None else limit - len(ids))
         elif part.name == MEDIA_PAD:
@@ -90,7 +90,7 @@ def encode(
     return ids
 
 
-def begun(turns: Sequence[Turn]) -> str | None:
+def assistant_prefill(turns: Sequence[Turn]) -> str | None:
     """The text of a last turn of the assistant's own, which is then continued; None where there is none."""
     return turns[-1].text if turns and turns[-1].role == "assistant" else None
 

@@ -26,14 +26,14 @@ NAMES = ("kimi_vl", "transformers", "vllm")
 
 
 class Contestant(Protocol):
-    def decode(self, ids: Sequence[list[int]], room: int) -> dict[str, Any]:
-        """``room`` tokens after each of some prompts of one length: ``first``, seconds to the first token of the last
-        row, and ``step``, seconds a token after that."""
+    def decode(self, ids: Sequence[list[int]], max_new_tokens: int) -> dict[str, Any]:
+        """``max_new_tokens`` after each of some prompts of one length: ``first``, seconds to the first token of the last
+        sequence, and ``step``, seconds a token after that."""
         ...
 
     def mixed(self, requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Requests that come all at once, each ``ids``, ``room`` and ``side``, the patches on a side of its picture
-        (0: none): ``seconds`` for all of them, and ``first``, seconds to the first token of each."""
+        """Requests that come all at once, each ``ids``, ``max_new_tokens`` and ``side``, the patches on a side of its
+        picture (0: none): ``seconds`` for all of them, and ``first``, seconds to the first token of each."""
         ...
 
 
@@ -116,21 +116,23 @@ def _kimi_vl(args: argparse.Namespace) -> tuple[str, Contestant]:
     engine = Engine(model, model.config.text_config.vocab_size, options)
 
     class KimiVL:
-        def decode(self, ids: Sequence[list[int]], room: int) -> dict[str, Any]:
-            first, step = decode.run_engine(engine, ids, room)
+        def decode(self, ids: Sequence[list[int]], max_new_tokens: int) -> dict[str, Any]:
+            first, step = decode.run_engine(engine, ids, max_new_tokens)
             return {"first": first, "step": step}
 
-        def count(self, ids: Sequence[list[int]], room: int) -> dict[str, Any]:
+        def count(self, ids: Sequence[list[int]], max_new_tokens: int) -> dict[str, Any]:
             """``experts``: how many a layer reads in a step, or none where graphs hide it."""
             with decode.counted_experts(engine, len(ids)) as counts:
-                decode.run_engine(engine, ids, room)
+                decode.run_engine(engine, ids, max_new_tokens)
             return {"experts": statistics.mean(counts) if counts else None}
 
         def mixed(self, requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
             asked = []
             for request in requests:
                 pictures = [ladder.square_picture(request["side"])] if request["side"] else []
-                asked.append((request["ids"], pictures, request["room"], decode.Clock(request["room"])))
+                asked.append(
+                    (request["ids"], pictures, request["max_new_tokens"], decode.Clock(request["max_new_tokens"]))
+                )
             began = time.perf_counter()
             for request in asked:
                 engine.submit(*request)
@@ -168,10 +170,10 @@ def _transformers(args: argparse.Namespace) -> tuple[str, Contestant]:
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     class Transformers:
-        def decode(self, ids: Sequence[list[int]], room: int) -> dict[str, Any]:
+        def decode(self, ids: Sequence[list[int]], max_new_tokens: int) -> dict[str, Any]:
             began = time.perf_counter()
-            times = self._times(ids, room)
-            return {"first": times[0] - began, "step": (times[-1] - times[0]) / (room - 1)}
+            times = self._times(ids, max_new_tokens)
+            return {"first": times[0] - began, "step": (times[-1] - times[0]) / (max_new_tokens - 1)}
 
         def mixed(self, requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
             """One after another: prompts with pictures cannot share a batch there without padding."""
@@ -181,7 +183,7 @@ def _transformers(args: argparse.Namespace) -> tuple[str, Contestant]:
                 if side:
                     values = torch.from_numpy(ladder.square_picture(side).pixel_values).to(model.device)
                     pixels = {"pixel_values": values, "image_grid_hws": torch.tensor([[side, side]])}
-                first.append(self._times([request["ids"]], request["room"], **pixels)[0] - began)
+                first.append(self._times([request["ids"]], request["max_new_tokens"], **pixels)[0] - began)
             return {"seconds": time.perf_counter() - began, "first": first}
 
         @torch.inference_mode()
@@ -220,9 +222,9 @@ def _vllm(args: argparse.Namespace) -> tuple[str, Contestant]:
     )
 
     class VLLM:
-        def decode(self, ids: Sequence[list[int]], room: int) -> dict[str, Any]:
+        def decode(self, ids: Sequence[list[int]], max_new_tokens: int) -> dict[str, Any]:
             first = self._seconds(ids, 1)
-            return {"first": first, "step": (self._seconds(ids, room) - first) / (room - 1)}
+            return {"first": first, "step": (self._seconds(ids, max_new_tokens) - first) / (max_new_tokens - 1)}
 
         def mixed(self, requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
             raise NotImplementedError("its pictures are not measured")

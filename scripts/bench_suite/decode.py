@@ -27,8 +27,8 @@ class Clock:
     text_only = False
     sampling = GREEDY
 
-    def __init__(self, room: int):
-        self.room = room
+    def __init__(self, max_new_tokens: int):
+        self.max_new_tokens = max_new_tokens
         self.times: list[float] = []
         self.over = threading.Event()
         self.error: Exception | None = None
@@ -38,7 +38,7 @@ class Clock:
 
     def take(self, token: int) -> int | None:
         self.times.append(time.perf_counter())
-        if len(self.times) < self.room:
+        if len(self.times) < self.max_new_tokens:
             return token
         self.over.set()
         return None
@@ -137,12 +137,12 @@ def prompts(rows: int, length: int, vocabulary: int) -> list[list[int]]:
     return torch.randint(0, vocabulary - 300, (rows, length), generator=generator).tolist()
 
 
-def run_engine(engine: Engine, ids: Sequence[list[int]], room: int) -> tuple[float, float]:
+def run_engine(engine: Engine, ids: Sequence[list[int]], max_new_tokens: int) -> tuple[float, float]:
     """(seconds to the first token of the last row, seconds a step after that)."""
     began = time.perf_counter()
-    clocks = [Clock(room) for _ in ids]
+    clocks = [Clock(max_new_tokens) for _ in ids]
     for row, clock in zip(ids, clocks, strict=True):
-        engine.submit(row, [], room, clock)
+        engine.submit(row, [], max_new_tokens, clock)
     for clock in clocks:
         clock.wait()
     all_begun = max(clock.times[0] for clock in clocks)

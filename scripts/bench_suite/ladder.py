@@ -75,12 +75,14 @@ def engine(model: KimiVL, rung: str, rehearsal: bool, max_num_seqs: int = 128) -
 def tokens(engine: Engine, rehearsal: bool) -> list[list[int]]:
     """What some requests side by side are answered: greedy ones and sampled ones, short and long."""
     vocabulary = engine.model.config.text_config.vocab_size
-    count, longest, room = (3, 12, 3) if rehearsal else (12, 1500, 32)
+    count, longest, max_new_tokens = (3, 12, 3) if rehearsal else (12, 1500, 32)
     kept = []
     for number in range(count):
         (ids,) = decode.prompts(1, 1 + number * 131 % longest, vocabulary)
-        guide = _Keeper(room, [decode.GREEDY, Sampling(1, 1, 0, number), Sampling(0.8, 0.9, 40, number)][number % 3])
-        engine.submit(ids, [], room, guide)
+        guide = _Keeper(
+            max_new_tokens, [decode.GREEDY, Sampling(1, 1, 0, number), Sampling(0.8, 0.9, 40, number)][number % 3]
+        )
+        engine.submit(ids, [], max_new_tokens, guide)
         kept.append(guide)
     for guide in kept:
         guide.wait()
@@ -89,8 +91,8 @@ def tokens(engine: Engine, rehearsal: bool) -> list[list[int]]:
 
 
 class _Keeper(decode.Clock):
-    def __init__(self, room: int, sampling: Sampling):
-        super().__init__(room)
+    def __init__(self, max_new_tokens: int, sampling: Sampling):
+        super().__init__(max_new_tokens)
         self.sampling, self.tokens = sampling, []
 
     def take(self, token: int) -> int | None:
@@ -107,14 +109,14 @@ def measure(rung: str, rehearsal: bool, device: str, report: Report, check: Chec
     report("layers", shape.text_config.num_hidden_layers)
     report("seconds to be ready", round(time.perf_counter() - began, 1))
     _smoke(running, rehearsal, check)
-    context, room = (9, 3) if rehearsal else (2048, 64)
+    context, max_new_tokens = (9, 3) if rehearsal else (2048, 64)
     _first_tokens(rung, running, rehearsal, report)
     for rows in [3] if rehearsal else ROWS:
         ids = decode.prompts(rows, context, shape.text_config.vocab_size)
         if not rehearsal:
             decode.run_engine(running, [row[:8] for row in ids], 3)  # compiles, captures
-        first, step = decode.run_engine(running, ids, room)
-        nbytes = decode.bytes_a_step(shape.text_config, rows, context + room // 2)
+        first, step = decode.run_engine(running, ids, max_new_tokens)
+        nbytes = decode.bytes_a_step(shape.text_config, rows, context + max_new_tokens // 2)
         figures = {
             "rung": rung,
             "rows": rows,
@@ -138,10 +140,12 @@ def square_picture(side: int) -> Patches:
     return Patches(pixels, (side, side))
 
 
-def _ask(engine: Engine, ids: Sequence[int], patches: Sequence[Patches], room: int) -> tuple[float, list[int]]:
+def _ask(
+    engine: Engine, ids: Sequence[int], patches: Sequence[Patches], max_new_tokens: int
+) -> tuple[float, list[int]]:
     """Seconds to the first token, and the tokens."""
-    guide, began = _Keeper(room, decode.GREEDY), time.perf_counter()
-    engine.submit(ids, patches, room, guide)
+    guide, began = _Keeper(max_new_tokens, decode.GREEDY), time.perf_counter()
+    engine.submit(ids, patches, max_new_tokens, guide)
     guide.wait()
     return guide.times[0] - began, guide.tokens
 

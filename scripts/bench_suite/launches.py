@@ -108,8 +108,8 @@ def small(layers: int) -> dict[str, Any]:
 class _Guide(decode.Clock):
     """Takes every token, and says so in the engine's thread."""
 
-    def __init__(self, room: int, sampling: Sampling, taken: Any):
-        super().__init__(room)
+    def __init__(self, max_new_tokens: int, sampling: Sampling, taken: Any):
+        super().__init__(max_new_tokens)
         self.sampling, self._taken = sampling, taken  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def take(self, token: int) -> int | None:
@@ -134,7 +134,9 @@ def _ops(name: str) -> kernels.Ops:
     return kernels.TORCH if name == "torch" else kernels.triton_ops()
 
 
-def count_steps(way: str, sequences: int, layers: int, sampling: Sampling = SAMPLING, room: int = 12) -> Counts:
+def count_steps(
+    way: str, sequences: int, layers: int, sampling: Sampling = SAMPLING, max_new_tokens: int = 12
+) -> Counts:
     """What the most frequent step of an engine of a small model counts, while all sequences decode."""
     chosen, captured, card = WAYS[way]
     values = small(layers)
@@ -153,10 +155,12 @@ def count_steps(way: str, sequences: int, layers: int, sampling: Sampling = SAMP
         def taken() -> None:
             counts.append((copy.copy(machine.counts), min(len(guide.times) for guide in guides)))
 
-        guides += [_Guide(room, sampling, taken if place == 0 else lambda: None) for place in range(sequences)]
+        guides += [
+            _Guide(max_new_tokens, sampling, taken if place == 0 else lambda: None) for place in range(sequences)
+        ]
         with engine._lock:  # they begin together
             for place, guide in enumerate(guides):
-                engine.submit([place + 1, 2, 3], [], room, guide)
+                engine.submit([place + 1, 2, 3], [], max_new_tokens, guide)
         for guide in guides:
             guide.wait()
         engine.close()

@@ -184,7 +184,7 @@ def _mixed(run: Run) -> None:
     args = run.args
     requests = mixture(run.config, args.requests, args.longest, args.side, args.tokens)
     least = least_seconds(run, requests)
-    count, tokens = len(requests), sum(request["room"] for request in requests)
+    count, tokens = len(requests), sum(request["max_new_tokens"] for request in requests)
     read, pictures = sum(len(request["ids"]) for request in requests), sum(bool(r["side"]) for r in requests)
     print(f"{count} requests, {pictures} with a picture, {read} tokens of prompts, {tokens} new tokens\n")
     print("| who | s | requests/s | new tok/s | first token s, median | latest | of the ceiling |")
@@ -221,7 +221,7 @@ def mixture(config: Config, count: int, longest: int, side: int, tokens: int) ->
         requests.append(
             {
                 "ids": [*ids[:2], *[pad] * (picture * picture // 4), *ids[2:]],
-                "room": max(2, round(tokens * chance.uniform(0.25, 1))),
+                "max_new_tokens": max(2, round(tokens * chance.uniform(0.25, 1))),
                 "side": picture,
             }
         )
@@ -236,8 +236,8 @@ def least_seconds(run: Run, requests: Sequence[Result]) -> float:
     operations += sum(vision.operations(run.config, request["side"]) for request in requests if request["side"])
     itemsize = getattr(torch, run.args.dtype).itemsize
     nbytes = 0.0
-    for step in range(1, max(request["room"] for request in requests)):
-        going = [request for request in requests if request["room"] > step]
+    for step in range(1, max(request["max_new_tokens"] for request in requests)):
+        going = [request for request in requests if request["max_new_tokens"] > step]
         context = round(statistics.mean(len(request["ids"]) + step for request in going))
         nbytes += decode.bytes_a_step(text, len(going), context, text.num_experts_per_tok, itemsize)
     return operations / run.machine.operations_per_second + nbytes / run.reading

@@ -13,7 +13,7 @@ import torch  # isort: skip
 
 
 def test_every_layer_adds_the_same_to_a_step():
-    one, two, three = (launches.count_steps("torch", 2, layers, room=6) for layers in (1, 2, 3))
+    one, two, three = (launches.count_steps("torch", 2, layers, max_new_tokens=6) for layers in (1, 2, 3))
     for name in ("launches", "device_waits", "event_waits"):
         counted = [getattr(each, name) for each in (one, two, three)]
         assert launches.carried_on(counted[0], counted[1], 3) == counted[2]
@@ -24,12 +24,12 @@ def test_every_layer_adds_the_same_to_a_step():
 
 @pytest.mark.parametrize("sequences", [1, 5])
 def test_no_layer_waits_where_products_are_not_grouped(sequences: int):
-    one, two = (launches.count_steps("torch, sm_80", sequences, layers, room=6) for layers in (1, 2))
+    one, two = (launches.count_steps("torch, sm_80", sequences, layers, max_new_tokens=6) for layers in (1, 2))
     assert one.device_waits == two.device_waits
 
 
 def test_kernels_take_few_launches_and_no_layer_waits():
-    one, two = (launches.count_steps("kernels", 1, layers, room=4) for layers in (1, 2))
+    one, two = (launches.count_steps("kernels", 1, layers, max_new_tokens=4) for layers in (1, 2))
     assert launches.carried_on(one.launches, two.launches) <= 300
     assert one.device_waits == two.device_waits
 

@@ -50,12 +50,12 @@ def engine(model) -> Iterator[Engine]:
 
 
 class Listener:
-    """A guide that takes ``room`` tokens and keeps them."""
+    """A guide that takes ``max_new_tokens`` tokens and keeps them."""
 
     text_only = False
 
-    def __init__(self, room: int, sampling: Sampling | None = None):
-        self.room, self.sampling = room, sampling or Sampling(0, 1, 0, 0)
+    def __init__(self, max_new_tokens: int, sampling: Sampling | None = None):
+        self.max_new_tokens, self.sampling = max_new_tokens, sampling or Sampling(0, 1, 0, 0)
         self.tokens: list[int] = []
         self.error: Exception | None = None
         self.over = threading.Event()
@@ -65,7 +65,7 @@ class Listener:
 
     def take(self, token: int) -> int | None:
         self.tokens.append(token)
-        if len(self.tokens) < self.room:
+        if len(self.tokens) < self.max_new_tokens:
             return token
         self.over.set()
         return None
@@ -84,8 +84,8 @@ class Listener:
 class Held(Listener):
     """Waits, with the engine, in its fourth token until it is let go."""
 
-    def __init__(self, room: int):
-        super().__init__(room)
+    def __init__(self, max_new_tokens: int):
+        super().__init__(max_new_tokens)
         self.reached, self.let_go = threading.Event(), threading.Event()
 
     def take(self, token: int) -> int | None:
@@ -109,10 +109,15 @@ def with_image(picture: Patches, seed: int = 0) -> tuple[list[int], list[Patches
 
 
 def send(
-    engine: Engine, ids: Sequence[int], patches: Sequence[Patches] = (), room: int = 10, sampling=None, **options
+    engine: Engine,
+    ids: Sequence[int],
+    patches: Sequence[Patches] = (),
+    max_new_tokens: int = 10,
+    sampling=None,
+    **options,
 ) -> tuple[Listener, Ticket]:
-    listener = Listener(room, sampling)
-    return listener, engine.submit(ids, patches, room, listener, **options)
+    listener = Listener(max_new_tokens, sampling)
+    return listener, engine.submit(ids, patches, max_new_tokens, listener, **options)
 
 
 def ask(engine: Engine, *request, **options) -> list[int]:
@@ -141,7 +146,7 @@ def test_the_engine_gives_what_the_plain_loop_gives(model, engine):
     for ids, patches in some_requests():
         pixels = torch.from_numpy(patches[0].pixel_values) if patches else None
         plain = greedy(model, [Prompt(ids, pixels, [p.grid for p in patches])], frozenset(), 12)[0]
-        assert ask(engine, ids, patches, room=12) == plain
+        assert ask(engine, ids, patches, max_new_tokens=12) == plain
 
 
 def test_company_changes_nothing(model, engine):
@@ -205,7 +210,7 @@ def test_a_picture_is_encoded_once(engine, monkeypatch):
 @pytest.mark.parametrize("fault", ["raises", "memory", "not finite", "cancelled", "late", "guide"])
 def test_a_neighbour_that_fails_changes_nothing(model, engine, monkeypatch, fault):
     requests = some_requests()[:4]
-    alone = [ask(engine, ids, patches, room=25) for ids, patches in requests]
+    alone = [ask(engine, ids, patches, max_new_tokens=25) for ids, patches in requests]
     settle(engine)
     bad_ids, bad_patches = with_image(image(4, 4, 77))
     forward, listeners = Engine._forward, []
@@ -230,7 +235,7 @@ def test_a_neighbour_that_fails_changes_nothing(model, engine, monkeypatch, faul
     monkeypatch.setattr(Engine, "_forward", faulty)
     bad = {"guide": Rude, "cancelled": Held}.get(fault, Listener)(30)  # the first, so that it has page 0
     ticket = engine.submit(bad_ids, bad_patches, 30, bad, seconds=0.0 if fault == "late" else 60)
-    listeners = [send(engine, ids, patches, room=25)[0] for ids, patches in requests]
+    listeners = [send(engine, ids, patches, max_new_tokens=25)[0] for ids, patches in requests]
     if isinstance(bad, Held):
         assert bad.reached.wait(300)
         engine.cancel(ticket)
@@ -245,7 +250,7 @@ def test_a_neighbour_that_fails_changes_nothing(model, engine, monkeypatch, faul
             bad.result()
     assert engine.healthy()
     monkeypatch.undo()
-    assert ask(engine, *requests[0], room=25) == alone[0]
+    assert ask(engine, *requests[0], max_new_tokens=25) == alone[0]
 
 
 def test_values_that_are_not_finite_do_not_outlive_their_request(model):
@@ -253,11 +258,11 @@ def test_values_that_are_not_finite_do_not_outlive_their_request(model):
     engine = Engine(
         model, 1024, EngineOptions(page_size=8, max_num_seqs=2, max_num_batched_tokens=16, cache_bytes=1 << 16)
     )
-    right = ask(engine, ids_of(9), room=6)
+    right = ask(engine, ids_of(9), max_new_tokens=6)
     settle(engine)
     engine._cache.entries.fill_(float("nan"))
     engine.scheduler.pool = type(engine.scheduler.pool)(engine.scheduler.pool.count)
-    together = [send(engine, ids_of(9), room=6)[0], send(engine, ids_of(30, 4), room=6)[0]]
+    together = [send(engine, ids_of(9), max_new_tokens=6)[0], send(engine, ids_of(30, 4), max_new_tokens=6)[0]]
     assert together[0].result() == right
     together[1].result()
     engine.close()
@@ -272,10 +277,10 @@ def test_more_than_the_queue_holds_is_refused_at_once(model):
     held = Held(10)
     engine.submit(ids_of(5), [], 10, held)
     assert held.reached.wait(300)
-    waiting = [send(engine, ids_of(5), room=3)[0] for _ in range(3)]
+    waiting = [send(engine, ids_of(5), max_new_tokens=3)[0] for _ in range(3)]
     for _ in range(5):
         with pytest.raises(UserError, match="E_OVERLOADED"):
-            send(engine, ids_of(5), room=3)
+            send(engine, ids_of(5), max_new_tokens=3)
     held.let_go.set()
     assert [len(listener.result()) for listener in waiting] == [3] * 3
     settle(engine)
@@ -284,7 +289,7 @@ def test_more_than_the_queue_holds_is_refused_at_once(model):
 
 def test_what_can_never_fit_is_refused(engine):
     with pytest.raises(UserError, match="E_PROMPT_TOO_LONG"):
-        send(engine, ids_of(5), room=engine.scheduler.pool.count * 8)
+        send(engine, ids_of(5), max_new_tokens=engine.scheduler.pool.count * 8)
 
 
 def test_placeholders_and_pictures_must_agree(engine):
@@ -316,7 +321,7 @@ def test_when_the_thread_dies_every_caller_is_told(model, monkeypatch):
     def broken() -> list[Work]:
         raise KeyError("planted")
 
-    first, _ = send(engine, ids_of(5), room=500)
+    first, _ = send(engine, ids_of(5), max_new_tokens=500)
     while not first.tokens:
         time.sleep(0.001)
     monkeypatch.setattr(engine.scheduler, "plan", broken)
@@ -337,7 +342,7 @@ def test_when_the_thread_dies_every_caller_is_told(model, monkeypatch):
 def test_closing_lets_what_runs_finish(model):
     before = threading.active_count()
     engine = Engine(model, 1024, SMALL)
-    sent = [send(engine, ids_of(5, seed), room=30)[0] for seed in range(8)]
+    sent = [send(engine, ids_of(5, seed), max_new_tokens=30)[0] for seed in range(8)]
     engine.close()
     assert all(len(listener.tokens) == 30 for listener in sent)
     assert threading.active_count() == before
@@ -376,7 +381,7 @@ def test_a_caller_who_is_stopped_while_it_sends_leaves_nothing_running(engine):
         stopped = stopped_after(calls, lambda held=tickets, by=listener: held.append(engine.submit([1], [], 500, by)))
         for ticket in tickets:
             engine.cancel(ticket)
-        assert len(ask(engine, ids_of(4), room=3)) == 3
+        assert len(ask(engine, ids_of(4), max_new_tokens=3)) == 3
         settle(engine)
         assert len(listener.tokens) < 500
         if not stopped:
@@ -386,12 +391,12 @@ def test_a_caller_who_is_stopped_while_it_sends_leaves_nothing_running(engine):
 
 def test_after_a_caller_who_is_stopped_while_it_cancels_the_next_one_is_heard(engine):
     for calls in itertools.count(1):
-        listener, ticket = send(engine, ids_of(4), room=3)
+        listener, ticket = send(engine, ids_of(4), max_new_tokens=3)
         listener.result()
         settle(engine)
         stopped = stopped_after(calls, lambda held=ticket: engine.cancel(held))
         time.sleep(0.05)  # the engine waits again
-        assert len(ask(engine, ids_of(4), room=3)) == 3
+        assert len(ask(engine, ids_of(4), max_new_tokens=3)) == 3
         if not stopped:
             break
     assert calls > 2
@@ -413,7 +418,7 @@ def test_a_caller_who_is_stopped_while_it_waits_for_the_lock_leaves_it_free(engi
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(Stopped))
     thread.join()
     assert ended == ["stopped"]
-    assert len(ask(engine, ids_of(4), room=3)) == 3
+    assert len(ask(engine, ids_of(4), max_new_tokens=3)) == 3
 
 
 def test_a_step_reads_the_context_in_use_and_not_the_capacity(model):
@@ -443,7 +448,7 @@ def test_random_traffic_from_many_threads(model, engine):
     """Good, cancelled and refused requests at once: the good ones are as alone, and all memory comes back."""
     rng = random.Random(4)
     requests = some_requests()
-    alone = [ask(engine, ids, patches, room=15) for ids, patches in requests]
+    alone = [ask(engine, ids, patches, max_new_tokens=15) for ids, patches in requests]
     wrong: list[object] = []
 
     def caller(seed: int) -> None:
@@ -451,7 +456,7 @@ def test_random_traffic_from_many_threads(model, engine):
         for _ in range(12):
             which = own.randrange(len(requests))
             try:
-                listener, ticket = send(engine, *requests[which], room=15)
+                listener, ticket = send(engine, *requests[which], max_new_tokens=15)
             except UserError:
                 continue
             if own.random() < 0.4:

@@ -125,8 +125,8 @@ def set_trap(trap: Trap, phase: str) -> None:
         trap.at(PagedCache, "step", lambda cache, chunks: any(chunk.pages is trap.pages() for chunk in chunks))
 
 
-def company(engine: Engine, room: int = 12) -> list[Listener]:
-    return [send(engine, ids, patches, room=room)[0] for ids, patches in some_requests()[:3]]
+def company(engine: Engine, max_new_tokens: int = 12) -> list[Listener]:
+    return [send(engine, ids, patches, max_new_tokens=max_new_tokens)[0] for ids, patches in some_requests()[:3]]
 
 
 PHASES = ["vision", "image cache", "embedding", "prefill", "logits", "draw", "clear", "page table"]
@@ -316,7 +316,7 @@ def accelerator_error(code: int | None = 700) -> Exception:
 def test_a_lost_device_ends_the_engine_and_everybody_is_told(engine, monkeypatch, seam):
     if seam in ("read", "launch") and engine._static is None:
         return
-    running = company(engine, room=500)
+    running = company(engine, max_new_tokens=500)
     while not all(listener.tokens for listener in running):
         time.sleep(0.001)
     trap = Trap(monkeypatch, accelerator_error)
@@ -427,7 +427,7 @@ def test_everybody_is_told_of_the_end_also_behind_one_who_cannot_be(model, monke
     rude = Guided("fail", ValueError("planted"))
     with engine._lock:
         engine.submit(ids_of(6), [], 30, rude)
-        others = company(engine, room=30)
+        others = company(engine, max_new_tokens=30)
         monkeypatch.setattr(Scheduler, "plan", lambda self: {}["planted"])
     for listener in [rude, *others]:
         with pytest.raises(KeyError):
@@ -454,7 +454,7 @@ def test_a_thread_that_the_system_refuses_is_started_with_the_next_request(model
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="can't start"):
         patch.setattr(threading.Thread, "start", lambda self: exec('raise RuntimeError("can\'t start new thread")'))
         send(engine, ids_of(5))
-    assert len(ask(engine, ids_of(5), room=4)) == 4
+    assert len(ask(engine, ids_of(5), max_new_tokens=4)) == 4
     settle(engine)
     engine.close()
 

@@ -193,11 +193,11 @@ def test_prompts_and_pictures_give_the_same_tokens(name, installed, monkeypatch)
     stand_in = Flash2() if name == "flash_attn" else Flash4()
     installed((9, 0), **{name.replace(".", "_"): stand_in})
     engine = Engine(loader.load(CHECKPOINT, dtype=torch.float32), 1024, replace(SMALL, reuse=False))
-    wanted = [ask(engine, *request, room=5) for request in some_requests()]
+    wanted = [ask(engine, *request, max_new_tokens=5) for request in some_requests()]
     assert not stand_in.calls
     monkeypatch.setattr(flash, "usable", lambda states: True)
     engine._embeddings._kept.clear()
-    assert [ask(engine, *request, room=5) for request in some_requests()] == wanted
+    assert [ask(engine, *request, max_new_tokens=5) for request in some_requests()] == wanted
     assert {"func", "varlen"} <= set(stand_in.calls)
     engine.close()
 

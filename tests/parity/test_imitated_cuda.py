@@ -303,7 +303,7 @@ def test_a_mistake_is_reported(folder, machine, monkeypatch, mistake, kind, devi
     with contextlib.suppress(Exception), engine_of(load(folder, device), "captured", small) as engine:
         for ask in some_asks(2)[::-1]:
             with contextlib.suppress(Exception):
-                send(engine, replace(ask, room=8)).result()
+                send(engine, replace(ask, max_new_tokens=8)).result()
     assert kind in {finding.kind for finding in machine.findings}, machine.findings
 
 

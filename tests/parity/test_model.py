@@ -39,7 +39,7 @@ def test_decoding_equals_prefill(model):
     """The absorbed form over latents gives what the expanded form gives over the whole text."""
     ids = some_ids(24)
     whole = model(torch.tensor([ids]))[0]
-    session = Session(model, [Prompt(ids[:9])], room=15)
+    session = Session(model, [Prompt(ids[:9])], max_new_tokens=15)
     assert (session.logits[0] - whole[8]).abs().max() < 5e-5
     for position in range(9, 24):
         assert (session.step([ids[position]])[0] - whole[position]).abs().max() < 5e-5
@@ -75,7 +75,7 @@ def test_the_cache_is_latent_and_refuses_more_than_it_holds(model):
     text = model.config.text_config
     cache = LatentCache(text, 2, 10, dtype=torch.bfloat16)
     assert cache.nbytes == text.num_hidden_layers * 2 * 10 * (text.kv_lora_rank + text.qk_rope_head_dim) * 2
-    session = Session(model, [Prompt(some_ids(4))], room=1)
+    session = Session(model, [Prompt(some_ids(4))], max_new_tokens=1)
     session.step([1])
     with pytest.raises(ValueError, match="capacity"):
         session.step([1])

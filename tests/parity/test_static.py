@@ -158,9 +158,11 @@ def test_the_engine_with_kernels_gives_the_same_tokens(model, plain, monkeypatch
     engine = Engine(copy.deepcopy(model), 1024, SMALL)
     assert engine._decoder._ops.name == "triton" and engine._static is None
     requests = [some_requests()[index] for index in (2, 6, 8)]
-    sent = [send(engine, *request, room=4, sampling=SAMPLINGS[n])[0] for n, request in enumerate(requests)]
+    sent = [send(engine, *request, max_new_tokens=4, sampling=SAMPLINGS[n])[0] for n, request in enumerate(requests)]
     found = [listener.result() for listener in sent]
-    assert found == [ask(plain, *request, room=4, sampling=SAMPLINGS[n]) for n, request in enumerate(requests)]
+    assert found == [
+        ask(plain, *request, max_new_tokens=4, sampling=SAMPLINGS[n]) for n, request in enumerate(requests)
+    ]
     engine.close()
 
 
@@ -182,8 +184,8 @@ def test_kernels_and_graphs_are_chosen_by_variables(model, monkeypatch):
 
 def test_company_changes_nothing(plain, engine):
     requests = [(ids, patches, SAMPLINGS[n % 4]) for n, (ids, patches) in enumerate(some_requests())]
-    alone = [ask(plain, ids, patches, room=25, sampling=sampling) for ids, patches, sampling in requests]
-    sent = [send(engine, ids, patches, room=25, sampling=sampling)[0] for ids, patches, sampling in requests]
+    alone = [ask(plain, ids, patches, max_new_tokens=25, sampling=sampling) for ids, patches, sampling in requests]
+    sent = [send(engine, ids, patches, max_new_tokens=25, sampling=sampling)[0] for ids, patches, sampling in requests]
     assert [listener.result() for listener in sent] == alone
     settle(engine)
 
@@ -193,7 +195,7 @@ def test_a_step_begins_before_the_last_one_is_read(engine, monkeypatch):
     launch, read = StaticDecoder.launch, graphs.Launched.read
     monkeypatch.setattr(StaticDecoder, "launch", lambda *given: order.append("launch") or launch(*given))
     monkeypatch.setattr(graphs.Launched, "read", lambda self: order.append("read") or read(self))
-    ask(engine, ids_of(5), room=6)
+    ask(engine, ids_of(5), max_new_tokens=6)
     # the first token comes with the prompt, and the last step has no one after it
     assert order == ["launch", *["launch", "read"] * 4, "read"]
 
@@ -201,8 +203,8 @@ def test_a_step_begins_before_the_last_one_is_read(engine, monkeypatch):
 class Contrary(Listener):
     """Forces some tokens, puts others in the place of drawn ones, and rules some out."""
 
-    def __init__(self, room: int):
-        super().__init__(room, Sampling(1.2, 1, 0, 3))
+    def __init__(self, max_new_tokens: int):
+        super().__init__(max_new_tokens, Sampling(1.2, 1, 0, 3))
 
     @property
     def text_only(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -223,7 +225,7 @@ def test_what_a_guide_decides_is_obeyed_by_steps_begun_early(plain, engine, monk
     for each in (plain, engine):
         listeners = [Contrary(20), Listener(20), Contrary(13), Listener(9, SAMPLINGS[2])]
         for number, listener in enumerate(listeners):
-            each.submit(ids_of(6 + 5 * number, number), [], listener.room, listener)
+            each.submit(ids_of(6 + 5 * number, number), [], listener.max_new_tokens, listener)
         found.append([listener.result() for listener in listeners])
     assert found[0] == found[1]
     assert all(token < 30 for token in found[1][0][3:5])
@@ -234,7 +236,7 @@ def test_what_a_guide_decides_is_obeyed_by_steps_begun_early(plain, engine, monk
 @pytest.mark.parametrize("fault", ["not finite", "cancelled", "late", "guide", "launch", "early launch"])
 def test_a_neighbour_that_fails_changes_nothing(plain, engine, monkeypatch, fault, caplog):
     requests = some_requests()[:3]
-    alone = [ask(plain, ids, patches, room=25) for ids, patches in requests]
+    alone = [ask(plain, ids, patches, max_new_tokens=25) for ids, patches in requests]
     launch = StaticDecoder.launch
 
     class Rude(Listener):
@@ -256,7 +258,7 @@ def test_a_neighbour_that_fails_changes_nothing(plain, engine, monkeypatch, faul
     bad = {"guide": Rude, "cancelled": Held}.get(fault, Listener)(30, *[sampled] * (fault == "not finite"))
     monkeypatch.setattr(StaticDecoder, "launch", faulty)
     ticket = engine.submit(*with_image(image(4, 4, 77)), 30, bad, seconds=0.0 if fault == "late" else 60)
-    listeners = [send(engine, ids, patches, room=25)[0] for ids, patches in requests]
+    listeners = [send(engine, ids, patches, max_new_tokens=25)[0] for ids, patches in requests]
     if isinstance(bad, Held):
         assert bad.reached.wait(300)
         engine.cancel(ticket)
@@ -287,10 +289,10 @@ def test_entries_of_steps_that_did_not_count_reach_nobody(model, plain):
 
 
 def test_new_requests_do_not_wait_for_those_that_run(engine):
-    long, ticket = send(engine, ids_of(5), room=engine.scheduler.pool.count * 4)
+    long, ticket = send(engine, ids_of(5), max_new_tokens=engine.scheduler.pool.count * 4)
     while not long.tokens:
         time.sleep(0.001)
-    assert len(ask(engine, ids_of(7), room=5)) == 5
+    assert len(ask(engine, ids_of(7), max_new_tokens=5)) == 5
     assert not long.over.is_set()
     engine.cancel(ticket)
     settle(engine)
@@ -360,7 +362,7 @@ def test_without_a_capture_steps_are_called_and_one_line_says_so(model, plain, c
         engine = with_buffers(model, fail)
         assert engine._static is not None
         engine._static.prepare()
-        assert ask(engine, ids_of(9), room=12) == ask(plain, ids_of(9), room=12)
+        assert ask(engine, ids_of(9), max_new_tokens=12) == ask(plain, ids_of(9), max_new_tokens=12)
     assert [record.getMessage() for record in caplog.records] == [
         f"no graphs of steps with {kind} sampling (RuntimeError): they are called" for kind in ("plain", "greedy")
     ]

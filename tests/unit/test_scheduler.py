@@ -31,7 +31,7 @@ def step(scheduler: Scheduler) -> list[Work]:
 
 def run(scheduler: Scheduler, request: Request) -> None:
     scheduler.add(request)
-    while request.computed < request.prompt_length + request.room - 1:
+    while request.computed < request.prompt_length + request.max_new_tokens - 1:
         step(scheduler)
     scheduler.remove(request)
 
@@ -193,7 +193,7 @@ def test_random_traffic_loses_no_page_shares_none_wrongly_and_lets_nobody_starve
             except QueueFull:
                 assert len(scheduler.waiting) == 30
             except NeverFits:
-                assert len(prompt) + request.room > pages * PAGE
+                assert len(prompt) + request.max_new_tokens > pages * PAGE
         order = list(scheduler.waiting)
         works = scheduler.plan()
         assert list(scheduler.waiting) == order[len(order) - len(scheduler.waiting) :]  # nobody is overtaken
@@ -217,7 +217,7 @@ def test_random_traffic_loses_no_page_shares_none_wrongly_and_lets_nobody_starve
             if work.complete:
                 work.request.ids.append(rng.randint(0, 1))
         for request in list(alive):
-            done = len(request.ids) >= request.prompt_length + request.room
+            done = len(request.ids) >= request.prompt_length + request.max_new_tokens
             if done or rng.random() < 0.01:
                 scheduler.remove(request, forget=rng.random() < 0.1)
                 alive.remove(request)

@@ -134,7 +134,7 @@ def test_mixed_operations_give_the_same_tokens(refused, model, monkeypatch):
     mixed = Engine(copy.deepcopy(model), 1024, SMALL)
     assert mixed._decoder._ops.name == "mixed"
     ids, patches = some_requests()[2]
-    assert ask(mixed, ids, patches, room=3) == ask(plain, ids, patches, room=3)
+    assert ask(mixed, ids, patches, max_new_tokens=3) == ask(plain, ids, patches, max_new_tokens=3)
     mixed.close()
     plain.close()
 
@@ -248,4 +248,4 @@ def test_a_first_request_that_fails_fails_the_setup(fault, model, monkeypatch):
         warm_up.warm_up(engine, seconds=0.1 if fault == "never" else 60)
     let_go.set()
     with pytest.raises(RuntimeError, match="stopped"):
-        ask(engine, [1, 2], [], room=1)
+        ask(engine, [1, 2], [], max_new_tokens=1)
