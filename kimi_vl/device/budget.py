@@ -38,8 +38,8 @@ def cache_bytes(
     """What of ``free`` bytes of a GPU the cache may take; 0 where steps need all of it.
 
     Steps are of at most ``sequences`` sequences and ``max_num_batched_tokens`` tokens, and ``images`` bytes of image
-    vectors are kept. A prompt's chunk needs memory for each token that it looks at, and can look at no more than the cache holds,
-    which with little memory is less than the model's context.
+    vectors are kept. A prompt's chunk needs memory for each token that it attends to, and can attend to no more than
+    the cache holds, which with little memory is less than the model's context.
     """
     left = free * SHARE - LIBRARIES - images - drawing_bytes(config, sequences)
     entry, seen = config.kv_values_per_token * dtype.itemsize, attention_bytes(config, dtype, max_num_batched_tokens)

@@ -57,7 +57,7 @@ class EngineOptions:
     max_waiting: int = 256
     cache_bytes: int = 0
     embedding_bytes: int = 256 << 20
-    reuse: bool = True
+    prefix_caching: bool = True
 
     def use(self, config: TextConfig, dtype: torch.dtype) -> kernels.Use:
         """What this asks of the decoder's operations."""
@@ -110,7 +110,7 @@ class Engine:
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             max_waiting=options.max_waiting,
-            reuse=options.reuse,
+            prefix_caching=options.prefix_caching,
         )
         self._embeddings = EmbeddingCache(options.embedding_bytes)
         self._faults = Faults(self._device)
@@ -367,7 +367,7 @@ class Engine:
         return parts
 
     def _embed(self, patches: Patches) -> Tensor:
-        found = self._embeddings.find(patches.digest)
+        found = self._embeddings.lookup(patches.digest)
         if found is None:
             pixels = torch.from_numpy(patches.pixel_values).to(self.model.device)
             found = self.model.encode_images(pixels, [patches.grid])
@@ -458,12 +458,12 @@ class Engine:
 
     # Ends
 
-    def _release(self, request: Request, forget: bool = False) -> Ticket:
-        self.scheduler.remove(request, forget)
+    def _release(self, request: Request, evict: bool = False) -> Ticket:
+        self.scheduler.remove(request, evict)
         return self._tickets.pop(request)
 
     def _fail(self, request: Request, error: BaseException) -> None:
-        self._release(request, forget=True).fail(error)
+        self._release(request, evict=True).fail(error)
 
     def _fail_alone(self, request: Request, failure: Exception) -> None:
         """A request has failed in a step of its own."""
@@ -502,7 +502,7 @@ class Engine:
             del self._tickets[request]
             self._embeddings.drop(picture.digest)
             for page in request.pages:
-                pool.give_back(page)
+                pool.release(page)
 
     def _break(self, error: BaseException) -> None:
         """The thread cannot go on: every caller is told."""

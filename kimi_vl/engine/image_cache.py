@@ -15,7 +15,7 @@ class EmbeddingCache:
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
         self.nbytes = 0
 
-    def find(self, digest: bytes) -> Tensor | None:
+    def lookup(self, digest: bytes) -> Tensor | None:
         if digest in self._kept:
             self._kept.move_to_end(digest)
         return self._kept.get(digest)

@@ -33,13 +33,13 @@ class PagePool:
             page = self._free.pop()
         elif self._unused:
             page, _ = self._unused.popitem(last=False)
-            self.forget(page)
+            self.evict(page)
         else:
             raise MemoryError("no page is left")
         self._holders[page] = 1
         return page
 
-    def find(self, key: bytes) -> int | None:
+    def lookup(self, key: bytes) -> int | None:
         """The page remembered under ``key``, with one holder more; None where there is none."""
         page = self._pages.get(key)
         if page is not None:
@@ -47,13 +47,13 @@ class PagePool:
             self._holders[page] += 1
         return page
 
-    def remember(self, page: int, key: bytes) -> None:
+    def register(self, page: int, key: bytes) -> None:
         """The page is full now and may be shared. If another page has this key already, that one stays known."""
         if self._keys[page] is None and key not in self._pages:
             self._keys[page] = key
             self._pages[key] = page
 
-    def give_back(self, page: int) -> None:
+    def release(self, page: int) -> None:
         """One holder less."""
         if self._holders[page] < 1:
             raise ValueError(f"page {page} has no holder")
@@ -64,7 +64,7 @@ class PagePool:
             else:
                 self._unused[page] = None
 
-    def forget(self, page: int) -> None:
+    def evict(self, page: int) -> None:
         """What the page holds is not to be found again; its holders keep it."""
         key = self._keys[page]
         if key is not None:

@@ -33,7 +33,7 @@ class Request:
     images: Sequence[Span] = ()
     prompt_length: int = field(init=False)
     computed: int = 0  # tokens whose entries are in the cache
-    reused: int = 0  # of them, those that were there before
+    num_cached_tokens: int = 0  # of them, those that were there before
     pages: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)  # of the full pages, as far as they are known
 
@@ -79,16 +79,16 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_waiting: int,
-        reuse: bool = True,
+        prefix_caching: bool = True,
     ):
         if not 0 < max_num_seqs <= max_num_batched_tokens:
             raise ValueError("every running request must have its token in a step")
         self.pool, self.page_size = pool, page_size
-        self.max_num_seqs, self.max_num_batched_tokens, self.max_waiting, self.reuse = (
+        self.max_num_seqs, self.max_num_batched_tokens, self.max_waiting, self.prefix_caching = (
             max_num_seqs,
             max_num_batched_tokens,
             max_waiting,
-            reuse,
+            prefix_caching,
         )
         # pages that were taken and not cleared: what they hold is nobody's. Whoever clears one takes it out of here.
         self.fresh: set[int] = set()
@@ -145,20 +145,20 @@ class Scheduler:
         """The entries of a work are in the cache now; its full pages may be shared from here on."""
         request = work.request
         request.computed = work.end
-        if not self.reuse:
+        if not self.prefix_caching:
             return
         for index in range(len(request.keys), request.computed // self.page_size):
             request.keys.append(self._key(request, index))
         for index in range(work.begin // self.page_size, request.computed // self.page_size):
-            self.pool.remember(request.pages[index], request.keys[index])
+            self.pool.register(request.pages[index], request.keys[index])
 
-    def remove(self, request: Request, forget: bool = False) -> None:
-        """A request is over, whatever it was doing; its pages are given back, and not used again if ``forget``."""
+    def remove(self, request: Request, evict: bool = False) -> None:
+        """A request is over, whatever it was doing; its pages are given back, and not used again if ``evict``."""
         if request in self.running:
             for page in reversed(request.pages):  # the end of a sequence is the first to be given away
-                if forget:
-                    self.pool.forget(page)
-                self.pool.give_back(page)
+                if evict:
+                    self.pool.evict(page)
+                self.pool.release(page)
             request.pages = []
             self.running.remove(request)  # at last: whoever finds nothing running finds every page
         elif request in self.waiting:
@@ -167,12 +167,12 @@ class Scheduler:
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
-            if self.reuse:
-                self._reuse(request)
+            if self.prefix_caching:
+                self._match_prefix(request)
             if self.pool.available - self._owed(self.running) < self._owed([request]):
                 for page in request.pages:
-                    self.pool.give_back(page)
-                request.pages, request.computed, request.reused = [], 0, 0
+                    self.pool.release(page)
+                request.pages, request.computed, request.num_cached_tokens = [], 0, 0
                 return
             self.running.append(self.waiting.popleft())
 
@@ -183,16 +183,16 @@ class Scheduler:
             for request in requests
         )
 
-    def _reuse(self, request: Request) -> None:
+    def _match_prefix(self, request: Request) -> None:
         """Begin with the pages that hold the same tokens already; the last token is always computed."""
         for index in range((len(request.ids) - 1) // self.page_size):
             if index == len(request.keys):
                 request.keys.append(self._key(request, index))
-            page = self.pool.find(request.keys[index])
+            page = self.pool.lookup(request.keys[index])
             if page is None:
                 break
             request.pages.append(page)
-        request.computed = request.reused = len(request.pages) * self.page_size
+        request.computed = request.num_cached_tokens = len(request.pages) * self.page_size
 
     def _extend(self, request: Request, end: int) -> None:
         while len(request.pages) < self._page_count(end):

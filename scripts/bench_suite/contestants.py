@@ -27,8 +27,8 @@ NAMES = ("kimi_vl", "transformers", "vllm")
 
 class Contestant(Protocol):
     def decode(self, ids: Sequence[list[int]], max_new_tokens: int) -> dict[str, Any]:
-        """``max_new_tokens`` after each of some prompts of one length: ``first``, seconds to the first token of the last
-        sequence, and ``step``, seconds a token after that."""
+        """``max_new_tokens`` after each of some prompts of one length: ``first``, seconds to the first token of the
+        last sequence, and ``step``, seconds a token after that."""
         ...
 
     def mixed(self, requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def _kimi_vl(args: argparse.Namespace) -> tuple[str, Contestant]:
     if args.threads:
         torch.set_num_threads(args.threads)
     model = loader.load(args.folder, dtype=getattr(torch, args.dtype), device=torch.device(args.device))
-    options = EngineOptions(reuse=False, max_num_seqs=args.rows, embedding_bytes=0)
+    options = EngineOptions(prefix_caching=False, max_num_seqs=args.rows, embedding_bytes=0)
     engine = Engine(model, model.config.text_config.vocab_size, options)
 
     class KimiVL:

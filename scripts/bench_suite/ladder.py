@@ -64,7 +64,9 @@ def engine(model: KimiVL, rung: str, rehearsal: bool, max_num_seqs: int = 128) -
     """An engine on a rung; nothing of earlier requests is used again. A rehearsal calls what a GPU replays."""
     os.environ[kernels.VARIABLE], os.environ[graphs.VARIABLE] = RUNGS[rung]
     rows, gigabytes = (4, 0.02) if rehearsal else (max_num_seqs, 12)
-    options = EngineOptions(reuse=False, max_num_seqs=rows, cache_bytes=int(gigabytes * 1e9), embedding_bytes=0)
+    options = EngineOptions(
+        prefix_caching=False, max_num_seqs=rows, cache_bytes=int(gigabytes * 1e9), embedding_bytes=0
+    )
     made = Engine(model, model.config.text_config.vocab_size, options)
     if rehearsal and rung == "graphs":
         assert isinstance(made._decoder, FusedDecoder)

@@ -175,18 +175,22 @@ def test_chunks_and_pages_of_any_size_change_nothing(model, engine, max_num_batc
 
 
 def test_what_was_computed_before_is_used_again_and_changes_nothing(model, engine):
-    fresh = Engine(model, 1024, EngineOptions(page_size=8, max_num_batched_tokens=64, cache_bytes=1 << 20, reuse=False))
+    fresh = Engine(
+        model, 1024, EngineOptions(page_size=8, max_num_batched_tokens=64, cache_bytes=1 << 20, prefix_caching=False)
+    )
     ids, patches = with_image(image(6, 8, 1), 2)
     ids += ids_of(30, 3)
     for tail in ([], [5], ids_of(9, 8), ids_of(20, 9)):
         listener, ticket = send(engine, ids + tail, patches)
         assert listener.result() == ask(fresh, ids + tail, patches)
-        assert ticket.request.reused == (len(ids) // 8 * 8 if tail else 0)
+        assert ticket.request.num_cached_tokens == (len(ids) // 8 * 8 if tail else 0)
     fresh.close()
 
 
 def test_pictures_of_equal_size_are_never_mistaken(engine, model):
-    fresh = Engine(model, 1024, EngineOptions(page_size=8, max_num_batched_tokens=64, cache_bytes=1 << 20, reuse=False))
+    fresh = Engine(
+        model, 1024, EngineOptions(page_size=8, max_num_batched_tokens=64, cache_bytes=1 << 20, prefix_caching=False)
+    )
     answers = set()
     for seed in range(4):
         ids, patches = with_image(image(6, 8, seed))

@@ -192,7 +192,7 @@ def test_what_the_check_at_start_refuses_is_not_tried_again(installed, monkeypat
 def test_prompts_and_pictures_give_the_same_tokens(name, installed, monkeypatch):
     stand_in = Flash2() if name == "flash_attn" else Flash4()
     installed((9, 0), **{name.replace(".", "_"): stand_in})
-    engine = Engine(loader.load(CHECKPOINT, dtype=torch.float32), 1024, replace(SMALL, reuse=False))
+    engine = Engine(loader.load(CHECKPOINT, dtype=torch.float32), 1024, replace(SMALL, prefix_caching=False))
     wanted = [ask(engine, *request, max_new_tokens=5) for request in some_requests()]
     assert not stand_in.calls
     monkeypatch.setattr(flash, "usable", lambda states: True)

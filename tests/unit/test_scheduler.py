@@ -61,11 +61,11 @@ def test_pages_of_equal_prompts_are_shared_and_the_last_token_is_computed():
     again = Request(list(range(16)), 3)
     scheduler.add(again)
     first = step(scheduler)[0]
-    assert (again.reused, first.begin, first.end) == (12, 12, 16)
+    assert (again.num_cached_tokens, first.begin, first.end) == (12, 12, 16)
     longer = Request(list(range(16)) + [99] * 5, 3)
     scheduler.add(longer)
     step(scheduler)
-    assert longer.reused == 16 and longer.pages[:4] == pages
+    assert longer.num_cached_tokens == 16 and longer.pages[:4] == pages
     assert again.pages[:3] == pages[:3] and again.pages[3] not in pages, "what it computes it writes into its own page"
 
 
@@ -75,18 +75,18 @@ def test_a_different_beginning_shares_nothing():
     other = Request([6, *range(1, 16)], 1)
     scheduler.add(other)
     step(scheduler)
-    assert other.reused == 0
+    assert other.num_cached_tokens == 0
 
 
-@pytest.mark.parametrize(("first", "second", "reused"), [(b"a", b"a", 12), (b"a", b"b", 0)])
-def test_pictures_of_equal_size_share_only_when_they_are_the_same(first, second, reused):
+@pytest.mark.parametrize(("first", "second", "cached"), [(b"a", b"a", 12), (b"a", b"b", 0)])
+def test_pictures_of_equal_size_share_only_when_they_are_the_same(first, second, cached):
     scheduler = make()
     ids = [1, 2, *[50] * 10, 3, 4]
     run(scheduler, Request(list(ids), 1, [Span(2, 12, first)]))
     other = Request(list(ids), 1, [Span(2, 12, second)])
     scheduler.add(other)
     step(scheduler)
-    assert other.reused == reused
+    assert other.num_cached_tokens == cached
 
 
 def test_the_place_inside_a_picture_counts():
@@ -96,16 +96,16 @@ def test_the_place_inside_a_picture_counts():
     other = Request([1, 1, *[50] * 12, 3], 1, [Span(0, 12, b"a")])
     scheduler.add(other)
     step(scheduler)
-    assert other.reused == 0
+    assert other.num_cached_tokens == 0
 
 
 def test_without_reuse_nothing_is_shared():
-    scheduler = make(reuse=False)
+    scheduler = make(prefix_caching=False)
     for _ in range(2):
         request = Request(list(range(16)), 3)
         scheduler.add(request)
         step(scheduler)
-        assert request.reused == 0
+        assert request.num_cached_tokens == 0
         scheduler.remove(request)
 
 
@@ -114,11 +114,11 @@ def test_what_is_forgotten_is_not_found_again():
     request = Request(list(range(16)), 3)
     scheduler.add(request)
     step(scheduler)
-    scheduler.remove(request, forget=True)
+    scheduler.remove(request, evict=True)
     again = Request(list(range(16)), 3)
     scheduler.add(again)
     step(scheduler)
-    assert again.reused == 0
+    assert again.num_cached_tokens == 0
 
 
 def test_bounds():
@@ -219,7 +219,7 @@ def test_random_traffic_loses_no_page_shares_none_wrongly_and_lets_nobody_starve
         for request in list(alive):
             done = len(request.ids) >= request.prompt_length + request.max_new_tokens
             if done or rng.random() < 0.01:
-                scheduler.remove(request, forget=rng.random() < 0.1)
+                scheduler.remove(request, evict=rng.random() < 0.1)
                 alive.remove(request)
         holders = Counter(page for request in scheduler.running for page in request.pages)
         assert scheduler.pool.available == pages - len(holders)
@@ -231,9 +231,9 @@ def test_random_traffic_loses_no_page_shares_none_wrongly_and_lets_nobody_starve
 def test_giving_back_twice_is_noticed():
     pool = PagePool(2)
     page = pool.take()
-    pool.give_back(page)
+    pool.release(page)
     with pytest.raises(ValueError, match="holder"):
-        pool.give_back(page)
+        pool.release(page)
     pool.take()
     pool.take()
     with pytest.raises(MemoryError):
