@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from . import kernels, parameters
-from .engine.engine import Engine, EngineOptions, Patches, Ticket
+from .engine.engine import Engine, EngineOptions, Patches, RequestHandle
 from .engine.sampling import Sampling
 from .engine.warm_up import warm_up
 from .errors import UserError
@@ -128,7 +128,7 @@ class Pipeline:
 
         submitting = asyncio.ensure_future(asyncio.to_thread(self.submit, messages, images, deliver, **params))
         try:
-            ticket = await asyncio.shield(submitting)
+            handle = await asyncio.shield(submitting)
         except asyncio.CancelledError:
             submitting.add_done_callback(lambda done: done.exception() or self.engine.cancel(done.result()))
             raise
@@ -141,7 +141,7 @@ class Pipeline:
                 if isinstance(event, Done):
                     return
         finally:
-            self.engine.cancel(ticket)
+            self.engine.cancel(handle)
 
     def complete(self, messages: Sequence[Message | Turn], images: Sequence[ImageSource] = (), **params: Any) -> Done:
         """The summary of a whole request; parameters as for :meth:`stream`."""
@@ -164,7 +164,7 @@ class Pipeline:
         stop_sequences: Sequence[str] | str | None = (),
         seed: int | None = None,
         deadline: float | None = None,
-    ) -> Ticket:
+    ) -> RequestHandle:
         """Send a request whose events (or error, which ends it) are delivered by the engine's thread."""
         began = time.monotonic()
         sampling = Sampling(temperature, top_p, top_k, secrets.randbelow(2**31) if seed is None else seed)
@@ -183,7 +183,7 @@ class Pipeline:
                 f"the prompt takes {len(ids)} tokens of {context}; shorten it or send fewer images.",
             )
         text = _OutputText(self.tokenizer, stops, prefill or "")
-        guide = _Guide(
+        processor = _OutputProcessor(
             self.tokenizer,
             sampling,
             _Steering(self.tokenizer, self.thinks, max_new_tokens, thinking_budget, text.splitter.section),
@@ -193,7 +193,9 @@ class Pipeline:
             began,
             deliver,
         )
-        return self.engine.submit(ids, patches, max_new_tokens, guide, float("inf") if deadline is None else deadline)
+        return self.engine.submit(
+            ids, patches, max_new_tokens, processor, float("inf") if deadline is None else deadline
+        )
 
     def _prompt(
         self, messages: Sequence[Message | Turn], sources: Sequence[ImageSource]
@@ -243,8 +245,8 @@ def image_sources(parts: Sequence[ImagePart], beside: Sequence[ImageSource]) -> 
 class EventStream(Iterator[Event]):
     """The events of one request as they come; closing it (or letting go of it) cancels what is not done."""
 
-    def __init__(self, engine: Engine, ticket: Ticket, events: queue.SimpleQueue[Event | BaseException]):
-        self._engine, self._ticket, self._events = engine, ticket, events
+    def __init__(self, engine: Engine, handle: RequestHandle, events: queue.SimpleQueue[Event | BaseException]):
+        self._engine, self._handle, self._events = engine, handle, events
         self._over = False
 
     def __next__(self) -> Event:
@@ -261,20 +263,20 @@ class EventStream(Iterator[Event]):
 
     def interrupt(self, error: BaseException) -> None:
         """Cancel the request from another thread; whoever waits for its events gets ``error`` after those that came."""
-        self._engine.cancel(self._ticket)
+        self._engine.cancel(self._handle)
         self._events.put(error)
 
     def close(self) -> None:
         if not self._over:
-            self._engine.cancel(self._ticket)
+            self._engine.cancel(self._handle)
             self._over = True
 
     def __del__(self) -> None:
         self.close()
 
 
-class _Guide:
-    """Turns drawn tokens to events, and says what follows: see :class:`kimi_vl.engine.engine.Guide`."""
+class _OutputProcessor:
+    """Turns drawn tokens to events, and says what follows: see :class:`kimi_vl.engine.engine.OutputProcessor`."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""A small model, guides and an engine for the tests on imitated devices."""
+"""A small model, output processors and an engine for the tests on imitated devices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kimi_vl import kernels
 from kimi_vl.engine.cuda_graphs import Launched, Row, StaticDecoder
-from kimi_vl.engine.engine import Engine, EngineOptions, Patches, Ticket
+from kimi_vl.engine.engine import Engine, EngineOptions, Patches, RequestHandle
 from kimi_vl.engine.sampling import Sampling
 from kimi_vl.kernels import plain, reference
 from kimi_vl.model.config import Config
@@ -108,7 +108,7 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) 
 
 @dataclass
 class Ask:
-    """A request: what is sent, and what its guide does."""
+    """A request: what is sent, and what its output processor does."""
 
     ids: list[int]
     max_new_tokens: int
@@ -118,7 +118,7 @@ class Ask:
     text_only: frozenset[int] = frozenset()  # where tokens without text are ruled out
 
 
-class Guide:
+class OutputProcessor:
     """Takes tokens as a request of the pipeline does; keeps them."""
 
     def __init__(self, ask: Ask):
@@ -155,16 +155,16 @@ class Guide:
 
 
 def send(
-    engine: Engine, ask: Ask, after: Callable[[int], object] | None = None, tickets: list[Ticket] | None = None
-) -> Guide:
+    engine: Engine, ask: Ask, after: Callable[[int], object] | None = None, handles: list[RequestHandle] | None = None
+) -> OutputProcessor:
     """Submits a request; ``after`` is called in the engine's thread with the number of tokens after each of them."""
-    guide = Guide(ask)
-    guide.after = after or guide.after
-    with engine._lock:  # the engine takes it in only when its ticket is known here
-        ticket = engine.submit(ask.ids, ask.pictures, ask.max_new_tokens, guide)
-        if tickets is not None:
-            tickets.append(ticket)
-    return guide
+    processor = OutputProcessor(ask)
+    processor.after = after or processor.after
+    with engine._lock:  # the engine takes it in only when its handle is known here
+        handle = engine.submit(ask.ids, ask.pictures, ask.max_new_tokens, processor)
+        if handles is not None:
+            handles.append(handle)
+    return processor
 
 
 def picture(rows: int, columns: int, seed: int) -> Patches:
@@ -210,12 +210,12 @@ class Steps:
             under_way += 1
             return result
 
-        def was_read(flight: Launched) -> tuple[list[int], list[bool]]:
+        def was_read(in_flight: Launched) -> tuple[list[int], list[bool]]:
             nonlocal under_way
             machine.own.no_waits.remove(forbidden)
             under_way -= 1
             try:
-                return read(flight)
+                return read(in_flight)
             finally:
                 if under_way:
                     machine.own.no_waits.append(forbidden)
@@ -243,18 +243,18 @@ def some_asks(most: int = 7) -> list[Ask]:
 
 def answers(engine: Engine, asks: Sequence[Ask], late: bool = False) -> list[list[int]]:
     """Tokens of all; sent at once, or each when the one before has drawn its second token."""
-    guides = []
+    processors = []
     for ask in asks:
         begun = threading.Event()
-        guides.append(send(engine, ask, lambda count, begun=begun: count > 1 and begun.set()))
+        processors.append(send(engine, ask, lambda count, begun=begun: count > 1 and begun.set()))
         if late:
             assert begun.wait(120)
-    return [guide.result() for guide in guides]
+    return [processor.result() for processor in processors]
 
 
 def settle(engine: Engine) -> None:
     """Waits until nothing runs or waits; then every page is free."""
     end = time.monotonic() + 120
-    while (engine._new or engine._tickets or engine.scheduler.busy) and engine.healthy() and time.monotonic() < end:
+    while (engine._new or engine._handles or engine.scheduler.busy) and engine.healthy() and time.monotonic() < end:
         time.sleep(0.002)
     assert not engine.healthy() or engine.scheduler.pool.available == engine.scheduler.pool.count

@@ -1,9 +1,9 @@
-"""One token for each of some rows, over buffers that stay where they are, so that a GPU can replay the step as a graph.
+"""Decode steps over tensors at fixed addresses, so that a GPU can replay each step as a CUDA graph.
 
-Knows rows and pages, the model and its sampler; no requests, no guides. A launch returns before the device is done, and
-the next one may take the tokens that this one draws without the host having seen them. There is one graph for each
-bucket of rows and kind of sampling, all in one pool of memory; where no graph can be captured the same step is called
-plainly, as it is on a CPU.
+Knows sequences, pages, the model and its sampler; no requests and no output processors. A launch returns before the
+device is done, and the next launch may take the tokens that this one samples without the host having seen them. There
+is one graph for each bucket of batch sizes and each kind of sampling, all in one memory pool. Where no graph can be
+captured, and on a CPU, the same step runs eagerly.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""One thread that serves every request: plan, tensors, forward, sample, commit.
+"""One thread that serves every request by continuous batching: plan, prepare tensors, forward, sample, commit.
 
-Knows ids, images as patches, and a guide for each request that says what to do with a drawn token; no text and no
-files. Whatever goes wrong with one request reaches that request alone; :mod:`kimi_vl.engine.faults` says what ends the
-engine.
+Knows token ids, images as patches, and for each request an output processor that decides what to do with a sampled
+token; no text and no files. An error that belongs to one request ends that request alone; see
+:mod:`kimi_vl.engine.faults` for what ends the engine.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from .faults import Broken, Failed, Faults, NotFinite, Overloaded
 from .image_cache import EmbeddingCache
 from .kv_cache import Chunk, PagedCache
 from .page_pool import PagePool
-from .requests import Guide, Patches, Ticket, Unguided, spans
+from .requests import NullOutputProcessor, OutputProcessor, Patches, RequestHandle, spans
 from .sampling import draw
-from .scheduler import NeverFits, Request, Scheduler, Span, Work
+from .scheduler import NeverFits, Request, ScheduledChunk, Scheduler, Span
 
-__all__ = ["Engine", "EngineOptions", "Guide", "Overloaded", "Patches", "Ticket"]
+__all__ = ["Engine", "EngineOptions", "OutputProcessor", "Overloaded", "Patches", "RequestHandle"]
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -120,8 +120,8 @@ class Engine:
                 capture = capture or (CudaGraphs(self._device) if on_gpu else None)
                 self._static = StaticDecoder(model, self._decoder, self._cache, options.max_num_seqs, capture)
                 self._static.prepare()
-        self._tickets: dict[Request, Ticket] = {}
-        self._new: deque[Ticket] = deque()
+        self._handles: dict[Request, RequestHandle] = {}
+        self._new: deque[RequestHandle] = deque()
         # No Condition here: an exception that is raised in a caller's thread from outside (a cancelled prediction's)
         # can strike inside its Python code, and leave it locked for ever or the next call unheard. A lock and a queue
         # are single steps in C.
@@ -137,31 +137,32 @@ class Engine:
         ids: Sequence[int],
         patches: Sequence[Patches],
         max_new_tokens: int,
-        guide: Guide,
+        processor: OutputProcessor,
         seconds: float = float("inf"),
-    ) -> Ticket:
+    ) -> RequestHandle:
         """Queue a prompt with its images (in the order of their placeholders) for up to ``max_new_tokens`` new tokens.
 
-        Raises :class:`UserError` (E_OVERLOADED, E_PROMPT_TOO_LONG) at once; what happens later reaches the guide.
+        Raises :class:`UserError` (E_OVERLOADED, E_PROMPT_TOO_LONG) at once; later errors reach
+        :meth:`OutputProcessor.fail`.
         """
         if not ids or not 0 <= min(ids) <= max(ids) < self.model.config.text_config.vocab_size:
             raise ValueError("a prompt has at least one token, and none outside of the vocabulary")
         pad = self.model.config.media_placeholder_token_id
         request = Request(list(ids), max_new_tokens, spans(ids, patches, pad))
-        ticket = Ticket(request, patches, guide, time.monotonic() + seconds)
+        handle = RequestHandle(request, patches, processor, time.monotonic() + seconds)
         try:
-            self._queue(ticket)
+            self._queue(handle)
         except BaseException:
-            ticket.cancelled = True  # whoever was to hold it has been cancelled meanwhile
+            handle.cancelled = True  # whoever was to hold it has been cancelled meanwhile
             raise
-        return ticket
+        return handle
 
-    def _queue(self, ticket: Ticket) -> None:
+    def _queue(self, handle: RequestHandle) -> None:
         with self._lock:
             if self._broken or self._closing:
                 raise RuntimeError("the engine has stopped")
             try:
-                self.scheduler.check(ticket.request.prompt_length, ticket.request.max_new_tokens)
+                self.scheduler.check(handle.request.prompt_length, handle.request.max_new_tokens)
             except NeverFits:
                 raise UserError(
                     "E_PROMPT_TOO_LONG", "prompt and answer need more memory than there is; shorten either."
@@ -173,12 +174,12 @@ class Engine:
                 atexit.register(self._abandon)
             if self._thread.ident is None:  # it may not have started when it was made: the system may refuse
                 self._thread.start()
-            self._new.append(ticket)
+            self._new.append(handle)
         self._bell.put(None)
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Stop a request within one step; harmless when it is over. The guide hears no more of it."""
-        ticket.cancelled = True
+    def cancel(self, handle: RequestHandle) -> None:
+        """Stop a request within one step; harmless when it is over. The output processor hears no more of it."""
+        handle.cancelled = True
         self._bell.put(None)
 
     def close(self, wait: bool = True) -> None:
@@ -193,8 +194,8 @@ class Engine:
     def _abandon(self) -> None:
         """The program ends: a thread that is inside torch by then would take it down with an error."""
         with self._lock:
-            for ticket in [*self._tickets.values(), *self._new]:
-                ticket.cancelled = True
+            for handle in [*self._handles.values(), *self._new]:
+                handle.cancelled = True
         self.close()
 
     def healthy(self) -> bool:
@@ -208,11 +209,11 @@ class Engine:
             with devices.current(self._device):
                 while self._collect():
                     self._drop_the_late_and_cancelled()
-                    works = self.scheduler.plan()
-                    if self._static is not None and works and all(work.decodes for work in works):
-                        self._decode(self._static, works)
-                    elif works:
-                        self._step(works)
+                    chunks = self.scheduler.plan()
+                    if self._static is not None and chunks and all(chunk.decodes for chunk in chunks):
+                        self._decode(self._static, chunks)
+                    elif chunks:
+                        self._step(chunks)
         except BaseException as error:  # whatever it is, nobody may wait for this thread any longer
             self._break(error)
 
@@ -225,40 +226,40 @@ class Engine:
                 self._bell.get_nowait()
         with self._lock:
             while self._new:
-                ticket = self._new.popleft()
-                self._tickets[ticket.request] = ticket
-                self.scheduler.add(ticket.request)
+                handle = self._new.popleft()
+                self._handles[handle.request] = handle
+                self.scheduler.add(handle.request)
             return self.scheduler.busy or not self._closing
 
     def _drop_the_late_and_cancelled(self) -> None:
         now = time.monotonic()
-        for request, ticket in list(self._tickets.items()):
-            if ticket.cancelled:
+        for request, handle in list(self._handles.items()):
+            if handle.cancelled:
                 self._release(request)
-            elif now > ticket.deadline:
+            elif now > handle.deadline:
                 self._fail(request, Overloaded("the request was not done in time; try again later, or ask for less."))
 
     @torch.inference_mode()
-    def _step(self, works: Sequence[Work]) -> None:
-        """Compute all works together; where that fails, each alone, so that only those at fault fail."""
-        if not works:
+    def _step(self, chunks: Sequence[ScheduledChunk]) -> None:
+        """Compute all chunks together; where that fails, each alone, so that only those at fault fail."""
+        if not chunks:
             return
         self.steps += 1
-        logits = self._faults.attempt(self._forward, works)
+        logits = self._faults.attempt(self._forward, chunks)
         if not isinstance(logits, Failed):
-            for work in works:
-                self.scheduler.computed(work)
-            ready = [work for work in works if work.complete]
+            for chunk in chunks:
+                self.scheduler.computed(chunk)
+            ready = [chunk for chunk in chunks if chunk.complete]
             if ready:
-                self._advance([self._tickets[work.request] for work in ready], logits)
-        elif len(works) == 1:
-            self._fail_alone(works[0].request, logits.reason)
+                self._advance([self._handles[chunk.request] for chunk in ready], logits)
+        elif len(chunks) == 1:
+            self._fail_alone(chunks[0].request, logits.reason)
         else:
-            log.warning("a step of %d requests failed (%s); each is tried alone", len(works), logits.kind)
-            for work in works:
-                self._step([work])
+            log.warning("a step of %d requests failed (%s); each is tried alone", len(chunks), logits.kind)
+            for chunk in chunks:
+                self._step([chunk])
 
-    def _decode(self, static: StaticDecoder, works: Sequence[Work]) -> None:
+    def _decode(self, static: StaticDecoder, chunks: Sequence[ScheduledChunk]) -> None:
         """Decode until something else is to be done, each step begun before the tokens of the last one are read::
 
             host    launch 1  launch 2  read 1, commit  launch 3  read 2, commit  ...
@@ -268,100 +269,100 @@ class Engine:
         rules. Where that turns out to be wrong for a request, its part of the step does not count, and what has to be
         computed instead overwrites it. Nothing between two launches may wait for the device.
         """
-        flight = self._faults.attempt(self._launch, static, works, 0)
-        counts = [True] * len(works)
-        while flight is not None:
-            if isinstance(flight, Failed):
-                log.warning("a decoding step failed (%s); it is tried another way", flight.kind)
-                return self._step(works)
+        in_flight = self._faults.attempt(self._launch, static, chunks, 0)
+        counts = [True] * len(chunks)
+        while in_flight is not None:
+            if isinstance(in_flight, Failed):
+                log.warning("a decoding step failed (%s); it is tried another way", in_flight.kind)
+                return self._step(chunks)
             following, after = [], None
             if all(counts) and not self._interrupted():
-                following = self.scheduler.ahead(works)
+                following = self.scheduler.plan_overlapped(chunks)
             if following:
                 after = self._faults.attempt(self._launch, static, following, 1)
                 if isinstance(after, Failed):
                     log.warning("a decoding step could not begin early (%s)", after.kind)
                     after = None
-            drawn = self._faults.attempt(flight.launched.read)
+            drawn = self._faults.attempt(in_flight.launched.read)
             if isinstance(drawn, Failed):
                 log.warning("a decoding step could not be read (%s); it is tried another way", drawn.kind)
-                return self._step([work for work, counted in zip(works, counts, strict=True) if counted])
+                return self._step([chunk for chunk, counted in zip(chunks, counts, strict=True) if counted])
             counts = [
-                counts[row] and self._commit(work, token, finite, after and after.limits[row])
-                for row, (work, token, finite) in enumerate(zip(works, *drawn, strict=True))
+                counts[row] and self._commit(chunk, token, finite, after and after.limits[row])
+                for row, (chunk, token, finite) in enumerate(zip(chunks, *drawn, strict=True))
             ]
-            works, flight = following, after
+            chunks, in_flight = following, after
 
-    def _launch(self, static: StaticDecoder, works: Sequence[Work], early: int) -> _Flight:
+    def _launch(self, static: StaticDecoder, chunks: Sequence[ScheduledChunk], early: int) -> InFlightStep:
         """Begin a step; ``early`` is how many tokens of each request are still to be read."""
         self.steps += 1
-        self._clear(works)
-        tickets = [self._tickets[work.request] for work in works]
-        limits = [self._limit(ticket) for ticket in tickets]
+        self._clear(chunks)
+        handles = [self._handles[chunk.request] for chunk in chunks]
+        limits = [self._limit(handle) for handle in handles]
         rows = [
             Row(
-                None if early else work.request.ids[-1],
-                work.begin,
-                work.request.pages,
-                ticket.sampling,
-                ticket.number(ticket.drawn + early),
+                None if early else chunk.request.ids[-1],
+                chunk.begin,
+                chunk.request.pages,
+                handle.sampling,
+                handle.number(handle.drawn + early),
                 limit,
             )
-            for work, ticket, limit in zip(works, tickets, limits, strict=True)
+            for chunk, handle, limit in zip(chunks, handles, limits, strict=True)
         ]
-        return _Flight(static.launch(rows), limits)
+        return InFlightStep(static.launch(rows), limits)
 
-    def _commit(self, work: Work, drawn: int, finite: bool, limit: int | None) -> bool:
+    def _commit(self, chunk: ScheduledChunk, drawn: int, finite: bool, limit: int | None) -> bool:
         """Take in what a step computed and drew for a request. Whether the next step, which was begun with the drawn
         token and is to draw below ``limit``, counts for it."""
-        request = work.request
-        ticket = self._tickets[request]
-        self.scheduler.computed(work)
+        request = chunk.request
+        handle = self._handles[request]
+        self.scheduler.computed(chunk)
         if not finite:
             self._fail(request, NotFinite())
             return False
-        asked = self._asked(ticket, lambda: self._next(ticket))
+        asked = self._asked(handle, lambda: self._next(handle))
         if asked is None:
             return False
         self._faults.success()
-        self._take(ticket, drawn if asked.forced is None else asked.forced)
-        if request not in self._tickets or request.ids[-1] != drawn:
+        self._take(handle, drawn if asked.forced is None else asked.forced)
+        if request not in self._handles or request.ids[-1] != drawn:
             return False
-        return self._asked(ticket, lambda: self._limit(ticket)) == limit
+        return self._asked(handle, lambda: self._limit(handle)) == limit
 
     def _interrupted(self) -> bool:
         """Whether requests came, or one of those that run is to end."""
         now = time.monotonic()
-        return bool(self._new) or any(ticket.cancelled or now > ticket.deadline for ticket in self._tickets.values())
+        return bool(self._new) or any(handle.cancelled or now > handle.deadline for handle in self._handles.values())
 
-    def _clear(self, works: Sequence[Work]) -> None:
-        """Clear the pages that works are the first to write to: a value that is not finite, left by an earlier user of
+    def _clear(self, chunks: Sequence[ScheduledChunk]) -> None:
+        """Clear the pages that chunks are the first to write to: a value that is not finite, left by an earlier user of
         a page, would spoil even masked products."""
         fresh, size = self.scheduler.fresh, self.options.page_size
         if fresh:
-            pages = [page for work in works for page in work.request.pages[work.begin // size :] if page in fresh]
+            pages = [page for chunk in chunks for page in chunk.request.pages[chunk.begin // size :] if page in fresh]
             self._cache.clear(pages)
             fresh.difference_update(pages)
 
-    def _forward(self, works: Sequence[Work]) -> Tensor:
-        """Float32 logits (complete works, vocab_size)."""
+    def _forward(self, chunks: Sequence[ScheduledChunk]) -> Tensor:
+        """Float32 logits (complete chunks, vocab_size)."""
         model = self.model
-        self._clear(works)
-        step = self._cache.step([Chunk(work.request.pages, work.begin, work.end) for work in works])
-        ids = [token for work in works for token in work.request.ids[work.begin : work.end]]
-        features = [feature for work in works for feature in self._features(work)]
+        self._clear(chunks)
+        step = self._cache.step([Chunk(chunk.request.pages, chunk.begin, chunk.end) for chunk in chunks])
+        ids = [token for chunk in chunks for token in chunk.request.ids[chunk.begin : chunk.end]]
+        features = [feature for chunk in chunks for feature in self._features(chunk)]
         ids = devices.tensor([ids], torch.int64, self._device)
         embeddings = model.embed(ids, torch.cat(features) if features else None)
         states = self._decoder.states(embeddings[0], step)  # (T, H)
-        ends = itertools.accumulate(work.end - work.begin for work in works)
-        last = [end - 1 for end, work in zip(ends, works, strict=True) if work.complete]
+        ends = itertools.accumulate(chunk.end - chunk.begin for chunk in chunks)
+        last = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.complete]
         return self._decoder.logits(states[devices.tensor(last, torch.int64, self._device)])
 
-    def _features(self, work: Work) -> list[Tensor]:
-        """The image vectors (t, H) of the placeholders among a work's tokens."""
+    def _features(self, chunk: ScheduledChunk) -> list[Tensor]:
+        """The image vectors (t, H) of the placeholders among a chunk's tokens."""
         parts = []
-        for span, patches in zip(work.request.images, self._tickets[work.request].patches, strict=True):
-            begin, end = max(span.begin, work.begin), min(span.end, work.end)
+        for span, patches in zip(chunk.request.images, self._handles[chunk.request].patches, strict=True):
+            begin, end = max(span.begin, chunk.begin), min(span.end, chunk.end)
             if begin < end:
                 parts.append(self._embed(patches)[begin - span.begin : end - span.begin])
         return parts
@@ -374,50 +375,50 @@ class Engine:
             self._embeddings.keep(patches.digest, found)
         return found
 
-    def _advance(self, tickets: Sequence[Ticket], logits: Tensor) -> None:
-        """Get each request's next token and let its guide take it."""
-        asked = [self._asked(ticket, lambda ticket=ticket: self._next(ticket)) for ticket in tickets]
-        for ticket, token in zip(tickets, self._draw(tickets, logits, asked), strict=True):
-            if ticket.request not in self._tickets:  # its guide failed
+    def _advance(self, handles: Sequence[RequestHandle], logits: Tensor) -> None:
+        """Get each request's next token and let its output processor take it."""
+        asked = [self._asked(handle, lambda handle=handle: self._next(handle)) for handle in handles]
+        for handle, token in zip(handles, self._draw(handles, logits, asked), strict=True):
+            if handle.request not in self._handles:  # its output processor failed
                 continue
             if isinstance(token, Exception):
-                self._fail_alone(ticket.request, token)
+                self._fail_alone(handle.request, token)
             else:
                 self._faults.success()
-                self._take(ticket, token)
+                self._take(handle, token)
 
     def _draw(
-        self, tickets: Sequence[Ticket], logits: Tensor, asked: Sequence[_Next | None]
+        self, handles: Sequence[RequestHandle], logits: Tensor, asked: Sequence[_Next | None]
     ) -> Sequence[int | Exception]:
         """The next token of each of B requests, or why it has none; ``logits`` (B, V). Where drawing for all together
         fails, it is done for each alone."""
-        tokens = self._faults.attempt(self._draw_together, tickets, logits, asked)
+        tokens = self._faults.attempt(self._draw_together, handles, logits, asked)
         if not isinstance(tokens, Failed):
             return tokens
-        if len(tickets) == 1:
+        if len(handles) == 1:
             return [tokens.reason]
-        log.warning("drawing for %d requests failed (%s); each is tried alone", len(tickets), tokens.kind)
+        log.warning("drawing for %d requests failed (%s); each is tried alone", len(handles), tokens.kind)
         return [
-            self._draw([ticket], logits[row : row + 1], [each])[0]
-            for row, (ticket, each) in enumerate(zip(tickets, asked, strict=True))
+            self._draw([handle], logits[row : row + 1], [each])[0]
+            for row, (handle, each) in enumerate(zip(handles, asked, strict=True))
         ]
 
     def _draw_together(
-        self, tickets: Sequence[Ticket], logits: Tensor, asked: Sequence[_Next | None]
+        self, handles: Sequence[RequestHandle], logits: Tensor, asked: Sequence[_Next | None]
     ) -> list[int | Exception]:
         finite = sampling.finite(logits).tolist()
-        found: list[int | Exception] = [NotFinite() for _ in tickets]
+        found: list[int | Exception] = [NotFinite() for _ in handles]
         drawing = []
         for row, each in enumerate(asked):
             if each is not None and finite[row]:
                 if each.forced is None:
-                    drawing.append((row, tickets[row], each.limit))
+                    drawing.append((row, handles[row], each.limit))
                 else:
                     found[row] = each.forced
         drawn = draw(
-            logits[[row for row, _, _ in drawing]] if len(drawing) < len(tickets) else logits,
-            [ticket.sampling for _, ticket, _ in drawing],
-            [ticket.drawn for _, ticket, _ in drawing],
+            logits[[row for row, _, _ in drawing]] if len(drawing) < len(handles) else logits,
+            [handle.sampling for _, handle, _ in drawing],
+            [handle.drawn for _, handle, _ in drawing],
             [limit for _, _, limit in drawing],
             rounded=self.model.dtype == torch.bfloat16,
         )
@@ -425,42 +426,44 @@ class Engine:
             found[row] = token
         return found
 
-    # What guides say
+    # What output processors say
 
-    def _asked(self, ticket: Ticket, question: Callable[[], T]) -> T | None:
-        """The answer of a request's guide; one that raises ends its own request, and is None."""
+    def _asked(self, handle: RequestHandle, question: Callable[[], T]) -> T | None:
+        """The answer of a request's output processor; one that raises ends its own request, and is None."""
         try:
             return question()
         except BaseException as error:
-            self._fail(ticket.request, error)
+            self._fail(handle.request, error)
             return None
 
-    def _next(self, ticket: Ticket) -> _Next:
-        return _Next(ticket.guide.forced(), self._limit(ticket))
+    def _next(self, handle: RequestHandle) -> _Next:
+        return _Next(handle.processor.forced(), self._limit(handle))
 
-    def _limit(self, ticket: Ticket) -> int:
+    def _limit(self, handle: RequestHandle) -> int:
         """The ids of a request's next draw are below it."""
-        return self._text_tokens if ticket.guide.text_only else self.model.config.text_config.vocab_size
+        return self._text_tokens if handle.processor.text_only else self.model.config.text_config.vocab_size
 
-    def _take(self, ticket: Ticket, token: int) -> None:
-        request, vocabulary = ticket.request, self.model.config.text_config.vocab_size
-        following = None if ticket.cancelled else self._asked(ticket, lambda: ticket.guide.take(token))
-        if request not in self._tickets:  # its guide failed
+    def _take(self, handle: RequestHandle, token: int) -> None:
+        request, vocabulary = handle.request, self.model.config.text_config.vocab_size
+        following = None if handle.cancelled else self._asked(handle, lambda: handle.processor.take(token))
+        if request not in self._handles:  # its output processor failed
             return
         if following is None:
             self._release(request)
         elif not 0 <= following < vocabulary or len(request.ids) >= request.prompt_length + request.max_new_tokens:
             # a GPU that meets an id without an embedding is lost, and with it everybody else
-            self._fail(request, ValueError("a guide put a token outside of the vocabulary, or after the last one"))
+            self._fail(
+                request, ValueError("an output processor put a token outside of the vocabulary, or after the last one")
+            )
         else:
-            ticket.drawn += 1
+            handle.drawn += 1
             request.ids.append(following)
 
     # Ends
 
-    def _release(self, request: Request, evict: bool = False) -> Ticket:
+    def _release(self, request: Request, evict: bool = False) -> RequestHandle:
         self.scheduler.remove(request, evict)
-        return self._tickets.pop(request)
+        return self._handles.pop(request)
 
     def _fail(self, request: Request, error: BaseException) -> None:
         self._release(request, evict=True).fail(error)
@@ -490,16 +493,16 @@ class Engine:
             pages=[pool.take() for _ in range(count)],
         )
         self.scheduler.fresh.update(request.pages)
-        self._tickets[request] = ticket = Ticket(request, [picture], Unguided())
+        self._handles[request] = handle = RequestHandle(request, [picture], NullOutputProcessor())
         try:
             for begin in (0, 2):
-                logits = self._forward([Work(request, begin, len(request.ids))])
-                (token,) = self._draw_together([ticket], logits, [self._next(ticket)])
+                logits = self._forward([ScheduledChunk(request, begin, len(request.ids))])
+                (token,) = self._draw_together([handle], logits, [self._next(handle)])
                 if isinstance(token, Exception):
                     raise token
                 request.ids.append(token)
         finally:
-            del self._tickets[request]
+            del self._handles[request]
             self._embeddings.drop(picture.digest)
             for page in request.pages:
                 pool.release(page)
@@ -509,14 +512,14 @@ class Engine:
         log.error("the engine has stopped: %s", type(error).__name__)
         with self._lock:
             self._broken = error
-            tickets = [*self._tickets.values(), *self._new]
-            self._tickets, self._new = {}, deque()
-        for ticket in tickets:
-            ticket.fail(error)
+            handles = [*self._handles.values(), *self._new]
+            self._handles, self._new = {}, deque()
+        for handle in handles:
+            handle.fail(error)
 
 
 @dataclass(frozen=True)
-class _Flight:
+class InFlightStep:
     """A decoding step under way, and below which ids it draws for each request."""
 
     launched: Launched
@@ -525,7 +528,7 @@ class _Flight:
 
 @dataclass(frozen=True)
 class _Next:
-    """What a guide says of the next token: it, or None for a drawn one, whose id is below ``limit``."""
+    """What an output processor says of the next token: it, or None for a drawn one, whose id is below ``limit``."""
 
     forced: int | None
     limit: int

@@ -66,7 +66,7 @@ class Faults:
         """
         try:
             return action(*args, **kwargs)
-        except BaseException as error:  # a guide may raise anything
+        except BaseException as error:  # an output processor may raise anything
             failed = Failed(type(error).__name__, self._judge(as_exception(error)))
         # not before the error is gone, whose traceback keeps every tensor of the failed attempt
         if isinstance(failed.reason, Overloaded):

@@ -1,4 +1,7 @@
-"""A request as its caller hands it to the engine: pictures as patches, and a guide that is asked about every token."""
+"""A request as its caller hands it to the engine: images as patches, and an output processor.
+
+The engine asks the output processor about every token.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ class Patches:
         return self.grid[0] * self.grid[1] // 4
 
 
-class Guide(Protocol):
+class OutputProcessor(Protocol):
     """What the engine asks about a request. All calls come from the engine's thread, and must not wait.
 
     Whatever a call raises ends its own request and no other.
@@ -61,8 +64,8 @@ class Guide(Protocol):
         ...
 
 
-class Unguided:
-    """The guide of a request that nobody sent: takes whatever is drawn, and tells nobody."""
+class NullOutputProcessor:
+    """The output processor of a request that nobody sent: takes whatever is drawn, and tells nobody."""
 
     sampling = Sampling(1, 0.9, 20, 0)
     text_only = False
@@ -77,12 +80,14 @@ class Unguided:
         pass
 
 
-class Ticket:
+class RequestHandle:
     """A request in the engine; :meth:`kimi_vl.engine.engine.Engine.cancel` takes it back."""
 
-    def __init__(self, request: Request, patches: Sequence[Patches], guide: Guide, deadline: float = float("inf")):
-        self.request, self.patches, self.guide, self.deadline = request, patches, guide, deadline
-        self.sampling = guide.sampling
+    def __init__(
+        self, request: Request, patches: Sequence[Patches], processor: OutputProcessor, deadline: float = float("inf")
+    ):
+        self.request, self.patches, self.processor, self.deadline = request, patches, processor, deadline
+        self.sampling = processor.sampling
         self.drawn = 0
         self.cancelled = False
         self._numbers: tuple[int, list[float]] = (0, [])  # where they begin, and uniform numbers from there on
@@ -97,7 +102,7 @@ class Ticket:
     def fail(self, error: BaseException) -> None:
         """The request is over; whoever cannot even be told that harms nobody else."""
         try:
-            self.guide.fail(as_exception(error))
+            self.processor.fail(as_exception(error))
         except BaseException as another:
             log.warning("a request's end could not be told (%s)", type(another).__name__)
 

@@ -42,7 +42,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Work:
+class ScheduledChunk:
     """Compute positions ``begin`` to ``end`` of a request; ``pages`` hold everything up to ``end``."""
 
     request: Request
@@ -111,45 +111,47 @@ class Scheduler:
             raise QueueFull
         self.waiting.append(request)
 
-    def plan(self) -> list[Work]:
-        """The work of one step, single tokens first; empty only when nothing waits or runs."""
+    def plan(self) -> list[ScheduledChunk]:
+        """The chunks of one step, single tokens first; empty only when nothing waits or runs."""
         self._admit()
         decoding = [request for request in self.running if request.computed == len(request.ids) - 1]
-        works = [Work(request, request.computed, request.computed + 1) for request in decoding]
-        left = self.max_num_batched_tokens - len(works)
+        chunks = [ScheduledChunk(request, request.computed, request.computed + 1) for request in decoding]
+        left = self.max_num_batched_tokens - len(chunks)
         longer = []
         for request in self.running:
             missing = len(request.ids) - request.computed
             if missing > 1 and left > 0:
                 end = request.computed + min(missing, left)
-                (longer if end - request.computed > 1 else works).append(Work(request, request.computed, end))
+                (longer if end - request.computed > 1 else chunks).append(
+                    ScheduledChunk(request, request.computed, end)
+                )
                 left -= end - request.computed
-        works += longer
-        for work in works:
-            self._extend(work.request, work.end)
-        return works
+        chunks += longer
+        for chunk in chunks:
+            self._extend(chunk.request, chunk.end)
+        return chunks
 
-    def ahead(self, works: Sequence[Work]) -> list[Work]:
+    def plan_overlapped(self, chunks: Sequence[ScheduledChunk]) -> list[ScheduledChunk]:
         """The step after one that decodes, before its tokens are known; empty where a request will have its last one.
 
         What comes of it counts only for requests whose next token turns out to be what was computed.
         """
-        if any(work.end + 1 >= work.request.prompt_length + work.request.max_new_tokens for work in works):
+        if any(chunk.end + 1 >= chunk.request.prompt_length + chunk.request.max_new_tokens for chunk in chunks):
             return []
-        following = [Work(work.request, work.end, work.end + 1) for work in works]
-        for work in following:
-            self._extend(work.request, work.end)
+        following = [ScheduledChunk(chunk.request, chunk.end, chunk.end + 1) for chunk in chunks]
+        for chunk in following:
+            self._extend(chunk.request, chunk.end)
         return following
 
-    def computed(self, work: Work) -> None:
-        """The entries of a work are in the cache now; its full pages may be shared from here on."""
-        request = work.request
-        request.computed = work.end
+    def computed(self, chunk: ScheduledChunk) -> None:
+        """The entries of a chunk are in the cache now; its full pages may be shared from here on."""
+        request = chunk.request
+        request.computed = chunk.end
         if not self.prefix_caching:
             return
         for index in range(len(request.keys), request.computed // self.page_size):
             request.keys.append(self._key(request, index))
-        for index in range(work.begin // self.page_size, request.computed // self.page_size):
+        for index in range(chunk.begin // self.page_size, request.computed // self.page_size):
             self.pool.register(request.pages[index], request.keys[index])
 
     def remove(self, request: Request, evict: bool = False) -> None:

@@ -28,12 +28,12 @@ def warm_up(engine: Engine, seconds: float = LIMIT_S) -> None:
     height, width = config.vision_config.merge_kernel_size
     side = config.vision_config.patch_size
     image = Patches(np.zeros((4 * height * width, 3, side, side), np.float32), (2 * height, 2 * width))
-    guide = _First()
-    engine.submit([1, *[config.media_placeholder_token_id] * image.tokens, 2], [image], _TOKENS, guide)
-    if not guide.over.wait(seconds):
+    processor = _First()
+    engine.submit([1, *[config.media_placeholder_token_id] * image.tokens, 2], [image], _TOKENS, processor)
+    if not processor.over.wait(seconds):
         reason = f"is not done after {seconds:g} s"
-    elif guide.error is not None:
-        reason = f"fails ({type(guide.error).__name__})"
+    elif processor.error is not None:
+        reason = f"fails ({type(processor.error).__name__})"
     else:
         log.info("a first request took %.2f s", time.monotonic() - began)
         return
@@ -41,11 +41,11 @@ def warm_up(engine: Engine, seconds: float = LIMIT_S) -> None:
     remedy = ""
     if engine.model.device.type == "cuda":
         remedy = "; try again with KIMI_VL_KERNELS=torch, or use a GPU with more memory"
-    raise RuntimeError(f"the model cannot serve on this machine: a first request {reason}{remedy}") from guide.error
+    raise RuntimeError(f"the model cannot serve on this machine: a first request {reason}{remedy}") from processor.error
 
 
 class _First:
-    """A guide that takes what comes."""
+    """An output processor that takes what comes."""
 
     text_only = False
 

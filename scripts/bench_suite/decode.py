@@ -22,7 +22,7 @@ GREEDY = Sampling(0, 1, 0, 0)
 
 
 class Clock:
-    """A guide that only notes when its tokens come."""
+    """An output processor that only notes when its tokens come."""
 
     text_only = False
     sampling = GREEDY

@@ -81,15 +81,15 @@ def tokens(engine: Engine, rehearsal: bool) -> list[list[int]]:
     kept = []
     for number in range(count):
         (ids,) = decode.prompts(1, 1 + number * 131 % longest, vocabulary)
-        guide = _Keeper(
+        processor = _Keeper(
             max_new_tokens, [decode.GREEDY, Sampling(1, 1, 0, number), Sampling(0.8, 0.9, 40, number)][number % 3]
         )
-        engine.submit(ids, [], max_new_tokens, guide)
-        kept.append(guide)
-    for guide in kept:
-        guide.wait()
+        engine.submit(ids, [], max_new_tokens, processor)
+        kept.append(processor)
+    for processor in kept:
+        processor.wait()
     engine.close()
-    return [guide.tokens for guide in kept]
+    return [processor.tokens for processor in kept]
 
 
 class _Keeper(decode.Clock):
@@ -146,10 +146,10 @@ def _ask(
     engine: Engine, ids: Sequence[int], patches: Sequence[Patches], max_new_tokens: int
 ) -> tuple[float, list[int]]:
     """Seconds to the first token, and the tokens."""
-    guide, began = _Keeper(max_new_tokens, decode.GREEDY), time.perf_counter()
-    engine.submit(ids, patches, max_new_tokens, guide)
-    guide.wait()
-    return guide.times[0] - began, guide.tokens
+    processor, began = _Keeper(max_new_tokens, decode.GREEDY), time.perf_counter()
+    engine.submit(ids, patches, max_new_tokens, processor)
+    processor.wait()
+    return processor.times[0] - began, processor.tokens
 
 
 def _smoke(engine: Engine, rehearsal: bool, check: Check) -> None:

@@ -105,7 +105,7 @@ def small(layers: int) -> dict[str, Any]:
     return values
 
 
-class _Guide(decode.Clock):
+class _OutputProcessor(decode.Clock):
     """Takes every token, and says so in the engine's thread."""
 
     def __init__(self, max_new_tokens: int, sampling: Sampling, taken: Any):
@@ -150,19 +150,20 @@ def count_steps(
         with _graphs(captured), _only(sequences):
             engine = Engine(model, 600, options, ops=_ops(chosen))
         counts: list[tuple[Counts, int]] = []
-        guides: list[_Guide] = []
+        processors: list[_OutputProcessor] = []
 
         def taken() -> None:
-            counts.append((copy.copy(machine.counts), min(len(guide.times) for guide in guides)))
+            counts.append((copy.copy(machine.counts), min(len(processor.times) for processor in processors)))
 
-        guides += [
-            _Guide(max_new_tokens, sampling, taken if place == 0 else lambda: None) for place in range(sequences)
+        processors += [
+            _OutputProcessor(max_new_tokens, sampling, taken if place == 0 else lambda: None)
+            for place in range(sequences)
         ]
         with engine._lock:  # they begin together
-            for place, guide in enumerate(guides):
-                engine.submit([place + 1, 2, 3], [], max_new_tokens, guide)
-        for guide in guides:
-            guide.wait()
+            for place, processor in enumerate(processors):
+                engine.submit([place + 1, 2, 3], [], max_new_tokens, processor)
+        for processor in processors:
+            processor.wait()
         engine.close()
         machine.check()
     differences = [

@@ -23,10 +23,10 @@ import torch
 
 from kimi_vl import kernels
 from kimi_vl.engine.decoder import FusedDecoder
-from kimi_vl.engine.engine import Engine, EngineOptions, Patches, Ticket
+from kimi_vl.engine.engine import Engine, EngineOptions, Patches, RequestHandle
 from kimi_vl.engine.kv_cache import Chunk, PagedCache
 from kimi_vl.engine.sampling import Sampling
-from kimi_vl.engine.scheduler import Work
+from kimi_vl.engine.scheduler import ScheduledChunk
 from kimi_vl.errors import UserError
 from kimi_vl.model.generation import Prompt, greedy
 from kimi_vl.model.kimi_vl import KimiVL
@@ -50,7 +50,7 @@ def engine(model) -> Iterator[Engine]:
 
 
 class Listener:
-    """A guide that takes ``max_new_tokens`` tokens and keeps them."""
+    """An output processor that takes ``max_new_tokens`` tokens and keeps them."""
 
     text_only = False
 
@@ -115,7 +115,7 @@ def send(
     max_new_tokens: int = 10,
     sampling=None,
     **options,
-) -> tuple[Listener, Ticket]:
+) -> tuple[Listener, RequestHandle]:
     listener = Listener(max_new_tokens, sampling)
     return listener, engine.submit(ids, patches, max_new_tokens, listener, **options)
 
@@ -181,9 +181,9 @@ def test_what_was_computed_before_is_used_again_and_changes_nothing(model, engin
     ids, patches = with_image(image(6, 8, 1), 2)
     ids += ids_of(30, 3)
     for tail in ([], [5], ids_of(9, 8), ids_of(20, 9)):
-        listener, ticket = send(engine, ids + tail, patches)
+        listener, handle = send(engine, ids + tail, patches)
         assert listener.result() == ask(fresh, ids + tail, patches)
-        assert ticket.request.num_cached_tokens == (len(ids) // 8 * 8 if tail else 0)
+        assert handle.request.num_cached_tokens == (len(ids) // 8 * 8 if tail else 0)
     fresh.close()
 
 
@@ -211,7 +211,7 @@ def test_a_picture_is_encoded_once(engine, monkeypatch):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("fault", ["raises", "memory", "not finite", "cancelled", "late", "guide"])
+@pytest.mark.parametrize("fault", ["raises", "memory", "not finite", "cancelled", "late", "processor"])
 def test_a_neighbour_that_fails_changes_nothing(model, engine, monkeypatch, fault):
     requests = some_requests()[:4]
     alone = [ask(engine, ids, patches, max_new_tokens=25) for ids, patches in requests]
@@ -219,8 +219,8 @@ def test_a_neighbour_that_fails_changes_nothing(model, engine, monkeypatch, faul
     bad_ids, bad_patches = with_image(image(4, 4, 77))
     forward, listeners = Engine._forward, []
 
-    def faulty(self: Engine, works: Sequence[Work]) -> torch.Tensor:
-        bad = [work for work in works if work.request.ids[: len(bad_ids)] == bad_ids]
+    def faulty(self: Engine, chunks: Sequence[ScheduledChunk]) -> torch.Tensor:
+        bad = [chunk for chunk in chunks if chunk.request.ids[: len(bad_ids)] == bad_ids]
         if bad and bad[0].end > len(bad_ids) + 3:
             if fault == "raises":
                 raise RuntimeError("planted")
@@ -228,7 +228,7 @@ def test_a_neighbour_that_fails_changes_nothing(model, engine, monkeypatch, faul
                 raise torch.OutOfMemoryError("planted")
             if fault == "not finite":
                 self._cache.entries[:, bad[0].request.pages] = float("nan")
-        return forward(self, works)
+        return forward(self, chunks)
 
     class Rude(Listener):
         def take(self, token: int) -> int | None:
@@ -237,12 +237,12 @@ def test_a_neighbour_that_fails_changes_nothing(model, engine, monkeypatch, faul
             return super().take(token)
 
     monkeypatch.setattr(Engine, "_forward", faulty)
-    bad = {"guide": Rude, "cancelled": Held}.get(fault, Listener)(30)  # the first, so that it has page 0
-    ticket = engine.submit(bad_ids, bad_patches, 30, bad, seconds=0.0 if fault == "late" else 60)
+    bad = {"processor": Rude, "cancelled": Held}.get(fault, Listener)(30)  # the first, so that it has page 0
+    handle = engine.submit(bad_ids, bad_patches, 30, bad, seconds=0.0 if fault == "late" else 60)
     listeners = [send(engine, ids, patches, max_new_tokens=25)[0] for ids, patches in requests]
     if isinstance(bad, Held):
         assert bad.reached.wait(300)
-        engine.cancel(ticket)
+        engine.cancel(handle)
         bad.let_go.set()
     assert [listener.result() for listener in listeners] == alone
     settle(engine)
@@ -303,18 +303,18 @@ def test_placeholders_and_pictures_must_agree(engine):
 
 @pytest.mark.parametrize("step", [1, 2, 5])  # two in the prompt's chunks, one at its end
 def test_a_cancelled_request_is_in_no_further_step(engine, monkeypatch, step):
-    forward, tickets = engine._forward, []
+    forward, handles = engine._forward, []
 
-    def cancelling(works: Sequence[Work]) -> torch.Tensor:
+    def cancelling(chunks: Sequence[ScheduledChunk]) -> torch.Tensor:
         if engine.steps == step:
-            engine.cancel(tickets[0])
-        return forward(works)
+            engine.cancel(handles[0])
+        return forward(chunks)
 
     monkeypatch.setattr(engine, "_forward", cancelling)
-    with engine._lock:  # the engine takes it in only when its ticket is known here
-        tickets.append(send(engine, ids_of(60))[1])
+    with engine._lock:  # the engine takes it in only when its handle is known here
+        handles.append(send(engine, ids_of(60))[1])
     settle(engine)
-    while not tickets[0].cancelled or engine.scheduler.busy:
+    while not handles[0].cancelled or engine.scheduler.busy:
         time.sleep(0.001)
     assert engine.steps == step
 
@@ -322,7 +322,7 @@ def test_a_cancelled_request_is_in_no_further_step(engine, monkeypatch, step):
 def test_when_the_thread_dies_every_caller_is_told(model, monkeypatch):
     engine = Engine(model, 1024, SMALL)
 
-    def broken() -> list[Work]:
+    def broken() -> list[ScheduledChunk]:
         raise KeyError("planted")
 
     first, _ = send(engine, ids_of(5), max_new_tokens=500)
@@ -381,10 +381,10 @@ def stopped_after(calls: int, action: Callable[[], object]) -> bool:
 def test_a_caller_who_is_stopped_while_it_sends_leaves_nothing_running(engine):
     for calls in itertools.count(1):
         listener = Listener(10_000)
-        tickets = []
-        stopped = stopped_after(calls, lambda held=tickets, by=listener: held.append(engine.submit([1], [], 500, by)))
-        for ticket in tickets:
-            engine.cancel(ticket)
+        handles = []
+        stopped = stopped_after(calls, lambda held=handles, by=listener: held.append(engine.submit([1], [], 500, by)))
+        for handle in handles:
+            engine.cancel(handle)
         assert len(ask(engine, ids_of(4), max_new_tokens=3)) == 3
         settle(engine)
         assert len(listener.tokens) < 500
@@ -395,10 +395,10 @@ def test_a_caller_who_is_stopped_while_it_sends_leaves_nothing_running(engine):
 
 def test_after_a_caller_who_is_stopped_while_it_cancels_the_next_one_is_heard(engine):
     for calls in itertools.count(1):
-        listener, ticket = send(engine, ids_of(4), max_new_tokens=3)
+        listener, handle = send(engine, ids_of(4), max_new_tokens=3)
         listener.result()
         settle(engine)
-        stopped = stopped_after(calls, lambda held=ticket: engine.cancel(held))
+        stopped = stopped_after(calls, lambda held=handle: engine.cancel(held))
         time.sleep(0.05)  # the engine waits again
         assert len(ask(engine, ids_of(4), max_new_tokens=3)) == 3
         if not stopped:
@@ -460,12 +460,12 @@ def test_random_traffic_from_many_threads(model, engine):
         for _ in range(12):
             which = own.randrange(len(requests))
             try:
-                listener, ticket = send(engine, *requests[which], max_new_tokens=15)
+                listener, handle = send(engine, *requests[which], max_new_tokens=15)
             except UserError:
                 continue
             if own.random() < 0.4:
                 time.sleep(own.random() * 0.02)
-                engine.cancel(ticket)
+                engine.cancel(handle)
             elif listener.result() != alone[which]:
                 wrong.append(which)
 

@@ -26,7 +26,7 @@ from kimi_vl.engine.engine import Engine, EngineOptions
 from kimi_vl.engine.faults import IN_A_ROW
 from kimi_vl.engine.image_cache import EmbeddingCache
 from kimi_vl.engine.kv_cache import PagedCache
-from kimi_vl.engine.requests import Ticket
+from kimi_vl.engine.requests import RequestHandle
 from kimi_vl.engine.sampling import Sampling
 from kimi_vl.engine.scheduler import Scheduler
 from kimi_vl.errors import UserError
@@ -75,7 +75,7 @@ class Trap:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException] = out_of_memory):
         self._patch, self._error = monkeypatch, error
-        self.ticket: Ticket | None = None
+        self.handle: RequestHandle | None = None
         self.sprung = 0
         self.set = True
         self.marked = False  # whether the step that is computed has the bad prompt in it
@@ -101,7 +101,7 @@ class Trap:
         self._patch.setattr(KimiVL, "embed", watched)
 
     def pages(self) -> Sequence[int]:
-        return self.ticket.request.pages if self.ticket else ()
+        return self.handle.request.pages if self.handle else ()
 
 
 def set_trap(trap: Trap, phase: str) -> None:
@@ -144,9 +144,9 @@ def test_too_little_memory_for_a_request_is_its_own_matter(engine, monkeypatch, 
     trap = Trap(monkeypatch)
     set_trap(trap, phase)
     bad = Listener(10, BAD)
-    with engine._lock:  # all of them in one step, and the trap knows its ticket
+    with engine._lock:  # all of them in one step, and the trap knows its handle
         others = company(engine)
-        trap.ticket = engine.submit(*bad_request(), 10, bad)
+        trap.handle = engine.submit(*bad_request(), 10, bad)
     with pytest.raises(UserError, match="E_OVERLOADED"):
         bad.result()
     assert [listener.result() for listener in others] == alone
@@ -162,7 +162,8 @@ def test_too_little_memory_for_a_request_is_its_own_matter(engine, monkeypatch, 
 @pytest.mark.parametrize("engine", ["static"], indirect=True)
 @pytest.mark.parametrize(
     ("phase", "every"),
-    [(phase, every) for phase in ("launch", "early launch", "read", "replay") for every in (1, 2, 3)] + [("clear", 3)],
+    [(phase, every) for phase in ("launch", "overlapped launch", "read", "replay") for every in (1, 2, 3)]
+    + [("clear", 3)],
 )
 def test_a_step_over_buffers_that_fails_is_computed_another_way(engine, monkeypatch, phase, every):
     """Some of the steps fail; what was set aside, cleared or begun for them harms nobody."""
@@ -173,8 +174,8 @@ def test_a_step_over_buffers_that_fails_is_computed_another_way(engine, monkeypa
 
     def due(*given: Any) -> bool:
         nonlocal calls
-        calls += phase != "early launch" or given[1][0].token is None
-        return calls % every == 0 and (phase != "early launch" or given[1][0].token is None)
+        calls += phase != "overlapped launch" or given[1][0].token is None
+        return calls % every == 0 and (phase != "overlapped launch" or given[1][0].token is None)
 
     seams = {"read": (Launched, "read"), "clear": (PagedCache, "clear"), "replay": (FusedDecoder, "logits")}
     owner, name = seams.get(phase, (StaticDecoder, "launch"))
@@ -220,7 +221,7 @@ def test_nothing_of_a_failed_step_is_alive_when_it_is_tried_again(engine, monkey
     assert seen[0] == (None, None, int(memory))
 
 
-class Guided(Listener):
+class Faulty(Listener):
     """Raises, in its fourth token, from one of the calls that the engine makes."""
 
     def __init__(self, call: str, error: BaseException):
@@ -254,14 +255,14 @@ class Guided(Listener):
 @both
 @pytest.mark.parametrize("call", ["text_only", "forced", "take", "outside", "below", "fail"])
 @pytest.mark.parametrize("error", [ValueError("planted"), asyncio.CancelledError(), SystemExit(3)])
-def test_a_guide_that_raises_ends_its_own_request(engine, call, error):
+def test_an_output_processor_that_raises_ends_its_own_request(engine, call, error):
     alone = [listener.result() for listener in company(engine)]
-    bad = Guided(call, error)
+    bad = Faulty(call, error)
     with engine._lock:
-        ticket = engine.submit(ids_of(6, 5), [], 30, bad, seconds=60)
+        handle = engine.submit(ids_of(6, 5), [], 30, bad, seconds=60)
         others = company(engine)
     if call == "fail":
-        ticket.deadline = 0
+        handle.deadline = 0
     assert bad.over.wait(300)
     assert isinstance(bad.error, Exception)
     assert len(bad.tokens) <= 3 or call == "fail"
@@ -271,7 +272,7 @@ def test_a_guide_that_raises_ends_its_own_request(engine, call, error):
 
 
 @both
-def test_a_guide_gets_no_more_tokens_than_it_has_room_for(engine):
+def test_an_output_processor_gets_one_token_past_its_limit_at_most(engine):
     greedy = Listener(100)
     engine.submit(ids_of(5), [], 7, greedy)
     with pytest.raises(ValueError, match="after the last"):
@@ -424,7 +425,7 @@ def test_the_check_knows_values_that_are_not_finite(model):
 
 def test_everybody_is_told_of_the_end_also_behind_one_who_cannot_be(model, monkeypatch):
     engine = made(model, "plain")
-    rude = Guided("fail", ValueError("planted"))
+    rude = Faulty("fail", ValueError("planted"))
     with engine._lock:
         engine.submit(ids_of(6), [], 30, rude)
         others = company(engine, max_new_tokens=30)

@@ -23,10 +23,10 @@ from kimi_vl.engine import engine as engine_module
 from kimi_vl.engine import sampling
 from kimi_vl.engine.cuda_graphs import CudaGraphs, Launched, StaticDecoder
 from kimi_vl.engine.decoder import FusedDecoder
-from kimi_vl.engine.engine import Engine, Ticket
+from kimi_vl.engine.engine import Engine, RequestHandle
 from kimi_vl.engine.kv_cache import PagedCache
 from kimi_vl.engine.sampling import Sampling
-from kimi_vl.engine.scheduler import Work
+from kimi_vl.engine.scheduler import ScheduledChunk
 from kimi_vl.errors import UserError
 from kimi_vl.kernels import triton_router
 from kimi_vl.model.kimi_vl import KimiVL
@@ -112,15 +112,15 @@ def test_a_cancelled_request_leaves_its_neighbours_alone(folder, machine, monkey
         wanted = answers(engine, asks)
     with engine_of(load(folder, "cuda:0"), "captured") as engine:
         for after in (1, 3):
-            guides = [send(engine, ask) for ask in asks]
-            tickets: list[Ticket] = []
+            processors = [send(engine, ask) for ask in asks]
+            handles: list[RequestHandle] = []
 
-            def cancel(count: int, after: int = after, tickets: list[Ticket] = tickets) -> None:
+            def cancel(count: int, after: int = after, handles: list[RequestHandle] = handles) -> None:
                 if count == after:
-                    engine.cancel(tickets[0])
+                    engine.cancel(handles[0])
 
-            bad = send(engine, Ask([9, 8, 7], 40), cancel, tickets)
-            assert [guide.result() for guide in guides] == wanted
+            bad = send(engine, Ask([9, 8, 7], 40), cancel, handles)
+            assert [processor.result() for processor in processors] == wanted
             send(engine, asks[0]).result()
             assert after <= len(bad.tokens) < 40
     machine.check()
@@ -154,7 +154,7 @@ def test_a_capture_that_fails_half_way_costs_no_request(folder, wanted, machine,
 
 
 @pytest.mark.parametrize("sequences", [1, 3])
-def test_a_step_that_runs_ahead_is_one_launch(folder, machine, monkeypatch, sequences):
+def test_a_step_that_overlaps_is_one_launch(folder, machine, monkeypatch, sequences):
     """The graph; what a fresh page takes comes on top of it, and nothing waits."""
     steps = Steps(machine, monkeypatch)
     with engine_of(load(folder, "cuda:0"), "captured") as engine:
@@ -216,7 +216,7 @@ def graphing() -> bool:
 
 def reads_results_before_their_event(patch: Patch) -> None:
     read = Launched.read
-    patch.setattr(Launched, "read", lambda flight: read(replace(flight, event=None)))
+    patch.setattr(Launched, "read", lambda in_flight: read(replace(in_flight, event=None)))
 
 
 def has_one_buffer_for_both_steps(patch: Patch) -> None:
@@ -241,7 +241,7 @@ def indexes_with_the_host(patch: Patch) -> None:
     patch.setattr(PagedCache, "clear", clear)
 
 
-def copies_from_pageable_memory_while_it_runs_ahead(patch: Patch) -> None:
+def copies_from_pageable_memory_while_steps_overlap(patch: Patch) -> None:
     def clear(cache: PagedCache, pages: Sequence[int]) -> None:
         places = torch.tensor([*pages]).to(cache.entries.device, non_blocking=True)
         cache.entries.index_fill_(1, places, 0)
@@ -249,7 +249,7 @@ def copies_from_pageable_memory_while_it_runs_ahead(patch: Patch) -> None:
     patch.setattr(PagedCache, "clear", clear)
 
 
-def waits_while_it_runs_ahead(patch: Patch) -> None:
+def waits_while_steps_overlap(patch: Patch) -> None:
     around(patch, PagedCache, "clear", lambda cache, pages: torch.cuda.current_stream().synchronize())
 
 
@@ -286,8 +286,8 @@ MISTAKES = [
     (copies_results_to_pageable_memory, "race", "cuda:0"),
     (captures_without_waiting_for_the_warm_up, "race", "cuda:0"),
     (indexes_with_the_host, "device", "cuda:0"),
-    (copies_from_pageable_memory_while_it_runs_ahead, "wait", "cuda:0"),
-    (waits_while_it_runs_ahead, "wait", "cuda:0"),
+    (copies_from_pageable_memory_while_steps_overlap, "wait", "cuda:0"),
+    (waits_while_steps_overlap, "wait", "cuda:0"),
     (replaces_a_buffer_under_its_graphs, "freed", "cuda:0"),
     (puts_pictures_on_the_first_gpu, "device", "cuda:1"),
     (works_on_the_first_gpu, "race", "cuda:1"),
@@ -349,18 +349,18 @@ class Full:
         self.machine, self.patch = machine, patch
         self.refusals = 0
         self.pages: Sequence[int] = ()
-        self.works: Sequence[Work] = ()  # of the forward pass under way
+        self.chunks: Sequence[ScheduledChunk] = ()  # of the forward pass under way
         self.used: list[int] = []  # bytes in use whenever one begins
         forward = Engine._forward
 
-        def noted(engine: Engine, works: Sequence[Work]) -> Tensor:
+        def noted(engine: Engine, chunks: Sequence[ScheduledChunk]) -> Tensor:
             self.used.append(machine.used(0))
-            self.works = works
-            self.pages = next((work.request.pages for work in works if work.request.ids[0] == BAD), self.pages)
+            self.chunks = chunks
+            self.pages = next((chunk.request.pages for chunk in chunks if chunk.request.ids[0] == BAD), self.pages)
             try:
-                return forward(engine, works)
+                return forward(engine, chunks)
             finally:
-                self.works = ()
+                self.chunks = ()
 
         patch.setattr(Engine, "_forward", noted)
         getattr(self, f"_{phase}")()
@@ -381,10 +381,10 @@ class Full:
         self.patch.setattr(owner, name, called)
 
     def _takes_part(self, *_: Any, **__: Any) -> bool:
-        return any(work.request.ids[0] == BAD for work in self.works)
+        return any(chunk.request.ids[0] == BAD for chunk in self.chunks)
 
     def _decodes(self, *_: Any) -> bool:
-        return any(work.request.ids[0] == BAD and work.decodes for work in self.works)
+        return any(chunk.request.ids[0] == BAD and chunk.decodes for chunk in self.chunks)
 
     def _vision(self) -> None:
         self._at(KimiVL, "encode_images", lambda model, pixels, grids: (2, 6) in grids)
@@ -409,7 +409,7 @@ class Full:
         self._at(StaticDecoder, "launch", lambda _, rows: any(row.sampling.seed == BAD_SEED for row in rows))
         self._at(FusedDecoder, "states", self._decodes)
 
-    def _ahead(self) -> None:
+    def _overlapped(self) -> None:
         self._at(
             StaticDecoder,
             "launch",
@@ -417,7 +417,7 @@ class Full:
         )
 
 
-@pytest.mark.parametrize("phase", ["vision", "embedding", "prefill", "logits", "draw", "clear", "launch", "ahead"])
+@pytest.mark.parametrize("phase", ["vision", "embedding", "prefill", "logits", "draw", "clear", "launch", "overlapped"])
 def test_the_request_that_does_not_fit_fails_alone(folder, wanted, machine, monkeypatch, phase):
     """Steps are called, not replayed, since those take memory. A step that only cannot begin early costs no request."""
     others = some_asks(3)
@@ -431,13 +431,13 @@ def test_the_request_that_does_not_fit_fails_alone(folder, wanted, machine, monk
         before = machine.used(0)
         with monkeypatch.context() as patch:
             full = Full(machine, patch, phase)
-            guide = send(engine, bad)
+            processor = send(engine, bad)
             assert answers(engine, others) == wanted[:3]
-            if phase == "ahead":
-                assert guide.result() == right
+            if phase == "overlapped":
+                assert processor.result() == right
             else:
                 with pytest.raises(UserError, match=OVERLOADED):
-                    guide.result()
+                    processor.result()
             settle(engine)
         assert full.refusals
         gc.collect()
@@ -473,19 +473,19 @@ def extreme(random: Random) -> Ask:
 
 class Fate:
     """What becomes of a request after so many tokens: nothing, or that it is cancelled, that the device is full for one
-    of the next allocations, or that its guide raises."""
+    of the next allocations, or that its output processor raises."""
 
     def __init__(self, machine: Machine, engine: Engine, random: Random):
         self._machine, self._engine = machine, engine
         self.kind = random.choice(["", "", "", "cancelled", "full", "raises"])
         self._at, self._passed = random.randrange(1, 4), random.randrange(30)
-        self.tickets: list[Ticket] = []
+        self.handles: list[RequestHandle] = []
 
     def after(self, count: int) -> None:
         if count != self._at:
             return
         if self.kind == "cancelled":
-            self._engine.cancel(self.tickets[0])
+            self._engine.cancel(self.handles[0])
         elif self.kind == "full":
             refuse_next(self._machine, self._passed)
         elif self.kind == "raises":
@@ -504,13 +504,17 @@ def fuzz(folder: Path, machine: Machine, way: str, count: int, seed: int) -> Cou
             for _ in range(min(8, count - begin)):
                 fate = Fate(machine, engine, random)
                 try:
-                    sent.append((send(engine, extreme(random), fate.after, fate.tickets), fate.kind))
+                    sent.append((send(engine, extreme(random), fate.after, fate.handles), fate.kind))
                 except UserError as error:
                     outcomes[error.code] += 1
             settle(engine)
-            for guide, fate in sent:
-                outcome = "done" if guide.over.is_set() else fate
-                outcome = outcome if guide.error is None else getattr(guide.error, "code", type(guide.error).__name__)
+            for processor, fate in sent:
+                outcome = "done" if processor.over.is_set() else fate
+                outcome = (
+                    outcome
+                    if processor.error is None
+                    else getattr(processor.error, "code", type(processor.error).__name__)
+                )
                 assert outcome in ("done", "cancelled", OVERLOADED, *(("ValueError",) if fate == "raises" else ()))
                 outcomes[outcome] += 1
             assert engine.healthy()

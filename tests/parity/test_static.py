@@ -218,7 +218,7 @@ class Contrary(Listener):
         return 11 if following is not None and len(self.tokens) in (2, 12) else following
 
 
-def test_what_a_guide_decides_is_obeyed_by_steps_begun_early(plain, engine, monkeypatch):
+def test_what_an_output_processor_decides_holds_for_overlapped_steps(plain, engine, monkeypatch):
     monkeypatch.setattr(plain, "_text_tokens", 30)
     monkeypatch.setattr(engine, "_text_tokens", 30)
     found = []
@@ -233,7 +233,7 @@ def test_what_a_guide_decides_is_obeyed_by_steps_begun_early(plain, engine, monk
     settle(engine)
 
 
-@pytest.mark.parametrize("fault", ["not finite", "cancelled", "late", "guide", "launch", "early launch"])
+@pytest.mark.parametrize("fault", ["not finite", "cancelled", "late", "processor", "launch", "overlapped launch"])
 def test_a_neighbour_that_fails_changes_nothing(plain, engine, monkeypatch, fault, caplog):
     requests = some_requests()[:3]
     alone = [ask(plain, ids, patches, max_new_tokens=25) for ids, patches in requests]
@@ -247,7 +247,7 @@ def test_a_neighbour_that_fails_changes_nothing(plain, engine, monkeypatch, faul
 
     def faulty(self: StaticDecoder, rows):
         early = rows[0].token is None
-        if fault == ("early launch" if early else "launch"):
+        if fault == ("overlapped launch" if early else "launch"):
             raise torch.OutOfMemoryError("planted")
         if fault == "not finite":
             engine._cache.entries[:, [row.pages[0] for row in rows if row.number == number]] = float("nan")
@@ -255,13 +255,13 @@ def test_a_neighbour_that_fails_changes_nothing(plain, engine, monkeypatch, faul
 
     sampled = Sampling(1, 1, 0, 99)
     number = sampling.uniform(99, 4)
-    bad = {"guide": Rude, "cancelled": Held}.get(fault, Listener)(30, *[sampled] * (fault == "not finite"))
+    bad = {"processor": Rude, "cancelled": Held}.get(fault, Listener)(30, *[sampled] * (fault == "not finite"))
     monkeypatch.setattr(StaticDecoder, "launch", faulty)
-    ticket = engine.submit(*with_image(image(4, 4, 77)), 30, bad, seconds=0.0 if fault == "late" else 60)
+    handle = engine.submit(*with_image(image(4, 4, 77)), 30, bad, seconds=0.0 if fault == "late" else 60)
     listeners = [send(engine, ids, patches, max_new_tokens=25)[0] for ids, patches in requests]
     if isinstance(bad, Held):
         assert bad.reached.wait(300)
-        engine.cancel(ticket)
+        engine.cancel(handle)
         bad.let_go.set()
     assert [listener.result() for listener in listeners] == alone
     settle(engine)
@@ -271,7 +271,9 @@ def test_a_neighbour_that_fails_changes_nothing(plain, engine, monkeypatch, faul
         assert len(bad.result()) == 30
         assert "a decoding step" in caplog.text
     else:
-        with pytest.raises((RuntimeError, ValueError), match={"guide": "planted", "late": "E_OVER"}.get(fault, fault)):
+        with pytest.raises(
+            (RuntimeError, ValueError), match={"processor": "planted", "late": "E_OVER"}.get(fault, fault)
+        ):
             bad.result()
     assert engine.healthy()
 
@@ -289,12 +291,12 @@ def test_entries_of_steps_that_did_not_count_reach_nobody(model, plain):
 
 
 def test_new_requests_do_not_wait_for_those_that_run(engine):
-    long, ticket = send(engine, ids_of(5), max_new_tokens=engine.scheduler.pool.count * 4)
+    long, handle = send(engine, ids_of(5), max_new_tokens=engine.scheduler.pool.count * 4)
     while not long.tokens:
         time.sleep(0.001)
     assert len(ask(engine, ids_of(7), max_new_tokens=5)) == 5
     assert not long.over.is_set()
-    engine.cancel(ticket)
+    engine.cancel(handle)
     settle(engine)
 
 

@@ -53,19 +53,22 @@ def drive(
     tokens, in two pieces where markers were put there, or began to be."""
     events: list[Any] = []
     tokens: list[int] = []
-    guide: Any = pipeline.submit(messages, (), events.append, temperature=0, **params)
+    processor: Any = pipeline.submit(messages, (), events.append, temperature=0, **params)
     closed_at = put_at = None
     token: int | None = 0
     while token is not None:
-        drawn = guide.forced()
+        drawn = processor.forced()
         if drawn is not None and put_at is None:
             put_at = len(tokens)
         if drawn is None:
             script, at = (before, len(tokens)) if closed_at is None else (after, len(tokens) - closed_at)
             drawn = script[at] if at < len(script) else TOKENIZER.im_end_id
-        token = guide.take(drawn)
-        if drawn == TOKENIZER.im_end_id and guide._steer.closing and put_at is None:
-            drawn, put_at = TOKENIZER.encode(THINK_CLOSE)[0], len(tokens)  # what the guide put in place of the end
+        token = processor.take(drawn)
+        if drawn == TOKENIZER.im_end_id and processor._steer.closing and put_at is None:
+            drawn, put_at = (
+                TOKENIZER.encode(THINK_CLOSE)[0],
+                len(tokens),
+            )  # what the output processor put in place of the end
         tokens.append(drawn)
         if closed_at is None and THINK_CLOSE in said(tokens):
             closed_at = len(tokens)

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from kimi_vl.engine.engine import Engine
-from kimi_vl.engine.scheduler import Work
+from kimi_vl.engine.scheduler import ScheduledChunk
 from kimi_vl.errors import UserError
 from kimi_vl.events import Answer, Done, Event, Reasoning
 from kimi_vl.media.images import ImageOptions
@@ -67,8 +67,8 @@ def say(whole, monkeypatch):
                         return later[min(len(tokens) - at - len(closer), len(later) - 1)]
             return ids[min(len(tokens), len(ids) - 1)]
 
-        def forward(works: Sequence[Work]) -> torch.Tensor:
-            rows = [script(work.request.ids[work.request.prompt_length :]) for work in works if work.complete]
+        def forward(chunks: Sequence[ScheduledChunk]) -> torch.Tensor:
+            rows = [script(chunk.request.ids[chunk.request.prompt_length :]) for chunk in chunks if chunk.complete]
             likely = torch.arange(1280).float() / 1280
             scores = [likely.index_fill(0, torch.tensor([row]), 100.0) for row in rows]
             return torch.stack(scores) if scores else torch.empty(0, 1280)
@@ -213,7 +213,7 @@ def test_mistakes_are_found_before_anything_is_computed(whole, monkeypatch, opti
 
 
 def test_a_value_that_is_not_finite_fails_the_request(whole, monkeypatch):
-    monkeypatch.setattr(Engine, "_forward", lambda self, works: torch.full((1, 1280), float("nan")))
+    monkeypatch.setattr(Engine, "_forward", lambda self, chunks: torch.full((1, 1280), float("nan")))
     with pytest.raises(RuntimeError, match="not finite"):
         list(whole.stream(ASK))
 
@@ -248,7 +248,7 @@ def test_closing_the_stream_gives_all_memory_back(whole, say, until):
     if until is not None:
         assert any(isinstance(event, until) for event in events)
     events.close()
-    assert wait_until(lambda: not (engine._new or engine._tickets or engine.scheduler.busy))
+    assert wait_until(lambda: not (engine._new or engine._handles or engine.scheduler.busy))
     assert engine.scheduler.pool.available == engine.scheduler.pool.count
 
 

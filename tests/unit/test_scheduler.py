@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from kimi_vl.engine.page_pool import PagePool
-from kimi_vl.engine.scheduler import NeverFits, QueueFull, Request, Scheduler, Span, Work
+from kimi_vl.engine.scheduler import NeverFits, QueueFull, Request, ScheduledChunk, Scheduler, Span
 
 PAGE = 4
 
@@ -18,15 +18,15 @@ def make(pages: int = 40, **options: int | bool) -> Scheduler:
     return Scheduler(PagePool(pages), PAGE, **values)  # pyright: ignore[reportArgumentType]
 
 
-def step(scheduler: Scheduler) -> list[Work]:
-    """Plan and do the work of one step, then give every complete request a token."""
-    works = scheduler.plan()
-    for work in works:
-        scheduler.computed(work)
-    for work in works:
-        if work.complete:
-            work.request.ids.append(7)
-    return works
+def step(scheduler: Scheduler) -> list[ScheduledChunk]:
+    """Plan and compute one step, then give every complete request a token."""
+    chunks = scheduler.plan()
+    for chunk in chunks:
+        scheduler.computed(chunk)
+    for chunk in chunks:
+        if chunk.complete:
+            chunk.request.ids.append(7)
+    return chunks
 
 
 def run(scheduler: Scheduler, request: Request) -> None:
@@ -44,9 +44,9 @@ def test_a_prompt_is_computed_in_chunks_beside_rows_that_decode():
     scheduler.add(long)
     ends = []
     while long.computed < 40:
-        works = step(scheduler)
-        assert works[0].request is short and works[0].end - works[0].begin == 1
-        assert sum(work.end - work.begin for work in works) <= 16
+        chunks = step(scheduler)
+        assert chunks[0].request is short and chunks[0].end - chunks[0].begin == 1
+        assert sum(chunk.end - chunk.begin for chunk in chunks) <= 16
         ends.append(long.computed)
     assert ends == [15, 30, 40]
 
@@ -152,8 +152,8 @@ def test_a_large_request_is_not_overtaken_for_ever():
         assert waited < 10
 
 
-def test_a_step_ahead_has_its_pages_and_ends_where_a_request_does():
-    """As many requests as the pages allow, each with all it may ever need, and the step ahead takes no more."""
+def test_an_overlapped_step_has_its_pages_and_ends_where_a_request_does():
+    """As many requests as the pages allow, each with all it may ever need, and the overlapped step takes no more."""
     scheduler = make(pages=9)
     requests = [Request([n, n], 10 - n) for n in range(3)]
     for request in requests:
@@ -161,17 +161,17 @@ def test_a_step_ahead_has_its_pages_and_ends_where_a_request_does():
     step(scheduler)
     scheduler.fresh.clear()
     for count in range(3, 9):
-        works = scheduler.plan()
-        following = scheduler.ahead(works)
-        assert [(work.begin, work.end) for work in following] == [(count, count + 1)] * 3
-        assert all(len(work.request.pages) * PAGE >= work.end for work in following)
+        chunks = scheduler.plan()
+        following = scheduler.plan_overlapped(chunks)
+        assert [(chunk.begin, chunk.end) for chunk in following] == [(count, count + 1)] * 3
+        assert all(len(chunk.request.pages) * PAGE >= chunk.end for chunk in following)
         assert bool(scheduler.fresh) == (count % PAGE == 0)
         scheduler.fresh.clear()
-        for work in works:
-            scheduler.computed(work)
-            work.request.ids.append(7)
+        for chunk in chunks:
+            scheduler.computed(chunk)
+            chunk.request.ids.append(7)
     # the third one has ten tokens then, of which the last is not computed
-    assert scheduler.ahead(scheduler.plan()) == []
+    assert scheduler.plan_overlapped(scheduler.plan()) == []
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -195,27 +195,27 @@ def test_random_traffic_loses_no_page_shares_none_wrongly_and_lets_nobody_starve
             except NeverFits:
                 assert len(prompt) + request.max_new_tokens > pages * PAGE
         order = list(scheduler.waiting)
-        works = scheduler.plan()
+        chunks = scheduler.plan()
         assert list(scheduler.waiting) == order[len(order) - len(scheduler.waiting) :]  # nobody is overtaken
-        assert bool(works) == scheduler.busy
-        assert [w.end - w.begin == 1 for w in works] == sorted((w.end - w.begin == 1 for w in works), reverse=True)
-        assert sum(work.end - work.begin for work in works) <= scheduler.max_num_batched_tokens
+        assert bool(chunks) == scheduler.busy
+        assert [w.end - w.begin == 1 for w in chunks] == sorted((w.end - w.begin == 1 for w in chunks), reverse=True)
+        assert sum(chunk.end - chunk.begin for chunk in chunks) <= scheduler.max_num_batched_tokens
         decoding = {r for r in scheduler.running if r.computed >= r.prompt_length}
-        assert decoding <= {work.request for work in works}  # what decodes moves on in each step
+        assert decoding <= {chunk.request for chunk in chunks}  # what decodes moves on in each step
         for page in scheduler.fresh:
             contents[page] = [()] * PAGE
         scheduler.fresh.clear()
-        for work in works:
-            for at in range(work.begin, work.end):
-                contents[work.request.pages[at // PAGE]][at % PAGE] = tuple(work.request.ids[: at + 1])
-        for work in works:  # everything a work reads is what its own tokens left, whoever computed it
-            for at in range(work.end):
-                held = contents[work.request.pages[at // PAGE]][at % PAGE]
-                assert held == tuple(work.request.ids[: at + 1])
-            scheduler.computed(work)
-        for work in works:
-            if work.complete:
-                work.request.ids.append(rng.randint(0, 1))
+        for chunk in chunks:
+            for at in range(chunk.begin, chunk.end):
+                contents[chunk.request.pages[at // PAGE]][at % PAGE] = tuple(chunk.request.ids[: at + 1])
+        for chunk in chunks:  # everything a chunk reads is what its own tokens left, whoever computed it
+            for at in range(chunk.end):
+                held = contents[chunk.request.pages[at // PAGE]][at % PAGE]
+                assert held == tuple(chunk.request.ids[: at + 1])
+            scheduler.computed(chunk)
+        for chunk in chunks:
+            if chunk.complete:
+                chunk.request.ids.append(rng.randint(0, 1))
         for request in list(alive):
             done = len(request.ids) >= request.prompt_length + request.max_new_tokens
             if done or rng.random() < 0.01:

@@ -220,7 +220,7 @@ def test_a_model_is_ready_when_a_first_request_was_answered(monkeypatch):
     seen = []
     step = Engine._step
     monkeypatch.setattr(
-        Engine, "_step", lambda self, works: seen.append([w.end - w.begin for w in works]) or step(self, works)
+        Engine, "_step", lambda self, chunks: seen.append([w.end - w.begin for w in chunks]) or step(self, chunks)
     )
     loaded = pipeline.load(str(CHECKPOINT), device="cpu")
     assert seen == [[6], [1], [1]]
@@ -233,12 +233,12 @@ def test_a_first_request_that_fails_fails_the_setup(fault, model, monkeypatch):
     engine = Engine(copy.deepcopy(model), 1024, SMALL)
     forward, let_go = Engine._forward, threading.Event()
 
-    def faulty(self: Engine, works: Any) -> Any:
-        if fault == ("prefill" if works[0].begin == 0 else "decoding"):
+    def faulty(self: Engine, chunks: Any) -> Any:
+        if fault == ("prefill" if chunks[0].begin == 0 else "decoding"):
             raise OutOfResources(122_880, 101_376, "shared memory")
         if fault == "never":
             let_go.wait(300)
-        return forward(self, works)
+        return forward(self, chunks)
 
     monkeypatch.setattr(Engine, "_forward", faulty)
     if fault == "vision":
