@@ -45,6 +45,8 @@ from tests.imitated_engine import (
     some_asks,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:

@@ -29,8 +29,15 @@ from triton.runtime.errors import InterpreterError  # noqa: E402
 
 from kimi_vl import kernels  # noqa: E402
 from kimi_vl.device import memory  # noqa: E402
-from kimi_vl.engine import kv_cache as cache  # noqa: E402
-from kimi_vl.kernels import plain, reference, strips, triton_mla, triton_moe, triton_norm  # noqa: E402
+from kimi_vl.kernels import (  # noqa: E402
+    attention_metadata,
+    plain,
+    reference,
+    strips,
+    triton_mla,
+    triton_moe,
+    triton_norm,
+)
 from kimi_vl.kernels.attention_metadata import Rows  # noqa: E402
 from kimi_vl.kernels.inputs import Call, Inputs, Widths, apart, distance, routed_alike, with_arguments  # noqa: E402
 
@@ -521,7 +528,7 @@ def test_lengths_grow_under_the_same_launch():
 def test_entries_are_gathered_for_a_block_at_a_time(
     lengths: list[int], gathered: int, fences: Fences, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(cache, "GATHERED", gathered)
+    monkeypatch.setattr(attention_metadata, "GATHERED", gathered)
     call = fenced(Inputs(ODD, torch.float32).mla_decode(lengths, 25), fences)
     found = apart(call, call.run(kernels.TORCH), torch.float32)
     assert found <= 1, found

@@ -204,6 +204,7 @@ def test_the_same_check_runs_once(use, monkeypatch):
     assert asked == [(first, use), (second, use)]
 
 
+@pytest.mark.slow
 def test_a_kernel_that_was_forced_and_cannot_run_fails_the_setup_with_a_sentence(use):
     broken = dataclasses.replace(TRITON, norm_router=raising(OutOfResources(122_880, 101_376, "shared memory")))
     startup_check.launch_all(TRITON, CPU, use)
