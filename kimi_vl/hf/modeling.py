@@ -51,13 +51,13 @@ from transformers.models.kimi_k25.modeling_kimi_k25 import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from .errors import CheckpointError
-from .media import data_url
-from .media.images import ImageOptions, preprocess
-from .model import published
-from .text import chat
-from .text.messages import read
-from .text.tokenizer import Tokenizer
+from ..errors import CheckpointError
+from ..media import data_url
+from ..media.images import ImageOptions, preprocess
+from ..model import published
+from ..text import chat
+from ..text.messages import read
+from ..text.tokenizer import Tokenizer
 
 _EOS_OFFSET, _IM_END_OFFSET = 1, 2  # from the first special token, [BOS]
 # What the KV cache is called among the decoder's arguments and outputs: newer versions have renamed it.
