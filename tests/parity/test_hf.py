@@ -1,10 +1,11 @@
-"""The Hugging Face face against golden data of the original, against our own model, and through disk."""
+"""The Hugging Face integration against golden data of the original, against our own model, and through disk."""
 
 from __future__ import annotations
 
 import base64
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+import kimi_vl.hf
 from kimi_vl.errors import CheckpointError
 from kimi_vl.hf import KimiVLConfig, KimiVLForConditionalGeneration, KimiVLProcessor, KimiVLTextConfig
 from kimi_vl.model.config import Config
@@ -740,3 +742,15 @@ def test_text_config_from_another_class():
     foreign: Any = DeepseekV3Config(n_group=1, topk_group=1, vocab_size=256, bos_token_id=10)
     config = KimiVLConfig(text_config=foreign)
     assert isinstance(config.text_config, KimiVLTextConfig) and config.text_config.vocab_size == 256
+
+
+@pytest.mark.parametrize("name", kimi_vl.hf.__all__)
+def test_classes_are_pickled_by_names_that_can_be_imported(name):
+    named = getattr(kimi_vl.hf, name)
+    assert pickle.loads(pickle.dumps(named)) is named
+    assert pickle.loads(f"ckimi_vl.hf\n{name}\n.".encode()) is named  # as they were pickled from a single module
+
+
+def test_a_config_survives_pickling():
+    config = KimiVLConfig(text_config=KimiVLTextConfig(hidden_size=48))
+    assert pickle.loads(pickle.dumps(config)).to_dict() == config.to_dict()
