@@ -70,7 +70,7 @@ import torch
 from bench_suite import cards
 from triton.runtime.jit import compute_cache_key
 
-from kimi_vl import loader
+from kimi_vl.weights import loader
 from kimi_vl.kernels.attention_metadata import Rows, Step
 from kimi_vl.engine.kv_cache import Chunk, PagedCache
 from kimi_vl.model.config import Config, VisionConfig

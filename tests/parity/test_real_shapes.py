@@ -179,7 +179,7 @@ def test_many_shards_load_exactly_and_with_little_memory(many_shards, dtype):
     program = f"""
         import json, re, torch
         from pathlib import Path
-        from kimi_vl import loader
+        from kimi_vl.weights import loader
 
         def status(name):
             return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

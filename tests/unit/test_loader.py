@@ -268,7 +268,7 @@ def test_loading_imports_little():
     """The parts of torch that compile and reason about shapes take longer to import than the demo model to load."""
     program = f"""
         import sys
-        from kimi_vl import loader
+        from kimi_vl.weights import loader
         before = set(sys.modules)
         loader.load({str(CHECKPOINT)!r})
         new = set(sys.modules) - before
