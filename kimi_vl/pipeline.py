@@ -276,7 +276,7 @@ class EventStream(Iterator[Event]):
 
 
 class _OutputProcessor:
-    """Turns drawn tokens to events, and says what follows: see :class:`kimi_vl.engine.engine.OutputProcessor`."""
+    """Turns sampled tokens to events, and says what follows: see :class:`kimi_vl.engine.engine.OutputProcessor`."""
 
     def __init__(
         self,
@@ -351,7 +351,7 @@ class _OutputProcessor:
 
 
 class _Steering:
-    """Keeps thinking inside its budget and out of circles: says when tokens are put there instead of drawn, and counts.
+    """Keeps thinking inside its budget and out of circles: says when tokens are forced instead of sampled, and counts.
 
     What closes the thinking for the model, its budget or a loop, is called ``budget`` in either case.
     """
@@ -374,7 +374,7 @@ class _Steering:
             self._queue, self.closing = self._closing_tokens(section), True
 
     def forced(self) -> int | None:
-        """The next token where it is not drawn."""
+        """The next token where it is not sampled."""
         return self._queue.pop(0) if self._queue else None
 
     def close(self) -> int:

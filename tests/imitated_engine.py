@@ -225,7 +225,7 @@ class Steps:
 
 
 def some_asks(most: int = 7) -> list[Ask]:
-    """Prompts of one token and of several chunks, pictures, all ways to draw, tokens that are put in or ruled out."""
+    """Prompts of one token and of several chunks, pictures, all ways to sample, tokens that are put in or ruled out."""
     samplings = [Sampling(0, 1, 0, 0), Sampling(1, 1, 0, 5), Sampling(0.8, 0.9, 0, 6), Sampling(1.5, 1, 20, 7)]
     pictures = [picture(2, 4, 1), picture(4, 4, 2)]
     beginning = [*range(40, 60)]  # several share it, pages and all
@@ -242,7 +242,7 @@ def some_asks(most: int = 7) -> list[Ask]:
 
 
 def answers(engine: Engine, asks: Sequence[Ask], late: bool = False) -> list[list[int]]:
-    """Tokens of all; sent at once, or each when the one before has drawn its second token."""
+    """Tokens of all; sent at once, or each when the one before has sampled its second token."""
     processors = []
     for ask in asks:
         begun = threading.Event()

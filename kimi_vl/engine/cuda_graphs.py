@@ -53,7 +53,7 @@ class Launched:
     event: torch.cuda.Event | None
 
     def read(self) -> tuple[list[int], list[bool]]:
-        """The drawn tokens, and whether each row's logits were finite. Waits for the device."""
+        """The sampled tokens, and whether each row's logits were finite. Waits for the device."""
         if self.event is not None:
             self.event.synchronize()
         tokens, finite = self.results.tolist()
@@ -171,14 +171,14 @@ class StaticDecoder:
         """The work of one launch, on tensors that are always the same."""
         token, position, slot, length, top_k, limit = self._inputs[:_INTEGERS, :count]
         temperature, top_p, number = self._inputs[_INTEGERS:, :count].view(torch.float64)
-        drawn, finite = self._outputs[:, :count]
-        embeddings = self._model.embed(token.where(token >= 0, drawn))  # (B, H)
+        sampled, finite = self._outputs[:, :count]
+        embeddings = self._model.embed(token.where(token >= 0, sampled))  # (B, H)
         rows = Rows(self._table[:count], length.int(), self._cache.page_size)
         step = Step(self._cache.entries, position, slot, rows)
         logits = self._decoder.logits(self._decoder.states(embeddings, step))  # (B, V)
         finite.copy_(sampling.finite(logits))
-        drawn.copy_(
-            sampling.choose(
+        sampled.copy_(
+            sampling.sample_from_tensors(
                 logits,
                 temperature,
                 top_p,

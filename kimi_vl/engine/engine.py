@@ -38,7 +38,7 @@ from .image_cache import EmbeddingCache
 from .kv_cache import Chunk, PagedCache
 from .page_pool import PagePool
 from .requests import NullOutputProcessor, OutputProcessor, Patches, RequestHandle, spans
-from .sampling import draw
+from .sampling import sample_batch
 from .scheduler import NeverFits, Request, ScheduledChunk, Scheduler, Span
 
 __all__ = ["Engine", "EngineOptions", "OutputProcessor", "Overloaded", "Patches", "RequestHandle"]
@@ -283,13 +283,13 @@ class Engine:
                 if isinstance(after, Failed):
                     log.warning("a decoding step could not begin early (%s)", after.kind)
                     after = None
-            drawn = self._faults.attempt(in_flight.launched.read)
-            if isinstance(drawn, Failed):
-                log.warning("a decoding step could not be read (%s); it is tried another way", drawn.kind)
+            sampled = self._faults.attempt(in_flight.launched.read)
+            if isinstance(sampled, Failed):
+                log.warning("a decoding step could not be read (%s); it is tried another way", sampled.kind)
                 return self._step([chunk for chunk, counted in zip(chunks, counts, strict=True) if counted])
             counts = [
                 counts[row] and self._commit(chunk, token, finite, after and after.limits[row])
-                for row, (chunk, token, finite) in enumerate(zip(chunks, *drawn, strict=True))
+                for row, (chunk, token, finite) in enumerate(zip(chunks, *sampled, strict=True))
             ]
             chunks, in_flight = following, after
 
@@ -305,14 +305,14 @@ class Engine:
                 chunk.begin,
                 chunk.request.pages,
                 handle.sampling,
-                handle.number(handle.drawn + early),
+                handle.number(handle.num_output_tokens + early),
                 limit,
             )
             for chunk, handle, limit in zip(chunks, handles, limits, strict=True)
         ]
         return InFlightStep(static.launch(rows), limits)
 
-    def _commit(self, chunk: ScheduledChunk, drawn: int, finite: bool, limit: int | None) -> bool:
+    def _commit(self, chunk: ScheduledChunk, sampled: int, finite: bool, limit: int | None) -> bool:
         """Take in what a step computed and drew for a request. Whether the next step, which was begun with the drawn
         token and is to draw below ``limit``, counts for it."""
         request = chunk.request
@@ -325,8 +325,8 @@ class Engine:
         if asked is None:
             return False
         self._faults.success()
-        self._take(handle, drawn if asked.forced is None else asked.forced)
-        if request not in self._handles or request.ids[-1] != drawn:
+        self._take(handle, sampled if asked.forced is None else asked.forced)
+        if request not in self._handles or request.ids[-1] != sampled:
             return False
         return self._asked(handle, lambda: self._limit(handle)) == limit
 
@@ -378,7 +378,7 @@ class Engine:
     def _advance(self, handles: Sequence[RequestHandle], logits: Tensor) -> None:
         """Get each request's next token and let its output processor take it."""
         asked = [self._asked(handle, lambda handle=handle: self._next(handle)) for handle in handles]
-        for handle, token in zip(handles, self._draw(handles, logits, asked), strict=True):
+        for handle, token in zip(handles, self._sample(handles, logits, asked), strict=True):
             if handle.request not in self._handles:  # its output processor failed
                 continue
             if isinstance(token, Exception):
@@ -387,42 +387,44 @@ class Engine:
                 self._faults.success()
                 self._take(handle, token)
 
-    def _draw(
+    def _sample(
         self, handles: Sequence[RequestHandle], logits: Tensor, asked: Sequence[_Next | None]
     ) -> Sequence[int | Exception]:
-        """The next token of each of B requests, or why it has none; ``logits`` (B, V). Where drawing for all together
-        fails, it is done for each alone."""
-        tokens = self._faults.attempt(self._draw_together, handles, logits, asked)
+        """The next token of each of B requests, or why it has none; ``logits`` (B, V).
+
+        Where sampling the batch fails, each request is sampled alone.
+        """
+        tokens = self._faults.attempt(self._sample_batch, handles, logits, asked)
         if not isinstance(tokens, Failed):
             return tokens
         if len(handles) == 1:
             return [tokens.reason]
-        log.warning("drawing for %d requests failed (%s); each is tried alone", len(handles), tokens.kind)
+        log.warning("sampling for %d requests failed (%s); each is tried alone", len(handles), tokens.kind)
         return [
-            self._draw([handle], logits[row : row + 1], [each])[0]
+            self._sample([handle], logits[row : row + 1], [each])[0]
             for row, (handle, each) in enumerate(zip(handles, asked, strict=True))
         ]
 
-    def _draw_together(
+    def _sample_batch(
         self, handles: Sequence[RequestHandle], logits: Tensor, asked: Sequence[_Next | None]
     ) -> list[int | Exception]:
         finite = sampling.finite(logits).tolist()
         found: list[int | Exception] = [NotFinite() for _ in handles]
-        drawing = []
+        sampling_for = []
         for row, each in enumerate(asked):
             if each is not None and finite[row]:
                 if each.forced is None:
-                    drawing.append((row, handles[row], each.limit))
+                    sampling_for.append((row, handles[row], each.limit))
                 else:
                     found[row] = each.forced
-        drawn = draw(
-            logits[[row for row, _, _ in drawing]] if len(drawing) < len(handles) else logits,
-            [handle.sampling for _, handle, _ in drawing],
-            [handle.drawn for _, handle, _ in drawing],
-            [limit for _, _, limit in drawing],
+        sampled = sample_batch(
+            logits[[row for row, _, _ in sampling_for]] if len(sampling_for) < len(handles) else logits,
+            [handle.sampling for _, handle, _ in sampling_for],
+            [handle.num_output_tokens for _, handle, _ in sampling_for],
+            [limit for _, _, limit in sampling_for],
             rounded=self.model.dtype == torch.bfloat16,
         )
-        for (row, _, _), token in zip(drawing, drawn, strict=True):
+        for (row, _, _), token in zip(sampling_for, sampled, strict=True):
             found[row] = token
         return found
 
@@ -440,7 +442,7 @@ class Engine:
         return _Next(handle.processor.forced(), self._limit(handle))
 
     def _limit(self, handle: RequestHandle) -> int:
-        """The ids of a request's next draw are below it."""
+        """The id that a request samples next is below it."""
         return self._text_tokens if handle.processor.text_only else self.model.config.text_config.vocab_size
 
     def _take(self, handle: RequestHandle, token: int) -> None:
@@ -456,7 +458,7 @@ class Engine:
                 request, ValueError("an output processor put a token outside of the vocabulary, or after the last one")
             )
         else:
-            handle.drawn += 1
+            handle.num_output_tokens += 1
             request.ids.append(following)
 
     # Ends
@@ -497,7 +499,7 @@ class Engine:
         try:
             for begin in (0, 2):
                 logits = self._forward([ScheduledChunk(request, begin, len(request.ids))])
-                (token,) = self._draw_together([handle], logits, [self._next(handle)])
+                (token,) = self._sample_batch([handle], logits, [self._next(handle)])
                 if isinstance(token, Exception):
                     raise token
                 request.ids.append(token)
@@ -528,7 +530,7 @@ class InFlightStep:
 
 @dataclass(frozen=True)
 class _Next:
-    """What an output processor says of the next token: it, or None for a drawn one, whose id is below ``limit``."""
+    """What an output processor says of the next token: it, or None for a sampled one, whose id is below ``limit``."""
 
     forced: int | None
     limit: int

@@ -2,7 +2,7 @@
 
 - Too little memory ends the request at fault, which is told to try again later (E_OVERLOADED).
 - A device that is lost ends the engine: no step can succeed any more.
-- Anything else is that request's own fault, until several requests in a row have failed alone and no token was drawn
+- Anything else is that request's own fault, until several requests in a row have failed alone and no token was sampled
   in between. Then the engine checks itself with a prompt that is known to be right, and what it cannot answer ends it.
 
 What ends the engine turns its health false, and every caller is told at once.
@@ -84,7 +84,7 @@ class Faults:
         return error
 
     def success(self) -> None:
-        """A token was drawn."""
+        """A token was sampled."""
         self._in_a_row = 0
 
     def alone(self, failure: Exception) -> bool:

@@ -43,20 +43,20 @@ class OutputProcessor(Protocol):
 
     @property
     def sampling(self) -> Sampling:
-        """How tokens are drawn. Asked once, when the request is handed in."""
+        """How tokens are sampled. Read once, when the request is submitted."""
         ...
 
     @property
     def text_only(self) -> bool:
-        """Whether tokens without text are ruled out in the next draw."""
+        """Whether tokens without text are ruled out for the next token."""
         ...
 
     def forced(self) -> int | None:
-        """The next token where it is not drawn. Asked once for each token."""
+        """The next token where it is not sampled. Asked once for each token."""
         ...
 
     def take(self, token: int) -> int | None:
-        """What follows the sequence after this token was drawn: it, another one, or None when all is said."""
+        """Consume a sampled token; returns what follows the sequence: it, another token, or None at the end."""
         ...
 
     def fail(self, error: Exception) -> None:
@@ -65,7 +65,7 @@ class OutputProcessor(Protocol):
 
 
 class NullOutputProcessor:
-    """The output processor of a request that nobody sent: takes whatever is drawn, and tells nobody."""
+    """The output processor of a request that no caller sent: accepts every token, reports nothing."""
 
     sampling = Sampling(1, 0.9, 20, 0)
     text_only = False
@@ -88,12 +88,12 @@ class RequestHandle:
     ):
         self.request, self.patches, self.processor, self.deadline = request, patches, processor, deadline
         self.sampling = processor.sampling
-        self.drawn = 0
+        self.num_output_tokens = 0
         self.cancelled = False
         self._numbers: tuple[int, list[float]] = (0, [])  # where they begin, and uniform numbers from there on
 
     def number(self, position: int) -> float:
-        """What the draw at ``position`` is decided by."""
+        """The uniform random number that decides the token at ``position``."""
         begin, numbers = self._numbers
         if not begin <= position < begin + len(numbers):
             begin, numbers = self._numbers = position, uniforms(self.sampling.seed, position, 64)

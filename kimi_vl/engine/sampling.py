@@ -1,4 +1,4 @@
-"""From logits to one token: temperature, then top-k, then top-p, then a draw that depends on seed and position alone.
+"""From logits to one token: temperature, then top-k, then top-p, then a random number from seed and position alone.
 
 Knows no text and no model.
 """
@@ -15,16 +15,16 @@ from torch import Tensor
 from .. import parameters
 from ..device import cuda as devices
 
-LEAST_TEMPERATURE = 1e-4  # below it the likeliest token is all that is left, and a division by it may not be finite
+LEAST_TEMPERATURE = 1e-4  # below it only the likeliest token is left, and logits divided by it may overflow
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; values of other types or outside their bounds raise
+    """How tokens are sampled; values of other types or outside their bounds raise
     :class:`~kimi_vl.errors.UserError` (E_PARAMETER).
 
     ``temperature`` 0 (or next to it, or ``top_p`` 0, or ``top_k`` 1) takes the most likely token. ``top_k`` 0 is off.
-    The same ``seed`` gives the same draws.
+    The same ``seed`` gives the same tokens.
     """
 
     temperature: float
@@ -48,12 +48,13 @@ class Sampling:
 
     @property
     def cuts(self) -> bool:
-        """Whether only some of the likelier tokens are drawn among."""
+        """Whether top-k or top-p leaves out some tokens."""
         return not self.greedy and (self.top_p < 1 or self.top_k > 0)
 
 
-def sample(logits: Tensor, sampling: Sampling, position: int) -> int:
-    """One token id from float32 ``logits`` (V,); ``position`` counts the tokens drawn before in this request."""
+def sample_one(logits: Tensor, sampling: Sampling, position: int) -> int:
+    """One token id from float32 ``logits`` (V,); ``position`` is the number of tokens that this
+    request has so far."""
     if sampling.greedy:
         return int(logits.argmax())
     # float64, or the tail of a large vocabulary is lost in rounding
@@ -97,29 +98,29 @@ def _likeliest(probabilities: Tensor, total: float) -> tuple[Tensor, Tensor]:
     return probabilities.sort(descending=True, stable=True)
 
 
-def draw(
+def sample_batch(
     logits: Tensor,
     samplings: Sequence[Sampling],
     positions: Sequence[int],
     limits: Sequence[int],
     rounded: bool = False,
 ) -> list[int]:
-    """One token id for each row of float32 ``logits`` (B, V), of the ids below its limit; see :func:`sample`.
+    """One token id for each sequence from float32 ``logits`` (B, V), below its limit; see :func:`sample_one`.
 
-    A row's draw depends on nothing but its own logits, seed and position. ``rounded`` says that all logits are bfloat16
-    values, which saves time on a GPU.
+    Batch-invariant: a sequence's token depends on its own logits, seed and position alone. ``rounded`` says that all
+    logits are bfloat16 values, which saves time on a GPU.
     """
     if logits.is_cuda:
-        return draw_together(logits, samplings, positions, limits, rounded)
+        return sample_batch_on_device(logits, samplings, positions, limits, rounded)
     vocabulary = logits.shape[-1]
     if all(sampling.greedy for sampling in samplings) and all(limit == vocabulary for limit in limits):
         return logits.argmax(-1).tolist()
-    rows = zip(logits, samplings, positions, limits, strict=True)
-    return [sample(row[:limit], sampling, position) for row, sampling, position, limit in rows]
+    sequences = zip(logits, samplings, positions, limits, strict=True)
+    return [sample_one(own[:limit], sampling, position) for own, sampling, position, limit in sequences]
 
 
 def finite(logits: Tensor) -> Tensor:
-    """Which rows (B) of ``logits`` (B, V) hold no infinity and no NaN: a sum hides neither, and reads them once."""
+    """Which of B sequences have ``logits`` (B, V) without infinity and NaN: (B,) bool. A sum shows both in one pass."""
     return logits.sum(-1).isfinite()
 
 
@@ -129,19 +130,22 @@ def uniform(seed: int, position: int) -> float:
 
 
 def uniforms(seed: int, position: int, count: int) -> list[float]:
-    """:func:`uniform` of ``count`` positions from ``position`` on, in one go."""
+    """:func:`uniform` for ``count`` positions from ``position`` on, in one call."""
     # each position is a block of four numbers, of which the first is taken
     return np.random.Generator(np.random.Philox(key=seed, counter=position)).random(4 * count)[::4].tolist()
 
 
-def draw_together(
+def sample_batch_on_device(
     logits: Tensor,
     samplings: Sequence[Sampling],
     positions: Sequence[int],
     limits: Sequence[int],
     rounded: bool = False,
 ) -> list[int]:
-    """The same with as few calls as one row takes, for devices where calls are what costs. The host waits once."""
+    """The same with as many operations for a batch as for one sequence, for GPUs, where launches are what costs.
+
+    One device synchronisation, for the result.
+    """
     if not samplings:
         return []
     most = logits.shape[-1]  # more than there are ids is as good as all of them
@@ -156,15 +160,15 @@ def draw_together(
     temperature, top_p, uniform_numbers = given[:3]
     top_k, below = given[3:].long()  # float64 holds them exactly
     greedy_only, cut = all(s.greedy for s in samplings), any(s.cuts for s in samplings)
-    return choose(
+    return sample_from_tensors(
         logits, temperature, top_p, top_k, below, uniform_numbers, greedy_only=greedy_only, cut=cut, rounded=rounded
     ).tolist()
 
 
-_TOGETHER = 16  # sequences of a cut draw at a time, which bounds its memory
+_CUT_BATCH = 16  # sequences at a time where top-k or top-p is used, which bounds the memory
 
 
-def choose(
+def sample_from_tensors(
     logits: Tensor,
     temperature: Tensor,
     top_p: Tensor,
@@ -176,17 +180,17 @@ def choose(
     cut: bool,
     rounded: bool = False,
 ) -> Tensor:
-    """:func:`draw` for tensors on any device, without asking the host anything: ids (B,) of ``logits`` (B, V).
+    """:func:`sample_batch` with all inputs as tensors and no device synchronisation: ids (B,) from ``logits`` (B, V).
 
-    Per row: ``temperature`` (0 takes the likeliest), ``top_p``, both float64; ``top_k`` and the limit of ids, int64;
-    the uniform number that decides, float64. What the whole batch has no use for is left out: ``greedy_only`` says
-    that every temperature is 0, and without ``cut`` no row has a top_p or top_k. ``rounded`` says that all logits are
-    bfloat16 values, which need not be sorted. Rows of NaN give some valid id.
+    For each sequence, all (B,): ``temperature`` (0 takes the likeliest) and ``top_p``, float64; ``top_k`` and
+    ``limits`` of ids, int64; ``numbers``, the uniform random numbers, float64. ``greedy_only`` says that every
+    temperature is 0; without ``cut`` no sequence has a top_p or top_k, and that computation is left out. ``rounded``
+    says that all logits are bfloat16 values, which need not be sorted. Logits of NaN give some valid id.
     """
-    if cut and not greedy_only and len(logits) > _TOGETHER:
-        parts = (each.split(_TOGETHER) for each in (logits, temperature, top_p, top_k, limits, numbers))
+    if cut and not greedy_only and len(logits) > _CUT_BATCH:
+        parts = (each.split(_CUT_BATCH) for each in (logits, temperature, top_p, top_k, limits, numbers))
         options = {"greedy_only": greedy_only, "cut": cut, "rounded": rounded}
-        return torch.cat([choose(*part, **options) for part in zip(*parts, strict=True)])
+        return torch.cat([sample_from_tensors(*part, **options) for part in zip(*parts, strict=True)])
     logits = logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) >= limits[:, None], float("-inf"))
     likeliest = logits.argmax(-1)
     if greedy_only:
@@ -194,19 +198,19 @@ def choose(
     greedy = temperature == 0
     temperature = temperature.masked_fill(greedy, 1).float()[:, None]
     scores = logits / temperature
-    chosen = _inverse(scores.double().softmax(-1).cumsum(-1), limits, numbers)
+    sampled = _inverse(scores.double().softmax(-1).cumsum(-1), limits, numbers)
     if cut:
         top_k = limits.where(top_k == 0, torch.minimum(top_k, limits))
         if rounded:
             among = _cut_rounded(logits, temperature, top_p, top_k, numbers)
         else:
             among = _cut_sorted(scores, top_p, top_k, numbers)
-        chosen = among.where((top_p < 1) | (top_k < limits), chosen)
-    return likeliest.where(greedy, chosen)
+        sampled = among.where((top_p < 1) | (top_k < limits), sampled)
+    return likeliest.where(greedy, sampled)
 
 
 def _cut_sorted(scores: Tensor, top_p: Tensor, top_k: Tensor, numbers: Tensor) -> Tensor:
-    """Ids (B,) drawn among the likeliest of ``scores`` (B, V)."""
+    """Ids (B,) sampled among the top-k and top-p of ``scores`` (B, V), by sorting."""
     ranked, ids = scores.sort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(scores.shape[-1], device=scores.device)
     probabilities = ranked.double().masked_fill(ranks >= top_k[:, None], float("-inf")).softmax(-1)
@@ -219,8 +223,8 @@ def _cut_sorted(scores: Tensor, top_p: Tensor, top_k: Tensor, numbers: Tensor) -
 def _cut_rounded(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, numbers: Tensor) -> Tensor:
     """The same of ``logits`` (B, V) that are bfloat16 values, to be divided by ``temperature`` (B, 1): without sorting.
 
-    There are 65,536 such values. It is counted how often each occurs, the greatest first; what is kept and drawn is
-    some of a value's tokens, all of which are as likely, in the order of their ids.
+    There are 65,536 such values, so a histogram replaces the sort, the greatest value first. All tokens of one value
+    are equally likely; among them the order is that of their ids.
     """
     values = _falling_values(logits.device)  # (65536)
     bits = (logits + 0.0).bfloat16().view(torch.int16).int()  # the addition makes a zero of a negative zero
@@ -254,7 +258,7 @@ def _falling_values(device: torch.device) -> Tensor:
 
 
 def _inverse(cumulative: Tensor, counts: Tensor, numbers: Tensor) -> Tensor:
-    """The index (B,) at which each row of sums (B, V), of which the first ``counts`` matter, passes its number."""
+    """The index (B,) where each of ``cumulative`` (B, V), of which the first ``counts`` matter, passes its number."""
     last = (counts - 1).clamp(min=0)
     target = numbers * cumulative.gather(-1, last[:, None])[:, 0]
     return torch.minimum(torch.searchsorted(cumulative, target[:, None], right=True)[:, 0], last)

@@ -13,7 +13,7 @@ COMMANDS = {
     "load": ("load", "main", "seconds from a checkpoint in the page cache to a model, against transformers"),
     "latency": ("traffic", "latency", "first token and tokens a second of one request, by context length"),
     "mixed": ("traffic", "mixed", "requests of all kinds at once, with pictures"),
-    "text": ("text", "main", "microseconds a token between a drawn token and the text that leaves"),
+    "text": ("text", "main", "microseconds a token between a sampled token and the text that leaves"),
     "throughput": ("traffic", "throughput", "tokens a second of many requests at once, all alike"),
     "vision": ("vision", "main", "milliseconds of a picture through the vision tower, by its size"),
 }

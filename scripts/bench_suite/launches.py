@@ -321,7 +321,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench launches", description=__doc__)
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS])
-    parser.add_argument("--cut", action="store_true", help="draw with a top_p of 0.95")
+    parser.add_argument("--cut", action="store_true", help="sample with a top_p of 0.95")
     parser.add_argument("--bytes", action="store_true", help="also count bytes, which takes minutes and 8 GB")
     args = parser.parse_args(arguments)
     sampling = CUT if args.cut else SAMPLING

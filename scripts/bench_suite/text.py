@@ -1,4 +1,4 @@
-"""`scripts/bench text`: microseconds a token for everything between a drawn token and the text that leaves.
+"""`scripts/bench text`: microseconds a token for everything between a sampled token and the text that leaves.
 
 The floor is a call of an empty function for each token; the promise is 20 microseconds for all steps together.
 """

@@ -117,8 +117,8 @@ def set_trap(trap: Trap, phase: str) -> None:
     elif phase in ("prefill", "logits"):
         trap.watch()
         trap.at(FusedDecoder, {"prefill": "states", "logits": "logits"}[phase], lambda *given: trap.marked)
-    elif phase == "draw":
-        trap.at(sys.modules["kimi_vl.engine.engine"], "draw", seeds)
+    elif phase == "sample":
+        trap.at(sys.modules["kimi_vl.engine.engine"], "sample_batch", seeds)
     elif phase == "clear":
         trap.at(PagedCache, "clear", lambda cache, pages: bool({*pages} & {*trap.pages()}))
     elif phase == "page table":
@@ -129,7 +129,7 @@ def company(engine: Engine, max_new_tokens: int = 12) -> list[Listener]:
     return [send(engine, ids, patches, max_new_tokens=max_new_tokens)[0] for ids, patches in some_requests()[:3]]
 
 
-PHASES = ["vision", "image cache", "embedding", "prefill", "logits", "draw", "clear", "page table"]
+PHASES = ["vision", "image cache", "embedding", "prefill", "logits", "sample", "clear", "page table"]
 
 
 @both
@@ -295,12 +295,13 @@ def test_any_top_k_is_as_good_as_all_ids(engine, top_k, caplog):
     assert "failed" not in caplog.text  # and no other way was needed
 
 
-def test_any_top_k_is_as_good_as_all_ids_where_rows_are_drawn_together():
+def test_any_top_k_is_as_good_as_all_ids_where_a_batch_is_sampled_on_a_device():
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
-    drawn = [
-        sampling.draw_together(logits, [sampling_with(top_k)] * 3, [0, 1, 2], [50] * 3) for top_k in (50, 2**63, 10**40)
+    sampled = [
+        sampling.sample_batch_on_device(logits, [sampling_with(top_k)] * 3, [0, 1, 2], [50] * 3)
+        for top_k in (50, 2**63, 10**40)
     ]
-    assert drawn[0] == drawn[1] == drawn[2]
+    assert sampled[0] == sampled[1] == sampled[2]
 
 
 # What ends the engine
@@ -313,7 +314,7 @@ def accelerator_error(code: int | None = 700) -> Exception:
 
 
 @both
-@pytest.mark.parametrize("seam", ["states", "draw", "read", "launch"])
+@pytest.mark.parametrize("seam", ["states", "sample_batch", "read", "launch"])
 def test_a_lost_device_ends_the_engine_and_everybody_is_told(engine, monkeypatch, seam):
     if seam in ("read", "launch") and engine._static is None:
         return
@@ -323,7 +324,7 @@ def test_a_lost_device_ends_the_engine_and_everybody_is_told(engine, monkeypatch
     trap = Trap(monkeypatch, accelerator_error)
     owners = {
         "states": FusedDecoder,
-        "draw": sys.modules["kimi_vl.engine.engine"],
+        "sample_batch": sys.modules["kimi_vl.engine.engine"],
         "read": Launched,
         "launch": StaticDecoder,
     }
@@ -365,13 +366,13 @@ def one_by_one(engine: Engine, count: int, request: Callable[[], tuple[list[int]
 
 
 @both
-@pytest.mark.parametrize("phase", ["prefill", "draw", "vision"])
+@pytest.mark.parametrize("phase", ["prefill", "sample", "vision"])
 def test_when_every_request_fails_the_health_is_false(engine, monkeypatch, phase):
     """As where a kernel needs more than the card has: no memory is missing, and nothing is wrong with the requests."""
     trap = Trap(monkeypatch, lambda: RuntimeError("a kernel that is refused"))
     owner, name = {
         "prefill": (FusedDecoder, "states"),
-        "draw": (sys.modules["kimi_vl.engine.engine"], "draw"),
+        "sample": (sys.modules["kimi_vl.engine.engine"], "sample_batch"),
         "vision": (KimiVL, "encode_images"),
     }[phase]
     trap.at(owner, name)

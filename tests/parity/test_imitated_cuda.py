@@ -400,8 +400,10 @@ class Full:
     def _logits(self) -> None:
         self._at(FusedDecoder, "logits", self._takes_part)
 
-    def _draw(self) -> None:
-        self._at(engine_module, "draw", lambda _, samplings, *__, **___: any(s.seed == BAD_SEED for s in samplings))
+    def _sample(self) -> None:
+        self._at(
+            engine_module, "sample_batch", lambda _, samplings, *__, **___: any(s.seed == BAD_SEED for s in samplings)
+        )
 
     def _clear(self) -> None:
         self._at(PagedCache, "clear", lambda cache, pages: bool(pages) and self._takes_part())
@@ -419,7 +421,9 @@ class Full:
         )
 
 
-@pytest.mark.parametrize("phase", ["vision", "embedding", "prefill", "logits", "draw", "clear", "launch", "overlapped"])
+@pytest.mark.parametrize(
+    "phase", ["vision", "embedding", "prefill", "logits", "sample", "clear", "launch", "overlapped"]
+)
 def test_the_request_that_does_not_fit_fails_alone(folder, wanted, machine, monkeypatch, phase):
     """Steps are called, not replayed, since those take memory. A step that only cannot begin early costs no request."""
     others = some_asks(3)
@@ -462,7 +466,7 @@ def extreme(random: Random) -> Ask:
     for each in pictures:
         ids += [*[PAD] * each.tokens, random.randrange(140)]
     wrong = random.random() < 0.1
-    draw = Sampling(
+    sampling = Sampling(
         random.choice([0, 5e-324, 1e-300, 1e-5, 1e-4, 0.6, 1, 2]),
         random.choice([0, 5e-324, 1e-300, 1e-9, 0.5, 0.95, 1 - 2**-53, 1]),
         2**63 if wrong else random.choice([0, 0, 1, 2, 383, 384, 385, 2**31 - 1]),
@@ -470,7 +474,7 @@ def extreme(random: Random) -> Ask:
     )
     forced = {at: random.randrange(384) for at in range(8) if random.random() < 0.1}
     text_only = frozenset(at for at in range(8) if random.random() < 0.2)
-    return Ask(ids, random.choice([1, 2, 5, 6, 7, 8, 9, 100_000]), draw, pictures, forced, text_only)
+    return Ask(ids, random.choice([1, 2, 5, 6, 7, 8, 9, 100_000]), sampling, pictures, forced, text_only)
 
 
 class Fate:

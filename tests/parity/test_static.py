@@ -201,7 +201,7 @@ def test_a_step_begins_before_the_last_one_is_read(engine, monkeypatch):
 
 
 class Contrary(Listener):
-    """Forces some tokens, puts others in the place of drawn ones, and rules some out."""
+    """Forces some tokens, puts others in the place of sampled ones, and rules some out."""
 
     def __init__(self, max_new_tokens: int):
         super().__init__(max_new_tokens, Sampling(1.2, 1, 0, 3))
@@ -344,13 +344,13 @@ def test_capturing_between_two_steps_leaves_the_tokens_that_the_second_takes(mod
         assert static is not None
         engine._cache.entries.zero_()
         rows = [graphs.Row(3 + place, 0, [place], SAMPLINGS[0], 0.5, 1024) for place in range(2)]
-        drawn, _ = static.launch(rows).read()
-        tokens = drawn if given else [None, None]
+        sampled, _ = static.launch(rows).read()
+        tokens = sampled if given else [None, None]
         later = [
             replace(row, token=token, position=1, sampling=SAMPLINGS[1])
             for row, token in zip(rows, tokens, strict=True)
         ]
-        found.append((drawn, static.launch(later).read()))
+        found.append((sampled, static.launch(later).read()))
         engine.close()
     assert found[0] == found[1]
 

@@ -12,7 +12,17 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kimi_vl.engine.sampling import Sampling, _best, choose, draw, draw_together, finite, sample, uniform, uniforms
+from kimi_vl.engine.sampling import (
+    Sampling,
+    _best,
+    finite,
+    sample_batch,
+    sample_batch_on_device,
+    sample_from_tensors,
+    sample_one,
+    uniform,
+    uniforms,
+)
 from kimi_vl.errors import UserError
 
 
@@ -41,7 +51,7 @@ def test_draws_follow_the_reference(temperature, top_p, top_k):
     draws = 4000
     sampling = Sampling(temperature, top_p, top_k, seed=11)
     values = torch.tensor(logits)
-    counts = np.bincount([sample(values, sampling, position) for position in range(draws)], minlength=20)
+    counts = np.bincount([sample_one(values, sampling, position) for position in range(draws)], minlength=20)
     assert {index for index in range(20) if counts[index]} <= expected.keys()
     chi_square = sum((counts[i] - draws * p) ** 2 / (draws * p) for i, p in expected.items())
     freedom = len(expected) - 1
@@ -53,16 +63,18 @@ def test_draws_follow_the_reference(temperature, top_p, top_k):
 @pytest.mark.parametrize("options", [(0.0, 1.0, 0), (1.0, 0.0, 0), (1.0, 1.0, 1)])
 def test_greedy_forms(options):
     logits = torch.randn(50, generator=torch.Generator().manual_seed(1))
-    assert {sample(logits, Sampling(*options, seed=s), p) for s in range(5) for p in range(5)} == {int(logits.argmax())}
+    assert {sample_one(logits, Sampling(*options, seed=s), p) for s in range(5) for p in range(5)} == {
+        int(logits.argmax())
+    }
 
 
 def test_draws_depend_on_seed_and_position_alone():
     logits = torch.zeros(1000)
-    once = [sample(logits, Sampling(1.0, 1.0, 0, 7), position) for position in range(50)]
+    once = [sample_one(logits, Sampling(1.0, 1.0, 0, 7), position) for position in range(50)]
     torch.manual_seed(1)
-    again = [sample(logits, Sampling(1.0, 1.0, 0, 7), position) for position in reversed(range(50))]
+    again = [sample_one(logits, Sampling(1.0, 1.0, 0, 7), position) for position in reversed(range(50))]
     assert once == again[::-1]
-    assert once != [sample(logits, Sampling(1.0, 1.0, 0, 8), position) for position in range(50)]
+    assert once != [sample_one(logits, Sampling(1.0, 1.0, 0, 8), position) for position in range(50)]
 
 
 def test_seed_zero_is_a_seed_and_numbers_are_even():
@@ -99,19 +111,19 @@ GREEDY = [(0.0, 1.0, 0), (1.0, 0.0, 0), (1.0, 0.5, 1), (1e-5, 0.9, 7)]
 
 
 @pytest.mark.parametrize("options", [OPTIONS + GREEDY, OPTIONS[:2] + GREEDY, GREEDY], ids=["cut", "plain", "greedy"])
-def test_choosing_on_tensors_draws_the_same(options):
-    """Rows of every kind side by side, of a long and a short vocabulary, against the draw of one row at a time."""
+def test_a_batch_on_a_device_gives_the_same_tokens(options):
+    """Sequences of every kind in one batch, of a long and a short vocabulary, against one sequence at a time."""
     rng = random.Random(3)
     chosen = set()
     for position in range(40):
         samplings = [Sampling(*rng.choice(options), seed=rng.randrange(2**40)) for _ in range(9)]
         logits = torch.randn(9, 500, generator=torch.Generator().manual_seed(position)) * 3
         given = samplings, [position] * 9, [rng.choice((500, 500, 31)) for _ in samplings]
-        found = draw_together(logits, *given)
-        assert found == draw(logits, *given)
+        found = sample_batch_on_device(logits, *given)
+        assert found == sample_batch(logits, *given)
         chosen |= set(found)
     assert len(chosen) > 50
-    assert draw_together(logits[:0], [], [], []) == []
+    assert sample_batch_on_device(logits[:0], [], [], []) == []
 
 
 @pytest.mark.parametrize("spread", [0.05, 3.0, 30.0])
@@ -128,9 +140,9 @@ def test_bfloat16_logits_need_no_sorting(options, spread):
         logits[::2, 70:] -= 1e4
         logits = logits.bfloat16().float()
         given = samplings, [position] * 5, [rng.choice((3000, 3000, 31)) for _ in samplings]
-        right = draw(logits, *given)
-        assert draw_together(logits, *given, rounded=True) == right
-        assert draw_together(logits, *given, rounded=False) == right
+        right = sample_batch(logits, *given)
+        assert sample_batch_on_device(logits, *given, rounded=True) == right
+        assert sample_batch_on_device(logits, *given, rounded=False) == right
 
 
 @pytest.mark.parametrize("count", [1, 3, 64, 2048])
@@ -142,8 +154,8 @@ def test_of_equal_tokens_the_first_are_the_likeliest(count):
     assert torch.equal(ids, order[:count])
 
 
-def test_a_cut_draw_sorts_no_vocabulary_and_needs_little_memory():
-    """What a GPU draws for 64 sequences of a bfloat16 model."""
+def test_top_k_and_top_p_sort_no_vocabulary_and_needs_little_memory():
+    """What a GPU samples for 64 sequences of a bfloat16 model."""
     sizes = []
 
     class Watch(TorchDispatchMode):
@@ -158,22 +170,22 @@ def test_a_cut_draw_sorts_no_vocabulary_and_needs_little_memory():
     half = torch.full((count,), 0.5, dtype=torch.float64)
     limits, zeros = torch.full((count,), vocabulary), torch.zeros(count, dtype=torch.int64)
     with FakeTensorMode(allow_non_fake_inputs=True), Watch():
-        choose(logits, half, half, zeros, limits, half, greedy_only=False, cut=True, rounded=True)
+        sample_from_tensors(logits, half, half, zeros, limits, half, greedy_only=False, cut=True, rounded=True)
     assert max(sizes) <= 16 * vocabulary * 8
 
 
-def test_rows_of_nan_give_an_id_and_leave_their_neighbours_alone():
+def test_logits_of_nan_give_an_id_and_leave_the_other_sequences_alone():
     logits = torch.randn(3, 40)
     logits[1] = float("nan")
     ones, limits = torch.ones(3, dtype=torch.float64), torch.tensor([40, 40, 40])
     given = ones, ones * 0.9, torch.zeros(3, dtype=torch.int64), limits, ones * 0.3
-    found = choose(logits, *given, greedy_only=False, cut=True)
+    found = sample_from_tensors(logits, *given, greedy_only=False, cut=True)
     assert ((found >= 0) & (found < 40)).all()
     logits[1] = 0
-    assert torch.equal(found[[0, 2]], choose(logits, *given, greedy_only=False, cut=True)[[0, 2]])
+    assert torch.equal(found[[0, 2]], sample_from_tensors(logits, *given, greedy_only=False, cut=True)[[0, 2]])
 
 
-def test_rows_that_hold_an_infinity_or_no_number_are_not_finite():
+def test_logits_with_an_infinity_or_nan_are_not_finite():
     logits = torch.zeros(6, 1000)
     for row, values in enumerate(([torch.inf], [-torch.inf], [torch.nan], [torch.inf, -torch.inf], [1e30, 1e30])):
         logits[row, 7 : 7 + len(values)] = torch.tensor(values)
