@@ -66,7 +66,7 @@ def _mla_prepare(
     norm_weight: Tensor,
     rope: Tensor,
     entries: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     eps: float,
     decoding: int,
 ) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,7 @@ def _mla_prepare(
     new = torch.empty(1, len(joined), entries.shape[-1], device=joined.device)
     own = torch.arange(len(joined), device=joined.device)
     queries = plain.mla_prepare(joined, to_key, norm_weight, rope, new, own, eps, decoding)
-    hits = slots[:, None] == torch.arange(len(flat), device=slots.device)  # (T, slots)
+    hits = slot_mapping[:, None] == torch.arange(len(flat), device=slot_mapping.device)  # (T, slots)
     flat.copy_(new[0][hits.int().argmax(0)].where(hits.any(0)[:, None], flat))
     return queries
 

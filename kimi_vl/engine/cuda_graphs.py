@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..device import cuda as devices
-from ..kernels.attention_metadata import Rows, Step
+from ..kernels.attention_metadata import DecodeMetadata, StepMetadata
 from ..model.kimi_vl import KimiVL
 from . import sampling
 from .decoder import FusedDecoder
@@ -75,7 +75,7 @@ def buckets(most: int) -> list[int]:
 
 
 # Rows of the inputs, all 8 bytes wide: integers, then float64.
-_TOKEN, _POSITION, _SLOT, _LENGTH, _TOP_K, _LIMIT, _INTEGERS = range(7)
+_TOKEN, _POSITION, _SLOT, _SEQ_LEN, _TOP_K, _LIMIT, _INTEGERS = range(7)
 _TEMPERATURE, _TOP_P, _NUMBER, _FLOATS = range(4)
 
 
@@ -99,9 +99,9 @@ class StaticDecoder:
         device, page_size = cache.entries.device, cache.page_size
         pages = min(-(-model.config.text_config.max_position_embeddings // page_size), cache.entries.shape[1])
         self._inputs = torch.zeros(_INTEGERS + _FLOATS, max_num_seqs, dtype=torch.int64, device=device)
-        self._table = torch.zeros(max_num_seqs, pages, dtype=torch.int32, device=device)
+        self._page_table = torch.zeros(max_num_seqs, pages, dtype=torch.int32, device=device)
         self._outputs = torch.zeros(2, max_num_seqs, dtype=torch.int64, device=device)
-        # what the device's table holds of each row: the list it was copied from, and how much of it
+        # what the device's page table holds of each row: the list it was copied from, and how much of it
         self._shown: list[tuple[list[int] | None, int]] = [(None, 0)] * max_num_seqs
         pinned = device.type == "cuda"
         # two of each, for the step under way and the one after it
@@ -142,11 +142,11 @@ class StaticDecoder:
 
     def _stage(self, rows: Sequence[Row], real: int) -> None:
         size, staged, count = self._cache.page_size, self._staged[self._turn], len(rows)
-        slots = [row.pages[row.position // size] * size + row.position % size for row in rows[:real]]
+        slot_mapping = [row.pages[row.position // size] * size + row.position % size for row in rows[:real]]
         integers = [
             [-1 if row.token is None else row.token for row in rows],
             [row.position for row in rows],
-            slots + [-1] * (count - real),
+            slot_mapping + [-1] * (count - real),
             [row.position + 1 for row in rows],
             [min(row.sampling.top_k, row.limit) for row in rows],  # what an int64 holds, however much was asked for
             [row.limit for row in rows],
@@ -163,18 +163,18 @@ class StaticDecoder:
             pages, known = self._shown[place]
             if pages is not row.pages or known != len(row.pages):
                 begin = known if pages is row.pages else 0
-                new = devices.staged(row.pages[begin:], torch.int32, self._table.device)
-                self._table[place, begin : len(row.pages)].copy_(new, non_blocking=True)
+                new = devices.staged(row.pages[begin:], torch.int32, self._page_table.device)
+                self._page_table[place, begin : len(row.pages)].copy_(new, non_blocking=True)
                 self._shown[place] = (row.pages, len(row.pages))
 
     def _step(self, count: int, kind: str) -> None:
         """The work of one launch, on tensors that are always the same."""
-        token, position, slot, length, top_k, limit = self._inputs[:_INTEGERS, :count]
+        token, position, slot, seq_len, top_k, limit = self._inputs[:_INTEGERS, :count]
         temperature, top_p, number = self._inputs[_INTEGERS:, :count].view(torch.float64)
         sampled, finite = self._outputs[:, :count]
         embeddings = self._model.embed(token.where(token >= 0, sampled))  # (B, H)
-        rows = Rows(self._table[:count], length.int(), self._cache.page_size)
-        step = Step(self._cache.entries, position, slot, rows)
+        decode = DecodeMetadata(self._page_table[:count], seq_len.int(), self._cache.page_size)
+        step = StepMetadata(self._cache.entries, position, slot, decode)
         logits = self._decoder.logits(self._decoder.states(embeddings, step))  # (B, V)
         finite.copy_(sampling.finite(logits))
         sampled.copy_(

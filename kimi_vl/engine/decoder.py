@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..device import memory
 from ..kernels import Experts, Ops, mlp, project
-from ..kernels.attention_metadata import Step
+from ..kernels.attention_metadata import StepMetadata
 from ..model.language import LATENT_NORM_EPS, Attention, LanguageModel, Layer, MoE, rope_tables
 
 # Shapes: T tokens, of which the first B are one of a sequence each; H, N, R, P, Q, V as in the decoder.
@@ -50,12 +50,12 @@ class FusedDecoder:
                 weights += layer.mlp.weights
         return weights, experts
 
-    def states(self, embeddings: Tensor, step: Step) -> Tensor:
+    def states(self, embeddings: Tensor, step: StepMetadata) -> Tensor:
         """Final states (T, H) of embeddings (T, H)."""
         decoder, ops = self._model.model, self._ops
         rope = self._rope[step.positions]  # (T, 2P)
         residual, delta = embeddings, None
-        for layer, projections, entries in zip(decoder.layers, self._projections, step.entries, strict=True):
+        for layer, projections, entries in zip(decoder.layers, self._projections, step.kv_cache, strict=True):
             assert isinstance(layer, Layer)
             norm = layer.input_layernorm
             residual, normed = ops.add_rms_norm(residual, delta, norm.weight, norm.eps)  # (T, H)
@@ -79,24 +79,30 @@ class FusedDecoder:
         return scores.to(torch.float32, memory_format=torch.contiguous_format)
 
     def _attend(
-        self, attention: Attention, projections: _Projections, normed: Tensor, rope: Tensor, entries: Tensor, step: Step
+        self,
+        attention: Attention,
+        projections: _Projections,
+        normed: Tensor,
+        rope: Tensor,
+        entries: Tensor,
+        step: StepMetadata,
     ) -> Tensor:
         """The attention's output (T, H): one token of a sequence in the latent space, longer chunks with keys and
         values written out."""
-        config, ops, decoding = attention.config, self._ops, len(step.rows.lengths)
+        config, ops, decoding = attention.config, self._ops, len(step.decode.seq_lens)
         # kernels take tokens in one piece
         joined = project(normed, projections.joined, self._laid_out).contiguous()  # (T, N (Q+P) + R+P)
         absorbed, rotated = ops.mla_prepare(
-            joined, projections.to_key, attention.kv_a_layernorm.weight, rope, entries, step.slots,
+            joined, projections.to_key, attention.kv_a_layernorm.weight, rope, entries, step.slot_mapping,
             LATENT_NORM_EPS, decoding, **self._besides,
         )  # fmt: skip
         parts: list[Tensor] = []
         if decoding:
             heads = ops.mla_decode(
-                absorbed, entries, step.rows, attention.scale, projections.to_value, **self._besides
+                absorbed, entries, step.decode, attention.scale, projections.to_value, **self._besides
             )  # (B, N, V)
             parts.append(heads.flatten(1))
-        for chunk in step.longer:
+        for chunk in step.prefills:
             past = entries[chunk.pages].flatten(0, 1)[: chunk.end].unsqueeze(0)  # (1, L, R+P)
             own = slice(chunk.tokens.start - decoding, chunk.tokens.stop - decoding)
             query = joined[chunk.tokens, : config.num_attention_heads * config.qk_head_dim]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..device import cuda as devices
-from ..kernels.attention_metadata import LongChunk, Rows, Step
+from ..kernels.attention_metadata import DecodeMetadata, PrefillChunk, StepMetadata
 from ..model import flash_attention as flash
 from ..model.config import TextConfig
 
@@ -49,31 +49,33 @@ class PagedCache:
         if pages:
             self.entries.index_fill_(1, devices.tensor(pages, torch.int64, self.entries.device), 0)
 
-    def step(self, chunks: Sequence[Chunk]) -> Step:
+    def step(self, chunks: Sequence[Chunk]) -> StepMetadata:
         """For the new tokens of ``chunks``, one after another; chunks of one token come first."""
         size, device = self.page_size, self.entries.device
-        slots = [chunk.pages[at // size] * size + at % size for chunk in chunks for at in range(chunk.begin, chunk.end)]
+        slot_mapping = [
+            chunk.pages[at // size] * size + at % size for chunk in chunks for at in range(chunk.begin, chunk.end)
+        ]
         positions = [at for chunk in chunks for at in range(chunk.begin, chunk.end)]
         single = [chunk for chunk in chunks if chunk.end - chunk.begin == 1]
         most = max((-(-chunk.end // size) for chunk in single), default=0)
-        table = [[*chunk.pages[:most], *[-1] * (most - len(chunk.pages))] for chunk in single]
-        longer, first = [], len(single)
+        page_table = [[*chunk.pages[:most], *[-1] * (most - len(chunk.pages))] for chunk in single]
+        prefills, first = [], len(single)
         for chunk in chunks[first:]:
             count, mask = chunk.end - chunk.begin, None
             if chunk.begin and not flash.usable(self.entries):
                 mask = torch.ones(count, chunk.end, dtype=torch.bool, device=device).tril(chunk.begin)  # (S, L)
             own = devices.tensor(chunk.pages[: -(-chunk.end // size)], torch.int64, device)
-            longer.append(LongChunk(slice(first, first + count), own, chunk.end, mask))
+            prefills.append(PrefillChunk(slice(first, first + count), own, chunk.end, mask))
             first += count
-        return Step(
+        return StepMetadata(
             self.entries,
             devices.tensor(positions, torch.int64, device),
-            devices.tensor(slots, torch.int64, device),
-            Rows(
-                devices.tensor(table, torch.int32, device).view(len(single), most),
+            devices.tensor(slot_mapping, torch.int64, device),
+            DecodeMetadata(
+                devices.tensor(page_table, torch.int32, device).view(len(single), most),
                 devices.tensor([chunk.end for chunk in single], torch.int32, device),
                 size,
                 [chunk.end for chunk in single],
             ),
-            longer,
+            prefills,
         )

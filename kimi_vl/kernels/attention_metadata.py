@@ -1,6 +1,6 @@
 """What the attention of one step needs to know about its tokens: where each sequence's KV cache is, and how long.
 
-Values only; which page belongs to whom is decided by the scheduler.
+Values only; which page belongs to which sequence is decided by the scheduler.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-GATHERED = 1 << 19  # entries that are gathered at a time, about 0.6 GB in bfloat16 at the published widths
+# Shapes: B sequences that decode one token each, M pages a sequence, T tokens of a step, R + P values of a token's
+# latent and rotary key.
+
+GATHERED = 1 << 19  # cached tokens that are gathered at a time, about 0.6 GB in bfloat16 at the published widths
 
 
 @dataclass(frozen=True)
-class LongChunk:
+class PrefillChunk:
     """Several new tokens of one sequence within a step."""
 
     tokens: slice  # their places in the step
@@ -27,34 +30,35 @@ class LongChunk:
 
 @dataclass(frozen=True)
 class Block:
-    """Some of the sequences of a step, whose entries are gathered together; L is the greatest of their lengths."""
+    """Some of the sequences of a step, whose cached tokens are gathered together; L is the greatest of their
+    lengths."""
 
-    sequences: Tensor | slice  # their places (b)
-    slots: Tensor  # (b, L) int64; where an entry does not count, a sequence's first one stands again
-    counts: Tensor | None  # (b, L), which entries count; None: all
-    empty: Tensor  # (b), who has none
+    sequences: Tensor | slice  # their places in the batch (b)
+    slots: Tensor  # (b, L) int64, slots of the KV cache; past a sequence's end its first one stands again
+    mask: Tensor | None  # (b, L), true up to each sequence's length; None: everywhere
+    empty: Tensor  # (b), whose length is 0
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What each of B sequences looks at with its one new token."""
+class DecodeMetadata:
+    """What each of B sequences attends to with its one new token."""
 
-    table: Tensor  # (B, M) int32, its pages in order; what stands behind those in use means nothing
-    lengths: Tensor  # (B) int32, how many entries there count, the new one among them
+    page_table: Tensor  # (B, M) int32, its pages in order; what follows those in use means nothing
+    seq_lens: Tensor  # (B) int32, cached tokens of each sequence, the new one among them
     page_size: int
-    known: Sequence[int] | None = None  # the same lengths on the host; without them it has to wait for the device
+    host_seq_lens: Sequence[int] | None = None  # the same on the host; without them ``blocks`` synchronises
 
     @cached_property
     def blocks(self) -> list[Block]:
-        """The sequences, in as many blocks as it takes for none to gather more than GATHERED entries.
+        """The sequences, in as many blocks as it takes for none to gather more than GATHERED cached tokens.
 
-        One that looks at more is alone. Where there are several blocks, no sequence is with another that is more than
-        twice as long.
+        A sequence that is longer than that is alone. Where there are several blocks, no sequence is with another that
+        is more than twice as long.
         """
-        lengths = self.lengths.tolist() if self.known is None else self.known
+        lengths = self.seq_lens.tolist() if self.host_seq_lens is None else self.host_seq_lens
         if len(lengths) * max(lengths, default=0) <= GATHERED or len(lengths) == 1:
             return [self._block(slice(None), max(lengths, default=0))]
-        order, lengths = self.lengths.argsort(descending=True), sorted(lengths, reverse=True)
+        order, lengths = self.seq_lens.argsort(descending=True), sorted(lengths, reverse=True)
         blocks, begin = [], 0
         while begin < len(lengths):
             longest, end = lengths[begin], begin + 1
@@ -65,22 +69,22 @@ class Rows:
         return blocks
 
     def _block(self, sequences: Tensor | slice, longest: int) -> Block:
-        lengths = self.lengths[sequences]
-        places = torch.arange(longest, device=lengths.device)  # (L)
-        pages = self.table[sequences][:, places // self.page_size].long()
-        slots = pages.clamp(min=0) * self.page_size + places % self.page_size  # (b, L)
-        if len(lengths) == 1:
-            return Block(sequences, slots, None, lengths == 0)
-        counts = places < lengths.unsqueeze(1)
-        return Block(sequences, slots.where(counts, slots[:, :1]), counts, lengths == 0)
+        seq_lens = self.seq_lens[sequences]
+        positions = torch.arange(longest, device=seq_lens.device)  # (L)
+        pages = self.page_table[sequences][:, positions // self.page_size].long()
+        slots = pages.clamp(min=0) * self.page_size + positions % self.page_size  # (b, L)
+        if len(seq_lens) == 1:
+            return Block(sequences, slots, None, seq_lens == 0)
+        mask = positions < seq_lens.unsqueeze(1)
+        return Block(sequences, slots.where(mask, slots[:, :1]), mask, seq_lens == 0)
 
 
 @dataclass(frozen=True)
-class Step:
-    """New tokens as all layers see them: one of each of B rows, then those of longer chunks."""
+class StepMetadata:
+    """New tokens as all layers see them: one of each of B sequences that decode, then those of prefill chunks."""
 
-    entries: Tensor  # (layers, pages, page_size, R+P), written to
+    kv_cache: Tensor  # (layers, pages, page_size, R+P), written to
     positions: Tensor  # (T) int64
-    slots: Tensor  # (T) int64, where each is remembered: page * page_size + place; a negative one is not
-    rows: Rows
-    longer: Sequence[LongChunk] = ()
+    slot_mapping: Tensor  # (T) int64, where each is written: page * page_size + offset; a negative one is not
+    decode: DecodeMetadata
+    prefills: Sequence[PrefillChunk] = ()

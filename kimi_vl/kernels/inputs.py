@@ -15,7 +15,7 @@ from torch import Tensor
 from ..model.config import TextConfig
 from ..model.language import LATENT_NORM_EPS
 from . import REFERENCE, Ops, reference
-from .attention_metadata import Rows
+from .attention_metadata import DecodeMetadata
 
 # Unit roundoffs: a rounding to bfloat16 (8 significant bits) is off by at most 2^-8 of the value. Float32 sums of
 # some thousand terms in an unknown order are off by some ten of its 2^-24.
@@ -234,18 +234,19 @@ class Inputs:
         rope = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.dtype)
         pages = -(-2 * tokens // widths.page_size) + 1
         entries = self.normal(pages, widths.page_size, widths.rank + widths.rope)
-        slots = self.shuffled(pages * widths.page_size)[:tokens].long()
-        slots[tokens - unwritten :] = -1
+        slot_mapping = self.shuffled(pages * widths.page_size)[:tokens].long()
+        slot_mapping[tokens - unwritten :] = -1
         weight = 1 + self.normal(widths.rank, scale=0.3)
         arguments = (
-            joined, to_key, weight, rope, entries, slots, widths.latent_eps, tokens if decoding is None else decoding,
+            joined, to_key, weight, rope, entries, slot_mapping, widths.latent_eps,
+            tokens if decoding is None else decoding,
         )  # fmt: skip
         return Call("mla_prepare", arguments, roundings=2, written=4)
 
     def mla_decode(self, lengths: Sequence[int], table_pages: int = 0, spare: int = 2, common: int = 0) -> Call:
-        """Rows with pages out of order, ``spare`` pages that nobody uses, the first ``common`` ones the same in all.
+        """Sequences with pages out of order, ``spare`` unused pages, the first ``common`` ones shared by all.
 
-        Entries that do not count are NaN, and so is every unused page; the table goes on with -1.
+        Entries that do not count are NaN, and so is every unused page; the page table goes on with -1.
         """
         widths, size = self.widths, self.widths.page_size
         needed = [-(-length // size) for length in lengths]
@@ -254,10 +255,10 @@ class Inputs:
             (len(free), size, widths.rank + widths.rope), float("nan"), dtype=self.dtype, device=self.device
         )
         prefix = [free.pop() for _ in range(common)]
-        table = torch.full((len(lengths), table_pages or max([1, *needed])), -1, dtype=torch.int32)
+        page_table = torch.full((len(lengths), table_pages or max([1, *needed])), -1, dtype=torch.int32)
         for row, (length, need) in enumerate(zip(lengths, needed, strict=True)):
             own = [*prefix[:need], *(free.pop() for _ in range(need - common))]
-            table[row, :need] = torch.tensor(own, dtype=torch.int32)
+            page_table[row, :need] = torch.tensor(own, dtype=torch.int32)
             for number, page in enumerate(own):
                 count = min(size, length - number * size)
                 known = entries[page, :count]
@@ -265,9 +266,9 @@ class Inputs:
                 entries[page, :count] = torch.where(known.isnan(), drawn, known)
         query = self.normal(len(lengths), widths.heads, widths.rank + widths.rope)
         scale = 2 * (widths.rank + widths.rope) ** -0.5  # scores of a spread of 2: some entries clearly win
-        counts = torch.tensor(lengths, dtype=torch.int32, device=self.device)
-        rows = Rows(table.to(self.device), counts, size)
-        return Call("mla_decode", (query, entries, rows, scale, self.to_value()), roundings=3)
+        seq_lens = torch.tensor(lengths, dtype=torch.int32, device=self.device)
+        decode = DecodeMetadata(page_table.to(self.device), seq_lens, size)
+        return Call("mla_decode", (query, entries, decode, scale, self.to_value()), roundings=3)
 
     def to_value(self) -> Tensor:
         """The weight that leads out of the latent space (N, V, R), with as many dims of values as of keys."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..model.language import apply_rope, project
 from . import reference
-from .attention_metadata import Block, Rows
+from .attention_metadata import Block, DecodeMetadata
 from .strips import Strips, mlp
 
 # Shapes as in `reference`.
@@ -176,7 +176,7 @@ def mla_prepare(
     norm_weight: Tensor,
     rope: Tensor,
     entries: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     eps: float,
     decoding: int,
     laid_out: Mapping[Tensor, Strips] = _NONE,
@@ -189,7 +189,7 @@ def mla_prepare(
     both = torch.cat((query[..., nope:], key.unsqueeze(1)), dim=1)  # (T, N+1, P): together, in half as many calls
     rotated = apply_rope(both, cos, sin)
     _, normed = reference.add_rms_norm(latent, None, norm_weight, eps)
-    entries.flatten(0, 1)[slots] = torch.cat((normed, rotated[:, -1]), dim=-1)  # (T, R+P)
+    entries.flatten(0, 1)[slot_mapping] = torch.cat((normed, rotated[:, -1]), dim=-1)  # (T, R+P)
     rotated = rotated[:, :-1]
     if not decoding:
         return joined.new_empty(0, heads, rank + cos.shape[-1]), rotated
@@ -200,42 +200,44 @@ def mla_prepare(
 def mla_decode(
     query: Tensor,
     entries: Tensor,
-    rows: Rows,
+    decode: DecodeMetadata,
     scale: float,
     to_value: Tensor,
     splits: int = 0,
     laid_out: Mapping[Tensor, Strips] = _NONE,
 ) -> Tensor:
     """``laid_out`` are strips of some of the weights. Entries are gathered for as many sequences at a time as
-    :attr:`kimi_vl.kernels.attention_metadata.Rows.blocks` has in a block."""
+    :attr:`kimi_vl.kernels.attention_metadata.DecodeMetadata.blocks` has in a block."""
     entries, rank = entries.flatten(0, 1), to_value.shape[-1]
-    if len(rows.blocks) == 1:
-        mixed = _mixed(query, entries, rows.blocks[0], scale, rank)
+    if len(decode.blocks) == 1:
+        mixed = _mixed(query, entries, decode.blocks[0], scale, rank)
     else:
         mixed = query.new_empty(*query.shape[:2], rank)  # (B, N, R)
-        for block in rows.blocks:
+        for block in decode.blocks:
             mixed[block.sequences] = _mixed(query[block.sequences], entries, block, scale, rank)
     return _per_head(mixed, to_value, laid_out)
 
 
 def _mixed(query: Tensor, entries: Tensor, block: Block, scale: float, rank: int) -> Tensor:
     """Sums (b, N, R) of the latents that the queries (b, N, R+P) of one block look at."""
-    counts = block.counts
+    mask = block.mask
     if not block.slots.numel():
         return query.new_zeros(*query.shape[:2], rank)
     # exactly the entries in use: a product would copy a part of whole pages
     past = entries.index_select(0, block.slots.flatten()).view(*block.slots.shape, -1)  # (b, L, R+P)
     if query.device.type == "cpu":  # heads as the queries of one head that sees all of them
-        mask = None if counts is None else counts[:, None, None]  # (b, 1, 1, L)
+        visible = None if mask is None else mask[:, None, None]  # (b, 1, 1, L)
         past = past.unsqueeze(1)
-        mixed = F.scaled_dot_product_attention(query.unsqueeze(1), past, past, mask, scale=scale)[:, 0]  # (b, N, R+P)
+        mixed = F.scaled_dot_product_attention(query.unsqueeze(1), past, past, visible, scale=scale)[
+            :, 0
+        ]  # (b, N, R+P)
     else:
         scores = (query @ past.transpose(1, 2)).float() * scale  # (b, N, L)
-        if counts is not None:
-            scores = scores.masked_fill(~counts.unsqueeze(1), float("-inf"))
+        if mask is not None:
+            scores = scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
         mixed = scores.softmax(-1).to(past.dtype) @ past
     mixed = mixed[..., :rank]  # (b, N, R)
-    return mixed if counts is None else mixed.masked_fill(block.empty[:, None, None], 0)
+    return mixed if mask is None else mixed.masked_fill(block.empty[:, None, None], 0)
 
 
 def _per_head(states: Tensor, weight: Tensor, laid_out: Mapping[Tensor, Strips]) -> Tensor:

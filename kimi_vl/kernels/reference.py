@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.language import apply_rope
-from .attention_metadata import Rows
+from .attention_metadata import DecodeMetadata
 
 # Shapes: T tokens, H hidden_size, E routed experts, K experts a token, I expert width, W shared experts' width,
 # B sequences that decode one token each, N heads, R rank of the latent, P rotary dims, Q other dims of keys, V dims of
@@ -97,7 +97,7 @@ def mla_prepare(
     norm_weight: Tensor,
     rope: Tensor,
     entries: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     eps: float,
     decoding: int,
 ) -> tuple[Tensor, Tensor]:
@@ -105,8 +105,8 @@ def mla_prepare(
 
     ``joined`` (T, N (Q+P) + R+P) holds each token's queries, head by head, then what its entry is made of: the latent,
     which ``norm_weight`` (R) norms, and the rotary key. ``rope`` (T, 2P) are the cosines, then the sines of the tokens'
-    positions. Entries go to ``slots`` (T) of ``entries`` (pages, page_size, R+P) of one layer, in place; a slot is
-    page * page_size + place, and a negative one is not written.
+    positions. Entries go to ``slot_mapping`` (T) of ``entries`` (pages, page_size, R+P) of one layer, in place; a slot
+    is page * page_size + place, and a negative one is not written.
 
     Returns the queries (B, N, R+P) of the first B = ``decoding`` tokens, taken into the latent space by ``to_key``
     (N, R, Q), then rotated, and the rotary part (T-B, N, P) of the others' queries, rotated (DeepSeek-V2 report,
@@ -117,8 +117,8 @@ def mla_prepare(
     query, latent, key = joined.split((joined.shape[-1] - rank - cos.shape[-1], rank, cos.shape[-1]), dim=-1)
     query = query.unflatten(-1, (heads, -1))  # (T, N, Q+P)
     new = torch.cat((add_rms_norm(latent, None, norm_weight, eps)[1], apply_rope(key, cos, sin)), dim=-1)  # (T, R+P)
-    written = slots >= 0
-    entries.view(-1, entries.shape[-1])[slots[written].long()] = new[written]
+    written = slot_mapping >= 0
+    entries.view(-1, entries.shape[-1])[slot_mapping[written].long()] = new[written]
     rotated = apply_rope(query[..., nope:], cos.unsqueeze(1), sin.unsqueeze(1))  # (T, N, P)
     absorbed = per_head(query[:decoding, :, :nope], to_key)  # (B, N, R)
     return torch.cat((absorbed, rotated[:decoding]), dim=-1), rotated[decoding:]
@@ -130,19 +130,21 @@ def per_head(states: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(states.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
 
 
-def mla_decode(query: Tensor, entries: Tensor, rows: Rows, scale: float, to_value: Tensor, splits: int = 0) -> Tensor:
+def mla_decode(
+    query: Tensor, entries: Tensor, decode: DecodeMetadata, scale: float, to_value: Tensor, splits: int = 0
+) -> Tensor:
     """Attention of one token a sequence over its pages, in the latent space and out of it again: (B, N, V).
 
-    ``query`` (B, N, R+P) holds the queries taken into the latent space, then their rotary part; ``entries``
-    (pages, page_size, R+P) of one layer; ``to_value`` (N, V, R). Nothing behind a sequence's length is ever looked at,
-    in its table or among its entries. A length of 0 gives zeros. ``splits`` is for kernels (DeepSeek-V2 report, section
+    ``query`` (B, N, R+P) holds the queries taken into the latent space, then their rotary part; ``entries`` (pages,
+    page_size, R+P) of one layer; ``to_value`` (N, V, R). Nothing behind a sequence's length is ever looked at, in its
+    page table or among its entries. A length of 0 gives zeros. ``splits`` is for kernels (DeepSeek-V2 report, section
     2.1.2 and appendix C).
     """
-    table, lengths, rank = rows.table, rows.lengths, to_value.shape[-1]
-    past = entries[table.clamp(min=0).long()].flatten(1, 2)  # (B, L, R+P)
-    seen = torch.arange(past.shape[1], device=past.device) < lengths.unsqueeze(1)  # (B, L)
+    page_table, seq_lens, rank = decode.page_table, decode.seq_lens, to_value.shape[-1]
+    past = entries[page_table.clamp(min=0).long()].flatten(1, 2)  # (B, L, R+P)
+    seen = torch.arange(past.shape[1], device=past.device) < seq_lens.unsqueeze(1)  # (B, L)
     past = past.masked_fill(~seen.unsqueeze(-1), 0)  # a weight of 0 would let NaN through
     scores = _wide(query @ past.transpose(1, 2)) * scale  # (B, N, L)
     shares = scores.masked_fill(~seen.unsqueeze(1), float("-inf")).softmax(-1)
     mixed = shares.to(past.dtype) @ past[..., :rank]  # (B, N, R)
-    return per_head(mixed.masked_fill((lengths == 0)[:, None, None], 0), to_value)
+    return per_head(mixed.masked_fill((seq_lens == 0)[:, None, None], 0), to_value)

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_metadata import Rows
+from .attention_metadata import DecodeMetadata
 
 # Entries a program reads at least; fewer would cost more in partial sums than in entries.
 LEAST_SHARE = 64
@@ -70,7 +70,7 @@ def _prepare(
     norm_weight,
     rope,
     entries,
-    slots,
+    slot_mapping,
     absorbed,
     rotated,
     tokens,
@@ -101,7 +101,7 @@ def _prepare(
     inside = real[:, None] & (pairs < HALF)
     table = rope + token * (2 * ROPE)
     if task == 0:
-        slot = tl.load(slots + rows, mask=real, other=-1).to(tl.int64)[:, None]
+        slot = tl.load(slot_mapping + rows, mask=real, other=-1).to(tl.int64)[:, None]
         ranks = tl.arange(0, BLOCK_R)[None, :]
         source = joined + token * joined_token + heads * (nope + ROPE)
         latent = tl.load(source + ranks, mask=real[:, None] & (ranks < RANK), other=0.0)  # (BLOCK_T, BLOCK_R)
@@ -151,7 +151,7 @@ def mla_prepare(
     norm_weight: Tensor,
     rope: Tensor,
     entries: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     eps: float,
     decoding: int,
 ) -> tuple[Tensor, Tensor]:
@@ -170,7 +170,7 @@ def mla_prepare(
             norm_weight,
             rope,
             entries,
-            slots,
+            slot_mapping,
             absorbed,
             rotated,
             tokens,
@@ -198,18 +198,18 @@ def _share(length, splits, LEAST: tl.constexpr, BLOCK_L: tl.constexpr):
     return tl.maximum(tl.cdiv(tl.cdiv(length, splits), BLOCK_L) * BLOCK_L, LEAST)
 
 
-@triton.jit(do_not_specialize=["table_row", "splits"])
+@triton.jit(do_not_specialize=["page_table_row", "splits"])
 def _decode_shares(
     query,
     entries,
-    table,
-    lengths,
+    page_table,
+    seq_lens,
     partial,
     logsum,
     heads,
     query_row,
     query_head,
-    table_row,
+    page_table_row,
     splits,
     scale,
     PAGE: tl.constexpr,
@@ -224,7 +224,7 @@ def _decode_shares(
 ):
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     head = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    length = tl.load(lengths + row)
+    length = tl.load(seq_lens + row)
     share = _share(length, splits, LEAST, BLOCK_L)
     begin = split * share
     end = tl.minimum(begin + share, length)
@@ -242,9 +242,9 @@ def _decode_shares(
             at = start + tl.arange(0, BLOCK_L)
             seen = at < end
             if PAGE % BLOCK_L == 0:  # a block never crosses pages, since shares are whole blocks
-                page = tl.load(table + row * table_row + start // PAGE).to(tl.int64)
+                page = tl.load(page_table + row * page_table_row + start // PAGE).to(tl.int64)
             else:
-                page = tl.load(table + row * table_row + at // PAGE, mask=seen, other=0).to(tl.int64)
+                page = tl.load(page_table + row * page_table_row + at // PAGE, mask=seen, other=0).to(tl.int64)
             entry = entries + (page * PAGE + at % PAGE) * (RANK + ROPE)
             latent = tl.load(
                 entry[:, None] + ranks[None, :], mask=seen[:, None] & in_rank[None, :], other=0.0
@@ -275,7 +275,7 @@ def _decode_shares(
 def _decode_values(
     partial,
     logsum,
-    lengths,
+    seq_lens,
     to_value,
     out,
     batch,
@@ -304,7 +304,7 @@ def _decode_values(
         place = (row * heads + head)[:, None] * RANK + ranks[None, :]
         latent = tl.load(partial + place, mask=real[:, None] & in_rank[None, :], other=0.0)
     else:
-        length = tl.load(lengths + rows, mask=real, other=0)
+        length = tl.load(seq_lens + rows, mask=real, other=0)
         used = tl.cdiv(length, _share(length, splits, LEAST, BLOCK_L))  # (BLOCK_B)
         m_i = tl.full((BLOCK_B,), float("-inf"), dtype=tl.float32)
         l_i = tl.zeros((BLOCK_B,), dtype=tl.float32)
@@ -349,7 +349,7 @@ def default_splits(rows: int, head_blocks: int, capacity: int, multiprocessors: 
 def mla_decode(
     query: Tensor,
     entries: Tensor,
-    rows: Rows,
+    decode: DecodeMetadata,
     scale: float,
     to_value: Tensor,
     splits: int = 0,
@@ -360,11 +360,11 @@ def mla_decode(
     ``splits`` is how many programs share a row at most, 0 a number that suits the shapes; results differ with it by
     rounding.
     """
-    table, lengths = rows.table, rows.lengths
+    page_table, seq_lens = decode.page_table, decode.seq_lens
     (batch, heads, width), (values, rank) = query.shape, to_value.shape[1:]
     page_size, rope = entries.shape[1], width - rank
-    if not entries.is_contiguous() or query.stride(-1) != 1 or table.stride(-1) != 1:
-        raise ValueError("entries must be contiguous, and so the last dimension of queries and table")
+    if not entries.is_contiguous() or query.stride(-1) != 1 or page_table.stride(-1) != 1:
+        raise ValueError("entries must be contiguous, and so the last dimension of queries and page table")
     out = torch.empty(batch, heads, values, dtype=query.dtype, device=query.device)
     if not batch:
         return out
@@ -372,7 +372,7 @@ def mla_decode(
     head_blocks = -(-heads // block_n)
     tile = tile or (BFLOAT16 if query.itemsize == 2 else FLOAT32)
     if not splits:
-        splits = default_splits(batch, head_blocks, table.shape[1] * page_size, _multiprocessors(query.device))
+        splits = default_splits(batch, head_blocks, page_table.shape[1] * page_size, _multiprocessors(query.device))
     alone = splits == 1
     # what the shares leave to be joined, or, where there is only one, what it has found
     partial = torch.empty(
@@ -383,14 +383,14 @@ def mla_decode(
     _decode_shares[(batch, head_blocks, splits)](
         query,
         entries,
-        table,
-        lengths,
+        page_table,
+        seq_lens,
         partial,
         logsum,
         heads,
         query.stride(0),
         query.stride(1),
-        table.stride(0),
+        page_table.stride(0),
         splits,
         scale * math.log2(math.e),
         PAGE=page_size,
@@ -410,7 +410,7 @@ def mla_decode(
     _decode_values[(-(-batch // block_b), heads, -(-values // block_v))](
         partial,
         logsum,
-        lengths,
+        seq_lens,
         to_value,
         out,
         batch,

@@ -134,7 +134,7 @@ def kernels_against_twins(job: Job) -> None:
             found = max(distances([result], call.twin()))
             job.check(f"mla_decode {splits} splits, {dtype}", found <= call.tolerance(dtype), found)
         # a fault that has to be seen, or the comparison is blind
-        shorter = replace(call.arguments[2], lengths=(call.arguments[2].lengths - 1).clamp(min=0))
+        shorter = replace(call.arguments[2], seq_lens=(call.arguments[2].seq_lens - 1).clamp(min=0))
         faulty = with_arguments(call, lambda values, shorter=shorter: values.__setitem__(2, shorter))
         seen = max(distances(call.run(ops), faulty.twin()))
         job.check(f"a planted mistake is seen, {dtype}", seen > 3 * call.tolerance(dtype), seen)
@@ -166,10 +166,10 @@ def kernels_in_graphs(job: Job) -> None:
             job.check(f"moe {count} {routing}", found <= call.tolerance(torch.bfloat16), found)
     call, kept = inputs.mla_decode([3000, 2000, 900], 256), []
     replay = replayed(lambda: kept.append(call.run(ops)), torch.device(job.device))
-    lengths = call.arguments[2].lengths
-    whole = lengths.clone()
+    seq_lens = call.arguments[2].seq_lens
+    whole = seq_lens.clone()
     for length in (1, 64, 65, 900):
-        lengths.copy_(whole.clamp(max=length))
+        seq_lens.copy_(whole.clamp(max=length))
         replay()
         found = max(distances(kept[-1], call.twin()))
         job.check(f"mla_decode up to {length}", found <= call.tolerance(torch.bfloat16), found)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from kimi_vl.kernels import TORCH, Ops, choose
-from kimi_vl.kernels.attention_metadata import Rows
+from kimi_vl.kernels.attention_metadata import DecodeMetadata
 from kimi_vl.kernels.inputs import PUBLISHED, Call, Inputs, Widths
 
 COLD_BYTES = 256 << 20  # several times the caches of anything we know
@@ -157,21 +157,21 @@ class Cases:
         return Case("mla_prepare", f"{tokens} tokens", calls, nbytes, tokens * weights)
 
     def mla_decode(self, rows: int, context: int) -> Case:
-        """Pages in any order, each set its own; the table has room for twice the context."""
+        """Pages in any order, each set its own; the page table has room for twice the context."""
         widths, size = self.widths, self.widths.page_size
         width, pages = widths.rank + widths.rope, -(-context // size)
         read = 2 * rows * context * width
         count = _sets(read, self.cold)
         entries = self.inputs.normal(count * rows * pages, size, width)
         places = self.inputs.shuffled(len(entries)).view(count, rows, pages)
-        lengths = torch.full((rows,), context, dtype=torch.int32, device=self.device)
+        seq_lens = torch.full((rows,), context, dtype=torch.int32, device=self.device)
         scale, to_value = 2 * width**-0.5, self.inputs.to_value()
         calls = []
         for own in places:
-            table = torch.zeros(rows, 2 * pages, dtype=torch.int32, device=self.device)
-            table[:, :pages] = own
+            page_table = torch.zeros(rows, 2 * pages, dtype=torch.int32, device=self.device)
+            page_table[:, :pages] = own
             query = self.inputs.normal(rows, widths.heads, width)
-            seen = Rows(table, lengths, size, [context] * rows)
+            seen = DecodeMetadata(page_table, seq_lens, size, [context] * rows)
             calls.append(Call("mla_decode", (query, entries, seen, scale, to_value), 3))
         nbytes = read + 2 * rows * widths.heads * (width + widths.nope) + to_value.nbytes
         operations = 2 * rows * widths.heads * (context * (width + widths.rank) + widths.rank * widths.nope)

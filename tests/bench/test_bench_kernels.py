@@ -46,7 +46,7 @@ def test_bytes_of_a_token():
 def test_attention_cases_use_pages_of_their_own():
     case = kernels.Cases(Widths(heads=1, rank=16, rope=8), torch.device("cpu"), 5e3).mla_decode(2, 40)
     assert len(case.calls) == 2  # 3,840 bytes each
-    pages = torch.cat([call.arguments[2].table[:, :2].flatten() for call in case.calls])
+    pages = torch.cat([call.arguments[2].page_table[:, :2].flatten() for call in case.calls])
     assert pages.unique().numel() == pages.numel() == len(case.calls[0].arguments[1])
 
 

@@ -71,7 +71,7 @@ from bench_suite import cards
 from triton.runtime.jit import compute_cache_key
 
 from kimi_vl.weights import loader
-from kimi_vl.kernels.attention_metadata import Rows, Step
+from kimi_vl.kernels.attention_metadata import DecodeMetadata, StepMetadata
 from kimi_vl.engine.kv_cache import Chunk, PagedCache
 from kimi_vl.model.config import Config, VisionConfig
 from kimi_vl.engine.engine import EngineOptions
@@ -125,7 +125,8 @@ with cards.launches(remember):
         at, states = (torch.empty(count, *more, device="meta").to(dtype) for more, dtype in (
             ((), torch.int64), ((2048,), torch.bfloat16),
         ))
-        decoder.states(states, Step(cache.entries, at, at, Rows(whole, at.int(), 32)))  # as in a graph
+        decode = DecodeMetadata(whole, at.int(), 32)
+        decoder.states(states, StepMetadata(cache.entries, at, at, decode))  # as in a graph
     mixed = taken()
 
 print(json.dumps([sorted(warmed), sorted(prompts), sorted(mixed)]))

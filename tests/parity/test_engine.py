@@ -430,9 +430,9 @@ def test_a_step_reads_the_context_in_use_and_not_the_capacity(model):
     read = []
     for pages in (20, 2000):
         step = PagedCache(text, pages, 8, dtype=torch.float32).step([Chunk([3, 1], 9, 10), Chunk([2], 4, 5)])
-        (block,) = step.rows.blocks
-        assert block.counts is not None
-        read.append((tuple(step.rows.table.shape), block.slots.tolist(), block.counts.sum(1).tolist()))
+        (block,) = step.decode.blocks
+        assert block.mask is not None
+        read.append((tuple(step.decode.page_table.shape), block.slots.tolist(), block.mask.sum(1).tolist()))
     first = [*range(24, 32), 8, 9]
     assert read == [((2, 2), [first, [*range(16, 21), *[16] * 5]], [10, 5])] * 2
 

@@ -490,10 +490,10 @@ def test_a_page_that_could_not_be_cleared_is_cleared_before_it_is_used(model, mo
     states, read = FusedDecoder.states, []
 
     def looking(self: FusedDecoder, embeddings: torch.Tensor, step: Any) -> torch.Tensor:
-        rows = zip(step.rows.table.tolist(), step.rows.lengths.tolist(), strict=True)
-        pages = [page for table, length in rows for page in table[: -(-length // step.rows.page_size)]]
-        pages += [page for chunk in step.longer for page in chunk.pages.tolist()]
-        read.append(bool(step.entries[:, pages].isnan().any()))
+        rows = zip(step.decode.page_table.tolist(), step.decode.seq_lens.tolist(), strict=True)
+        pages = [page for table, length in rows for page in table[: -(-length // step.decode.page_size)]]
+        pages += [page for chunk in step.prefills for page in chunk.pages.tolist()]
+        read.append(bool(step.kv_cache[:, pages].isnan().any()))
         return states(self, embeddings, step)
 
     monkeypatch.setattr(PagedCache, "clear", failing)

@@ -38,7 +38,7 @@ from kimi_vl.kernels import (  # noqa: E402
     triton_moe,
     triton_norm,
 )
-from kimi_vl.kernels.attention_metadata import Rows  # noqa: E402
+from kimi_vl.kernels.attention_metadata import DecodeMetadata  # noqa: E402
 from kimi_vl.kernels.inputs import Call, Inputs, Widths, apart, distance, routed_alike, with_arguments  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -76,8 +76,8 @@ class Fences:
     def copy(self, value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(self.copy(each) for each in value)
-        if isinstance(value, Rows):
-            return Rows(self.copy(value.table), self.copy(value.lengths), value.page_size)
+        if isinstance(value, DecodeMetadata):
+            return DecodeMetadata(self.copy(value.page_table), self.copy(value.seq_lens), value.page_size)
         if not isinstance(value, Tensor) or not value.is_contiguous():
             return value
         return self.around(value.shape, value.dtype).copy_(value)
@@ -483,8 +483,8 @@ def test_more_shares_than_are_joined_at_a_time():
     """The last ones weigh most, so that what was joined before them has to fade."""
     widths = Widths(heads=2, rank=16, rope=16)
     call = Inputs(widths, torch.float32).mla_decode([1300])
-    _, entries, rows = call.arguments[:3]
-    entries[rows.table[0, -3:].long()] *= 3
+    _, entries, decode = call.arguments[:3]
+    entries[decode.page_table[0, -3:].long()] *= 3
     found = apart(call, call.run(TRITON, splits=30), torch.float32)
     assert found <= 1, found
 
@@ -492,18 +492,18 @@ def test_more_shares_than_are_joined_at_a_time():
 def test_rows_do_not_know_each_other():
     """A row's bits are the same with other neighbours, in another place, with its pages elsewhere."""
     call = Inputs(ODD, torch.float32).mla_decode([30, 100, 5], 16)
-    query, entries, rows, *rest = call.arguments
-    table, lengths = rows.table, rows.lengths
+    query, entries, decode, *rest = call.arguments
+    page_table, seq_lens = decode.page_table, decode.seq_lens
     (together,) = call.run(TRITON, splits=2)
     for row in range(3):
-        own = Rows(table[row : row + 1], lengths[row : row + 1], ODD.page_size)
+        own = DecodeMetadata(page_table[row : row + 1], seq_lens[row : row + 1], ODD.page_size)
         alone = TRITON.mla_decode(query[row : row + 1], entries, own, *rest, 2)
         assert torch.equal(alone[0], together[row])
     moved = torch.randperm(len(entries), generator=torch.Generator().manual_seed(1))
-    places = torch.where(table >= 0, moved.argsort()[table.clamp(min=0).long()], -1).int()
+    places = torch.where(page_table >= 0, moved.argsort()[page_table.clamp(min=0).long()], -1).int()
     order = [2, 0, 1]
     query[1] = float("nan")
-    other = TRITON.mla_decode(query[order], entries[moved], Rows(places[order], lengths[order], 8), *rest, 2)
+    other = TRITON.mla_decode(query[order], entries[moved], DecodeMetadata(places[order], seq_lens[order], 8), *rest, 2)
     assert torch.equal(other[:2], together[[2, 0]])
     assert other[2].isnan().all()
 
@@ -511,14 +511,14 @@ def test_rows_do_not_know_each_other():
 def test_lengths_grow_under_the_same_launch():
     """A captured graph is replayed with the same shapes: nothing but the lengths' values may say how far to go."""
     call = Inputs(ODD, torch.float32).mla_decode([200, 180], 32)
-    entries, rows = call.arguments[1:3]
+    entries, decode = call.arguments[1:3]
     full = entries.clone()
     for count in (1, 8, 65, 129, 180):
         entries.copy_(full)
         for row, length in enumerate((200, 180)):  # what is to come is not there yet
             for at in range(count, length):
-                entries[rows.table[row, at // ODD.page_size], at % ODD.page_size] = float("nan")
-        rows.lengths.fill_(count)
+                entries[decode.page_table[row, at // ODD.page_size], at % ODD.page_size] = float("nan")
+        decode.seq_lens.fill_(count)
         found = apart(call, call.run(TRITON), torch.float32)
         assert found <= 1, (count, found)
 
@@ -534,7 +534,7 @@ def test_entries_are_gathered_for_a_block_at_a_time(
     assert found <= 1, found
     blocks, seen = call.arguments[2].blocks, []
     for block in blocks:
-        own = call.arguments[2].lengths[block.sequences].tolist()
+        own = call.arguments[2].seq_lens[block.sequences].tolist()
         seen += own
         assert block.slots.shape == (len(own), max(own))
         assert block.slots.numel() <= gathered or len(own) == 1
@@ -542,14 +542,14 @@ def test_entries_are_gathered_for_a_block_at_a_time(
     assert sorted(seen) == sorted(lengths)
 
 
-def test_the_host_does_not_wait_for_lengths_that_it_knows(monkeypatch: pytest.MonkeyPatch):
+def test_the_host_does_not_wait_for_lengths_that_it_has(monkeypatch: pytest.MonkeyPatch):
     """One sequence that is far longer than the others costs what it reads, not as much for each of them."""
     lengths = [131072, *[500] * 63]
-    table = torch.zeros(64, 4096, dtype=torch.int32)
-    rows = Rows(table, torch.tensor(lengths, dtype=torch.int32), 32, lengths)
+    page_table = torch.zeros(64, 4096, dtype=torch.int32)
+    decode = DecodeMetadata(page_table, torch.tensor(lengths, dtype=torch.int32), 32, lengths)
     for name in ("tolist", "item", "__int__", "__bool__"):
         monkeypatch.setattr(Tensor, name, lambda *_: pytest.fail("the host waits"))
-    assert [tuple(block.slots.shape) for block in rows.blocks] == [(1, 131072), (63, 500)]
+    assert [tuple(block.slots.shape) for block in decode.blocks] == [(1, 131072), (63, 500)]
 
 
 def test_splits_fill_the_machine_and_are_not_too_short():
@@ -674,16 +674,17 @@ MISTAKES: dict[str, tuple[str, Callable[[list[Any]], None]]] = {
     "half of the shared experts": ("experts", _changed(5, lambda shared: (shared[0], shared[1], shared[2] * 0.5))),
     "cosine and sine swapped": ("entries, tokens without a slot", _changed(3, lambda rope: rope.roll(ODD.rope, 1))),
     "sine negated": ("entries, tokens without a slot", _changed(3, _turned_back)),
-    "another slot": ("entries, tokens without a slot", _changed(5, lambda slots: slots.roll(1))),
+    "another slot": ("entries, tokens without a slot", _changed(5, lambda slot_mapping: slot_mapping.roll(1))),
     "latent's weight left out": ("entries, tokens without a slot", _changed(2, torch.ones_like)),
     "rotary part first": ("entries, tokens without a slot", _changed(0, lambda joined: joined.roll(ODD.rope, 1))),
     "another head's key": ("entries, tokens without a slot", _changed(1, _unlike)),
     "one entry too few": (
-        "attention, pages shared", _changed(2, lambda rows: dataclasses.replace(rows, lengths=rows.lengths - 1)),
+        "attention, pages shared",
+        _changed(2, lambda decode: dataclasses.replace(decode, seq_lens=decode.seq_lens - 1)),
     ),
     "pages in another order": (
         "attention, pages shared",
-        _changed(2, lambda rows: dataclasses.replace(rows, table=rows.table.roll(1, 1).clamp(min=0))),
+        _changed(2, lambda decode: dataclasses.replace(decode, page_table=decode.page_table.roll(1, 1).clamp(min=0))),
     ),
     "scores not scaled": ("attention, pages shared", _changed(3, lambda scale: 1.0)),
     "another head's matrix": ("attention, pages shared", _changed(4, _unlike)),
