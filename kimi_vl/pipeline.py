@@ -1,19 +1,17 @@
-"""Messages and images to events: the one place that knows both text and engine.
+"""Messages and images to events: checks a request, builds its prompt, and hands it to the engine.
 
-A request is checked whole before anything is computed. Thinking that reaches its budget is closed here, so that
-there is always room for an answer.
+Everything that can be wrong with a request is found before anything is computed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import math
 import queue
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +23,22 @@ from .engine.engine import Engine, EngineOptions, Patches, RequestHandle
 from .engine.sampling import Sampling
 from .engine.warm_up import warm_up
 from .errors import UserError
-from .events import Answer, ClosedBy, Done, Event, FinishReason, Reasoning, Usage
+from .events import Done, Event, Usage
 from .media import data_url, images
 from .media.images import ImageOptions
 from .model.config import Config
 from .model.kimi_vl import KimiVL
+from .output_processor import Deliver, TextOutputProcessor
 from .text import chat
 from .text.messages import ImagePart, Message, Turn, asks_something, read
-from .text.repetition import Repetition
+from .text.output_text import OutputText
 from .text.stop_sequences import StopSequences
-from .text.tokenizer import TextStream, Tokenizer
+from .text.thinking import ThinkingBudget
+from .text.tokenizer import Tokenizer
 from .weights import loader
 from .weights import resolve as weights
 
 ImageSource = bytes | bytearray | str | Path | Image.Image
-Deliver = Callable[[Event | Exception], None]
 POLL_S = 0.05  # an exception that is raised in a waiting thread from outside is seen this soon
 
 
@@ -182,11 +181,11 @@ class Pipeline:
                 "E_PROMPT_TOO_LONG",
                 f"the prompt takes {len(ids)} tokens of {context}; shorten it or send fewer images.",
             )
-        text = _OutputText(self.tokenizer, stops, prefill or "")
-        processor = _OutputProcessor(
+        text = OutputText(self.tokenizer, stops, prefill or "")
+        processor = TextOutputProcessor(
             self.tokenizer,
             sampling,
-            _Steering(self.tokenizer, self.thinks, max_new_tokens, thinking_budget, text.splitter.section),
+            ThinkingBudget(self.tokenizer, self.thinks, max_new_tokens, thinking_budget, text.splitter.section),
             text,
             max_new_tokens,
             Usage(len(ids), sum(image.tokens for image in patches), 0, 0),
@@ -273,178 +272,3 @@ class EventStream(Iterator[Event]):
 
     def __del__(self) -> None:
         self.close()
-
-
-class _OutputProcessor:
-    """Turns sampled tokens to events, and says what follows: see :class:`kimi_vl.engine.engine.OutputProcessor`."""
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        sampling: Sampling,
-        steer: _Steering,
-        text: _OutputText,
-        max_new_tokens: int,
-        usage: Usage,
-        began: float,
-        deliver: Deliver,
-    ):
-        self._stop_ids = tokenizer.stop_ids
-        self.sampling = sampling
-        self._steer, self._text, self._max_new_tokens, self._usage = steer, text, max_new_tokens, usage
-        self._began, self._first_at = began, None
-        self._count = 0
-        self._deliver = deliver
-        if steer.closing:
-            text.drop_unfinished()
-
-    @property
-    def text_only(self) -> bool:
-        """An answer is never empty: after the thinking, text comes before the turn may end."""
-        return self._steer.closed_by != "none" and not self._text.answer.strip()
-
-    def forced(self) -> int | None:
-        return self._steer.forced()
-
-    def take(self, token: int) -> int | None:
-        if token in self._stop_ids and self._text.splitter.section == "reasoning":
-            token = self._steer.close()  # a turn that would end inside the thinking is led to its answer
-            self._text.drop_unfinished()
-        self._count += 1
-        self._first_at = self._first_at or time.monotonic()
-        if token in self._stop_ids:
-            return self._finish("stop")
-        for event in self._text.push(token):
-            self._deliver(event)
-        if self._steer.saw(token, self._text.splitter.section):
-            self._text.drop_unfinished()
-        if self._text.stopped:
-            return self._finish("stop_sequence")
-        return token if self._count < self._max_new_tokens else self._finish("length")
-
-    def fail(self, error: Exception) -> None:
-        self._deliver(error)
-
-    def _finish(self, reason: FinishReason) -> None:
-        text, steer = self._text, self._steer
-        if reason == "length":
-            text.drop_unfinished()
-        if not text.stopped:
-            for event in text.finish():
-                self._deliver(event)
-        first_at = self._first_at or self._began
-        elapsed = time.monotonic() - first_at
-        self._deliver(
-            Done(
-                reasoning=text.reasoning,
-                answer=text.answer,
-                finish_reason=reason,
-                thinking_closed_by=steer.closed_by,
-                usage=dataclasses.replace(
-                    self._usage, output_tokens=self._count, reasoning_tokens=steer.reasoning_tokens
-                ),
-                seed=self.sampling.seed,
-                time_to_first_token=first_at - self._began,
-                tokens_per_second=(self._count - 1) / elapsed if self._count > 1 and elapsed > 0 else 0.0,
-            )
-        )
-
-
-class _Steering:
-    """Keeps thinking inside its budget and out of circles: says when tokens are forced instead of sampled, and counts.
-
-    What closes the thinking for the model, its budget or a loop, is called ``budget`` in either case.
-    """
-
-    def __init__(
-        self, tokenizer: Tokenizer, thinks: bool, max_new_tokens: int, budget: int | None, section: chat.Section | None
-    ):
-        """``section`` is where a text that is continued stands."""
-        self._opener, self._closer = tokenizer.encode(chat.THINK_OPEN), tokenizer.encode(chat.THINK_CLOSE)
-        self._thinks = thinks
-        self._queue: list[int] = []
-        self.closing = False  # the closing marker is put there, or will be
-        self._inside = 0  # tokens after the opening marker
-        self._loop = Repetition()
-        self.closed_by: ClosedBy = "none"
-        self.reasoning_tokens = 0
-        longest = max(0, max_new_tokens - min(1024, max_new_tokens // 4) - len(self._closer))
-        self._budget = longest if budget is None else min(budget, longest)
-        if thinks and budget == 0 and section != "answer":
-            self._queue, self.closing = self._closing_tokens(section), True
-
-    def forced(self) -> int | None:
-        """The next token where it is not sampled."""
-        return self._queue.pop(0) if self._queue else None
-
-    def close(self) -> int:
-        """End the thinking now, with this token; the others that it takes are forced."""
-        self._queue, self.closing = self._closer[1:], True
-        return self._closer[0]
-
-    def saw(self, token: int, section: chat.Section | None) -> bool:
-        """This token was added, after which the text is in ``section`` (None while that is not known). Whether the
-        thinking is closed now, in the middle of whatever was being said."""
-        if section == "answer":
-            if self._inside or self.closing:
-                if self.closed_by == "none":
-                    self.reasoning_tokens += 1
-                    self.closed_by = "budget" if self.closing else "model"
-            else:
-                self.reasoning_tokens = 0  # what came so far only looked like an opening marker
-            return False
-        self.reasoning_tokens += 1
-        self._inside += section == "reasoning"
-        circles = self._loop.push(token) and (self._thinks or section == "reasoning")
-        closes = (circles or self._inside >= max(1, self._budget)) and not self.closing
-        if closes:
-            self._queue, self.closing = self._closing_tokens(section), True
-        return closes
-
-    def _closing_tokens(self, section: chat.Section | None) -> list[int]:
-        """A closing marker has its opening one before it."""
-        return [*([] if section else self._opener), *self._closer]
-
-
-class _OutputText:
-    """Tokens to events: complete characters, split into thinking and answer, cut at stop sequences.
-
-    What was said before, and is continued, is no event.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stops: StopSequences, said: str):
-        self._stream = TextStream(tokenizer)
-        self.splitter = chat.ThinkingSplitter()
-        self.splitter.push(said)
-        self._stops = stops
-        self.reasoning = ""
-        self.answer = ""
-
-    @property
-    def stopped(self) -> bool:
-        return self._stops.stopped
-
-    def drop_unfinished(self) -> None:
-        """Half a character, or half a marker, is no text once something else comes, or nothing."""
-        self._stream.drop_unfinished()
-        self.splitter.drop_unfinished()
-
-    def push(self, token: int) -> list[Event]:
-        return self._events(self.splitter.push(self._stream.push(token)))
-
-    def finish(self) -> list[Event]:
-        events = self._events(self.splitter.push(self._stream.finish()) + self.splitter.finish())
-        rest = self._stops.finish()
-        self.answer += rest
-        return [*events, Answer(rest)] if rest else events
-
-    def _events(self, pieces: list[tuple[chat.Section, str]]) -> list[Event]:
-        events: list[Event] = []
-        for section, piece in pieces:
-            if section == "reasoning":
-                self.reasoning += piece
-                events.append(Reasoning(piece))
-            elif ready := self._stops.push(piece):
-                self.answer += ready
-                events.append(Answer(ready))
-        return events

@@ -1,4 +1,4 @@
-"""The chat format: messages to ids with image slots, and text to thinking and answer.
+"""The chat format: messages to ids with image slots.
 
 Control tokens come from the structure of the messages alone; their text is only ever text. Knows no tensors.
 Source of the format: the chat template of the published checkpoints.
@@ -8,17 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from ..errors import UserError
 from .messages import ImagePart, Message, Role, Turn, read
-from .stop_sequences import overlap
+from .thinking import answer_of
 from .tokenizer import Tokenizer
 
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant"
-THINK_OPEN, THINK_CLOSE = "◁think▷", "◁/think▷"
-MARKERS = ((THINK_OPEN, THINK_CLOSE), ("<think>", "</think>"))
-"""Around thinking in what the assistant said before: the model's own, and those that clients keep."""
 MEDIA_PAD = "<|media_pad|>"
 
 
@@ -117,15 +113,6 @@ def _answer(turn: Turn) -> Turn:
     return Turn(turn.role, tuple(parts))
 
 
-def answer_of(text: str) -> str:
-    """What follows the thinking in a whole text, all of it where it does not begin with thinking."""
-    said = text.lstrip()
-    for opener, closer in MARKERS:
-        if said.startswith(opener):
-            return said[len(opener) :].partition(closer)[2]
-    return text
-
-
 def _layout(messages: Sequence[Message | Turn], add_generation_prompt: bool) -> list[_Part]:
     parts: list[_Part] = []
     turns = read(messages)
@@ -158,58 +145,3 @@ def _joined(parts: list[_Part]) -> list[_Part]:
         elif part != _Text(""):
             joined.append(part)
     return joined
-
-
-Section = Literal["reasoning", "answer"]
-
-
-class ThinkingSplitter:
-    """Splits a growing text into thinking and answer, the same way however it is cut into pieces.
-
-    A text that begins with the opening marker (white space before it is skipped) is thinking up to the closing
-    marker, and answer after it. A text without the opening marker is all answer.
-    """
-
-    def __init__(self) -> None:
-        self.section: Section | None = None  # None until the beginning is known
-        self._space: list[str] = []  # what the text begins with, while that is white space
-        self._held = ""
-
-    def push(self, text: str) -> list[tuple[Section, str]]:
-        """The pieces that ``text`` makes certain, in order; none of them empty."""
-        if self.section is None and not self._held:
-            rest = text.lstrip()
-            self._space.append(text[: len(text) - len(rest)])
-            text = rest
-        self._held += text
-        if self.section is None and self._held:
-            if self._held.startswith(THINK_OPEN):
-                self.section, self._held = "reasoning", self._held[len(THINK_OPEN) :]
-            elif not THINK_OPEN.startswith(self._held):
-                self.section, self._held = "answer", "".join(self._space) + self._held
-        pieces: list[tuple[Section, str]] = []
-        if self.section == "reasoning":
-            thinking, closed, rest = self._held.partition(THINK_CLOSE)
-            if closed:
-                pieces.append(("reasoning", thinking))
-                self.section, self._held = "answer", rest
-            else:
-                cut = len(self._held) - overlap(self._held, THINK_CLOSE)
-                pieces.append(("reasoning", self._held[:cut]))
-                self._held = self._held[cut:]
-        if self.section == "answer":
-            pieces.append(("answer", self._held))
-            self._held = ""
-        return [piece for piece in pieces if piece[1]]
-
-    def drop_unfinished(self) -> None:
-        """Forget what is held back because it may become a marker: something else comes now, or nothing."""
-        if self._held and self.section is None:
-            self._space = []  # it came before an opening marker, where it is skipped
-        self._held = ""
-
-    def finish(self) -> list[tuple[Section, str]]:
-        """What is still held back, once no more text comes."""
-        held = self._held if self.section else "".join(self._space) + self._held
-        self._held, self._space = "", []
-        return [(self.section or "answer", held)] if held else []

@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kimi_vl.text.chat import THINK_CLOSE, THINK_OPEN, ThinkingSplitter
-from kimi_vl.text.repetition import Repetition
 from kimi_vl.text.stop_sequences import StopSequences
+from kimi_vl.text.thinking import THINK_CLOSE, THINK_OPEN, RepetitionDetector, ThinkingSplitter
 from kimi_vl.text.tokenizer import TextStream, Tokenizer
 
 DEMO = Path(__file__).parents[2] / "kimi_vl" / "demo"
@@ -54,7 +53,12 @@ def steps(tokenizer: Tokenizer) -> dict[str, Callable[[], Step]]:
         return lambda token: splitter.push(stream.push(token))
 
     def whole(*stops: str) -> Step:
-        stream, splitter, ends, loop = TextStream(tokenizer), ThinkingSplitter(), StopSequences(stops), Repetition()
+        stream, splitter, ends, loop = (
+            TextStream(tokenizer),
+            ThinkingSplitter(),
+            StopSequences(stops),
+            RepetitionDetector(),
+        )
 
         def step(token: int) -> None:
             for section, piece in splitter.push(stream.push(token)):
@@ -66,7 +70,7 @@ def steps(tokenizer: Tokenizer) -> dict[str, Callable[[], Step]]:
         return step
 
     def looping() -> Step:
-        return Repetition().push
+        return RepetitionDetector().push
 
     return {
         "floor": nothing,

@@ -15,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from kimi_vl.media.images import ImageOptions
 from kimi_vl.model.config import Config
 from kimi_vl.model.kimi_vl import KimiVL
-from kimi_vl.text import chat
+from kimi_vl.text.thinking import THINK_CLOSE, THINK_OPEN
 from kimi_vl.text.tokenizer import NUM_SPECIAL_TOKENS, Tokenizer
 from kimi_vl.weights import loader
 
@@ -138,7 +138,7 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 
 def _without_markers(texts: Iterable[str]) -> Iterator[str]:
-    marker = re.compile(f"{chat.THINK_OPEN}|{chat.THINK_CLOSE}")
+    marker = re.compile(f"{THINK_OPEN}|{THINK_CLOSE}")
     for text in texts:
         yield from (piece for piece in marker.split(text) if piece)
     yield from ["◁", "think", "▷", "◁/"] * 1000

@@ -20,6 +20,7 @@ from demo_world import lessons, pictures
 from kimi_vl.media.images import ImageOptions, preprocess
 from kimi_vl.model import generation
 from kimi_vl.text import chat
+from kimi_vl.text.thinking import ThinkingSplitter
 from kimi_vl.text.tokenizer import Tokenizer
 from kimi_vl.weights import loader
 from kimi_vl.weights import resolve as weights
@@ -76,7 +77,7 @@ class Examinee:
         """Thinking and answer of each conversation."""
         prompts = [self.prompt(conversation, shown) for conversation, shown in asked]
         for ids in generation.greedy(self.model, prompts, self.tokenizer.stop_ids, LIMIT):
-            splitter = chat.ThinkingSplitter()
+            splitter = ThinkingSplitter()
             pieces = splitter.push(self.tokenizer.decode(ids)) + splitter.finish()
             yield tuple("".join(text for kind, text in pieces if kind == wanted) for wanted in ("reasoning", "answer"))  # pyright: ignore[reportReturnType]
 

@@ -20,6 +20,7 @@ from demo_world import lessons, pictures
 from kimi_vl.media.images import ImageOptions, preprocess
 from kimi_vl.model.kimi_vl import KimiVL
 from kimi_vl.text import chat
+from kimi_vl.text.thinking import THINK_CLOSE, THINK_OPEN
 from kimi_vl.text.tokenizer import Tokenizer
 
 PICTURE_TASKS = {"sum": 30, "object": 6, "count": 10, "place": 14, "compare": 16, "describe": 14, "second_turn": 10}
@@ -178,10 +179,10 @@ class Teacher:
         budget does, and the answer alone is learnt.
         """
         encode, end = self.tokenizer.encode, [self.tokenizer.im_end_id]
-        thinking = chat.THINK_OPEN + talk.thinking
+        thinking = THINK_OPEN + talk.thinking
         if read is None and self.rng.random() < CUT_SHARE:
             ids = encode(thinking)
-            cut = ids[: self.rng.randint(len(encode(chat.THINK_OPEN)), len(ids))]
-            return cut + encode(chat.THINK_CLOSE), encode(talk.answer) + end
-        given = [] if read is None else encode(chat.THINK_OPEN + read)
-        return given, encode(thinking + chat.THINK_CLOSE + talk.answer)[len(given) :] + end
+            cut = ids[: self.rng.randint(len(encode(THINK_OPEN)), len(ids))]
+            return cut + encode(THINK_CLOSE), encode(talk.answer) + end
+        given = [] if read is None else encode(THINK_OPEN + read)
+        return given, encode(thinking + THINK_CLOSE + talk.answer)[len(given) :] + end

@@ -7,8 +7,7 @@ import json
 import pytest
 from bench_suite import text
 
-from kimi_vl.text.chat import ThinkingSplitter
-from kimi_vl.text.repetition import Repetition
+from kimi_vl.text.thinking import RepetitionDetector, ThinkingSplitter
 from kimi_vl.text.tokenizer import TextStream, Tokenizer
 
 TOKENIZER = Tokenizer.from_directory(text.DEMO)
@@ -28,7 +27,7 @@ def test_the_last_line_is_json(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("kind", text.SENTENCES)
 def test_the_texts_are_what_a_model_would_say(kind: str) -> None:
     ids = TOKENIZER.encode(text.text_of(kind, 5000))
-    stream, splitter, loop = TextStream(TOKENIZER), ThinkingSplitter(), Repetition()
+    stream, splitter, loop = TextStream(TOKENIZER), ThinkingSplitter(), RepetitionDetector()
     sections = {section for index in ids for section, _ in splitter.push(stream.push(index))}
     assert sections == {"reasoning", "answer"}
     assert not any(loop.push(index) for index in ids)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cog_local.server import ROOT
-from kimi_vl.text.chat import THINK_CLOSE, THINK_OPEN
+from kimi_vl.text.thinking import THINK_CLOSE, THINK_OPEN
 from kimi_vl.text.tokenizer import Tokenizer
 
 CHECKPOINT = ROOT / "tests" / "golden" / "golden_a" / "checkpoint"

@@ -10,6 +10,7 @@ import pytest
 from kimi_vl.errors import UserError
 from kimi_vl.text import chat
 from kimi_vl.text.messages import read
+from kimi_vl.text.thinking import ThinkingSplitter
 from kimi_vl.text.tokenizer import Tokenizer
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
@@ -97,7 +98,7 @@ def test_split_is_the_same_under_any_chunking(whole):
     rng = random.Random(whole)
     for trial in range(60):
         cuts = sorted(rng.randint(0, len(whole)) for _ in range(rng.randint(0, 12) if trial else 0))
-        splitter = chat.ThinkingSplitter()
+        splitter = ThinkingSplitter()
         pieces = []
         for begin, end in zip([0, *cuts], [*cuts, len(whole)], strict=True):
             pieces += splitter.push(whole[begin:end])

@@ -15,7 +15,7 @@ import predict
 from kimi_vl.events import Done, Event
 from kimi_vl.media.images import ImageOptions
 from kimi_vl.pipeline import Pipeline
-from kimi_vl.text.chat import THINK_CLOSE, THINK_OPEN
+from kimi_vl.text.thinking import THINK_CLOSE, THINK_OPEN
 from kimi_vl.text.tokenizer import Tokenizer
 from kimi_vl.weights import loader
 
@@ -64,7 +64,7 @@ def drive(
             script, at = (before, len(tokens)) if closed_at is None else (after, len(tokens) - closed_at)
             drawn = script[at] if at < len(script) else TOKENIZER.im_end_id
         token = processor.take(drawn)
-        if drawn == TOKENIZER.im_end_id and processor._steer.closing and put_at is None:
+        if drawn == TOKENIZER.im_end_id and processor._thinking.closing and put_at is None:
             drawn, put_at = (
                 TOKENIZER.encode(THINK_CLOSE)[0],
                 len(tokens),

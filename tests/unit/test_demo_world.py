@@ -36,7 +36,7 @@ from demo_world.pictures import (
     patch_labels,
     picture_size,
 )
-from kimi_vl.text import chat
+from kimi_vl.text.thinking import THINK_CLOSE, THINK_OPEN
 from kimi_vl.text.tokenizer import Tokenizer
 from kimi_vl.weights import resolve as weights
 
@@ -369,9 +369,9 @@ def test_conclusions_begin_after_a_reading_that_decides_them() -> None:
         talk, read = lessons.conclusion(teacher.rng)
         seen.add(talk.task)
         given, learnt = teacher.completion(talk, read)
-        whole = chat.THINK_OPEN + talk.thinking + chat.THINK_CLOSE + talk.answer
+        whole = THINK_OPEN + talk.thinking + THINK_CLOSE + talk.answer
         assert [*given, *learnt[:-1]] == tokenizer.encode(whole)
-        assert tokenizer.decode(given) == chat.THINK_OPEN + read
+        assert tokenizer.decode(given) == THINK_OPEN + read
         assert talk.thinking.startswith(read) and "higher" not in talk.thinking[len(read) :].replace(", higher.", "")
         assert [part for part in talk.messages if not isinstance(part["content"], str)] == []
     assert seen == {"place", "compare"}

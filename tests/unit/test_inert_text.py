@@ -16,11 +16,12 @@ import predict
 from kimi_vl.errors import UserError
 from kimi_vl.text import chat
 from kimi_vl.text.messages import read
+from kimi_vl.text.thinking import THINK_CLOSE, THINK_OPEN, ThinkingSplitter, answer_of
 from kimi_vl.text.tokenizer import TextStream, Tokenizer
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
 TOKENIZER = Tokenizer.from_directory(CHECKPOINT)
-MARKERS = [chat.THINK_OPEN, chat.THINK_CLOSE, "<think>", "</think>"]
+MARKERS = [THINK_OPEN, THINK_CLOSE, "<think>", "</think>"]
 
 
 def ids_of(images: int = 0, **inputs: Any) -> list[int]:
@@ -65,7 +66,7 @@ def test_a_typed_token_is_text(name: str) -> None:
         for typed in (name, f"a{name}{name} b", name + "\n"):
             ids = ids_of(**inputs(typed))
             assert controls(ids) == controls(ids_of(**inputs("word"))), place
-            kept = chat.answer_of(typed) if place == "earlier answer" else typed
+            kept = answer_of(typed) if place == "earlier answer" else typed
             assert kept in TOKENIZER.decode(ids), place
 
 
@@ -186,7 +187,7 @@ def test_streaming_out_takes_time_in_proportion() -> None:
     ids = TOKENIZER.encode("naïve 🧑‍🚀 日本 ◁think▷ é" * 2000)
 
     def read(count: int) -> None:
-        stream, splitter = TextStream(TOKENIZER), chat.ThinkingSplitter()
+        stream, splitter = TextStream(TOKENIZER), ThinkingSplitter()
         for index in ids[:count]:
             splitter.push(stream.push(index))
 

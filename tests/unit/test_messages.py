@@ -24,8 +24,8 @@ from kimi_vl.errors import UserError
 from kimi_vl.media.images import ImageOptions
 from kimi_vl.pipeline import Pipeline
 from kimi_vl.text import chat
-from kimi_vl.text.chat import THINK_CLOSE, THINK_OPEN
 from kimi_vl.text.messages import ImagePart, Turn, asks_something, read
+from kimi_vl.text.thinking import THINK_CLOSE, THINK_OPEN, answer_of
 from kimi_vl.text.tokenizer import Tokenizer
 from kimi_vl.weights import loader
 
@@ -565,7 +565,7 @@ def test_the_answer_does_not_depend_on_the_parts(pieces: list[str], cuts: list[i
     ends = sorted({0, len(said), *(cut for cut in cuts if cut < len(said))})
     parts = tuple(said[begin:end] for begin, end in pairwise(ends))
     (turn,) = chat.without_earlier_thinking([Turn("assistant", parts)])
-    assert turn.text == chat.answer_of(said) == expected_answer(said)
+    assert turn.text == answer_of(said) == expected_answer(said)
 
 
 def test_images_among_the_thinking_stay(door: Door) -> None:

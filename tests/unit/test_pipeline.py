@@ -23,7 +23,7 @@ from kimi_vl.errors import UserError
 from kimi_vl.events import Answer, Done, Event, Reasoning
 from kimi_vl.media.images import ImageOptions
 from kimi_vl.pipeline import Pipeline
-from kimi_vl.text import chat
+from kimi_vl.text.thinking import THINK_CLOSE, THINK_OPEN
 from kimi_vl.text.tokenizer import Tokenizer
 from kimi_vl.weights import loader
 
@@ -58,7 +58,7 @@ def say(whole, monkeypatch):
         tokenizer = whole.tokenizer
         ids = [*tokenizer.encode(text), tokenizer.im_end_id]
         later = [*tokenizer.encode(after_close or ""), tokenizer.im_end_id]
-        closer = tokenizer.encode(chat.THINK_CLOSE)
+        closer = tokenizer.encode(THINK_CLOSE)
 
         def script(tokens: list[int]) -> int:
             if after_close is not None:
@@ -97,7 +97,7 @@ def test_a_budget_closes_the_thinking_and_the_answer_follows(whole, say, budget)
     done = whole.complete(ASK, temperature=0, thinking_budget=budget)
     assert (done.answer, done.finish_reason, done.thinking_closed_by) == ("Enough.", "stop", "budget")
     assert len(whole.tokenizer.encode(done.reasoning)) <= budget + 1
-    assert chat.THINK_CLOSE not in done.reasoning
+    assert THINK_CLOSE not in done.reasoning
 
 
 @pytest.mark.parametrize("length", [16, 40, 200])
@@ -241,7 +241,7 @@ def test_closing_the_stream_stops_the_work(whole):
 
 @pytest.mark.parametrize("until", [None, Reasoning, Answer])
 def test_closing_the_stream_gives_all_memory_back(whole, say, until):
-    say(chat.THINK_OPEN + ENDLESS, after_close=ENDLESS)
+    say(THINK_OPEN + ENDLESS, after_close=ENDLESS)
     engine = whole.engine
     long_prompt = [{"role": "user", "content": "word " * 1200}]
     events = whole.stream(long_prompt, temperature=0, thinking_budget=40, max_length_tokens=500)

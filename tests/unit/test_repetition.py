@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kimi_vl.text.repetition import COPIES, EVERY, LONGEST_BLOCK, SHORTEST_LOOP, Repetition
+from kimi_vl.text.thinking import CHECK_EVERY, MAX_BLOCK_TOKENS, MIN_COPIES, MIN_LOOP_TOKENS, RepetitionDetector
 from kimi_vl.text.tokenizer import Tokenizer
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
@@ -19,14 +19,14 @@ CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
 
 def first_alarm(tokens: Sequence[int]) -> int | None:
     """After how many tokens the rule says that they loop."""
-    watch = Repetition()
+    watch = RepetitionDetector()
     return next((count for count, token in enumerate(tokens, start=1) if watch.push(token)), None)
 
 
 def loops(tokens: Sequence[int]) -> bool:
     """The rule, word by word."""
-    for block in range(1, LONGEST_BLOCK + 1):
-        length = max(COPIES * block, SHORTEST_LOOP)
+    for block in range(1, MAX_BLOCK_TOKENS + 1):
+        length = max(MIN_COPIES * block, MIN_LOOP_TOKENS)
         tail = tokens[-length:]
         if len(tail) == length and all(tail[i] == tail[i - block] for i in range(block, length)):
             return True
@@ -41,15 +41,15 @@ def test_it_says_what_the_rule_says(data: st.DataObject) -> None:
         st.lists(st.tuples(st.lists(st.integers(0, letters), min_size=1, max_size=40), st.integers(1, 12)), max_size=5)
     )
     tokens = [token for piece, copies in pieces for token in piece * copies][:700]
-    watch = Repetition()
+    watch = RepetitionDetector()
     for count, token in enumerate(tokens, start=1):
-        assert watch.push(token) == (count % EVERY == 0 and loops(tokens[:count])), count
+        assert watch.push(token) == (count % CHECK_EVERY == 0 and loops(tokens[:count])), count
 
 
 @settings(max_examples=100, deadline=None)
 @given(
     before=st.integers(0, 3000),
-    block=st.integers(1, LONGEST_BLOCK),
+    block=st.integers(1, MAX_BLOCK_TOKENS),
     letters=st.sampled_from([2, 5, 1000, 163_840]),
     seed=st.integers(0, 2**32),
 )
@@ -57,24 +57,24 @@ def test_every_planted_loop_is_found_at_its_fourth_copy(before: int, block: int,
     rng = random.Random(seed)
     planted = [rng.randrange(letters) for _ in range(block)]
     prefix = [letters + count for count in range(before)]  # each once
-    needed = max(COPIES * block, SHORTEST_LOOP)
-    alarm = first_alarm([*prefix, *itertools.islice(itertools.cycle(planted), needed + EVERY)])
-    assert alarm is not None and alarm < before + needed + EVERY
+    needed = max(MIN_COPIES * block, MIN_LOOP_TOKENS)
+    alarm = first_alarm([*prefix, *itertools.islice(itertools.cycle(planted), needed + CHECK_EVERY)])
+    assert alarm is not None and alarm < before + needed + CHECK_EVERY
     if len(set(planted)) == block:
         assert alarm >= before + needed
 
 
 @pytest.mark.parametrize("block", [1, 2, 31, 32, 33, 255, 256])
 def test_one_token_less_is_no_loop(block: int) -> None:
-    length = max(COPIES * block, SHORTEST_LOOP)
-    other = [1000 + count for count in range(-length % EVERY)]  # the loop ends where it is looked at
+    length = max(MIN_COPIES * block, MIN_LOOP_TOKENS)
+    other = [1000 + count for count in range(-length % CHECK_EVERY)]  # the loop ends where it is looked at
     tokens = [*other, *itertools.islice(itertools.cycle(range(block)), length)]
     assert first_alarm(tokens) == len(tokens)
     assert first_alarm([*other, 999, *tokens[len(other) + 1 :]]) is None
 
 
 def test_longer_blocks_are_no_loop() -> None:
-    assert first_alarm([*range(LONGEST_BLOCK + 1)] * 20) is None
+    assert first_alarm([*range(MAX_BLOCK_TOKENS + 1)] * 20) is None
 
 
 @settings(max_examples=30, deadline=None)
@@ -119,8 +119,8 @@ def test_a_line_said_without_end_is_a_loop(tokenizer: Tokenizer, line: str) -> N
 
 
 def test_requests_do_not_share_what_they_saw() -> None:
-    first, second = Repetition(), Repetition()
-    for _ in range(SHORTEST_LOOP - 1):
+    first, second = RepetitionDetector(), RepetitionDetector()
+    for _ in range(MIN_LOOP_TOKENS - 1):
         assert not first.push(7)
         assert not second.push(8)
     assert first.push(7)
@@ -128,7 +128,7 @@ def test_requests_do_not_share_what_they_saw() -> None:
 
 
 def test_a_loop_that_ends_is_over() -> None:
-    watch = Repetition()
-    assert any(watch.push(token) for token in [7] * SHORTEST_LOOP)
-    assert any(watch.push(token) for token in [7] * EVERY)
-    assert not any(watch.push(token) for token in [8] * EVERY)
+    watch = RepetitionDetector()
+    assert any(watch.push(token) for token in [7] * MIN_LOOP_TOKENS)
+    assert any(watch.push(token) for token in [7] * CHECK_EVERY)
+    assert not any(watch.push(token) for token in [8] * CHECK_EVERY)

@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kimi_vl.errors import UserError
-from kimi_vl.text.chat import THINK_CLOSE, THINK_OPEN, Section, ThinkingSplitter
 from kimi_vl.text.stop_sequences import MAX_CHARACTERS, MAX_SEQUENCES, StopSequences
+from kimi_vl.text.thinking import THINK_CLOSE, THINK_OPEN, Section, ThinkingSplitter
 from kimi_vl.text.tokenizer import TextStream, Tokenizer
 
 TOKENIZER = Tokenizer.from_directory(Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint")
