@@ -25,6 +25,7 @@ from torch import Tensor
 import kimi_vl.model.language
 import kimi_vl.model.vision
 from kimi_vl.media.images import ImageOptions, preprocess
+from kimi_vl.model.config import num_image_tokens
 from kimi_vl.model.kimi_vl import KimiVL
 from kimi_vl.model.latent_cache import LatentCache
 from kimi_vl.text import chat
@@ -105,7 +106,7 @@ class Native:
         grids = [grid for _, grid in encoded]
         pixels = torch.cat([torch.from_numpy(patches) for patches, _ in encoded]) if encoded else None
         return (
-            chat.encode(self.tokenizer, messages, [rows * columns // 4 for rows, columns in grids]),
+            chat.encode(self.tokenizer, messages, [num_image_tokens(grid) for grid in grids]),
             pixels,
             grids,
         )

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ..model.config import num_image_tokens
 from ..model.vision import Grid
 from .faults import as_exception
 from .sampling import Sampling, uniforms
@@ -32,7 +33,7 @@ class Patches:
 
     @property
     def tokens(self) -> int:
-        return self.grid[0] * self.grid[1] // 4
+        return num_image_tokens(self.grid)
 
 
 class OutputProcessor(Protocol):

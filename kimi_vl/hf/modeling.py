@@ -27,6 +27,7 @@ from transformers.models.kimi_k25.modeling_kimi_k25 import (
 from transformers.utils.generic import can_return_tuple
 
 from ..errors import CheckpointError
+from ..model.config import num_image_tokens
 from .configuration import KimiVLConfig, KimiVLVisionConfig
 
 _EOS_OFFSET, _IM_END_OFFSET = 1, 2  # from the first special token, [BOS]
@@ -324,7 +325,7 @@ class KimiVLForConditionalGeneration(KimiVLPreTrainedModel, GenerationMixin):
             row = []
             while slots > 0 and images:
                 row.append(images.pop(0))
-                slots -= row[-1][0].shape[0] // (merge[0] * merge[1])
+                slots -= num_image_tokens(row[-1][1].tolist(), merge)
             if slots:
                 raise ValueError("the image tokens of a row do not agree with the sizes of its images")
             repeated += row * times

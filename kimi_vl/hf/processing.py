@@ -16,6 +16,7 @@ from transformers import BatchFeature
 
 from ..media import data_url
 from ..media.images import ImageOptions, preprocess
+from ..model.config import num_image_tokens
 from ..text import chat
 from ..text.messages import read
 from ..text.tokenizer import Tokenizer
@@ -140,8 +141,7 @@ class KimiVLProcessor:
         if return_tensors not in (None, "pt", "np"):
             raise ValueError(f"return_tensors is {return_tensors!r}; it must be 'pt', 'np' or None")
         pictures = [preprocess(_image(image), self.options) for image in _flat(images)]
-        merged = self.options.merge_kernel_size[0] * self.options.merge_kernel_size[1]
-        counts = [rows * columns // merged for _, (rows, columns) in pictures]
+        counts = [num_image_tokens(grid, self.options.merge_kernel_size) for _, grid in pictures]
         rows = self._encode([text] if isinstance(text, str) else list(text), counts)
         longest = max((len(row) for row in rows), default=0)
         if truncation and max_length is not None and longest > max_length:

@@ -21,6 +21,7 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from ..errors import CheckpointError, UserError
 from ..model import published
+from ..model.config import num_image_tokens
 from . import data_url, icc, image_files, tiff_samples
 from .image_files import MAX_BYTES
 
@@ -114,8 +115,8 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Placeholders that the image takes in the prompt: one for each 2x2 patches."""
-        return self.patches // 4
+        """Placeholders that the image takes in the prompt."""
+        return num_image_tokens(self.grid)
 
 
 def plan(width: int, height: int, options: ImageOptions) -> Plan:

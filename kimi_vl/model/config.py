@@ -7,7 +7,7 @@ that this implementation does not compute. Knows nothing of tensors.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,6 +55,11 @@ class VisionConfig:
     def merged_size(self) -> int:
         """Width of one merged group of patches, the projector's input."""
         return self.hidden_size * self.merge_kernel_size[0] * self.merge_kernel_size[1]
+
+
+def num_image_tokens(grid: Sequence[int], merge_kernel_size: Sequence[int] = (2, 2)) -> int:
+    """Placeholders that an image of ``grid`` patches (rows, columns) takes in the prompt: one a merged group."""
+    return grid[0] * grid[1] // (merge_kernel_size[0] * merge_kernel_size[1])
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from kimi_vl.model.config import Config
+from kimi_vl.model.config import Config, num_image_tokens
 
 from . import checkpoint, decode, kernels, vision
 from .contestants import NAMES, Process
@@ -220,7 +220,7 @@ def mixture(config: Config, count: int, longest: int, side: int, tokens: int) ->
         picture = 0 if number % 3 else side // chance.choice([1, 2, 4])
         requests.append(
             {
-                "ids": [*ids[:2], *[pad] * (picture * picture // 4), *ids[2:]],
+                "ids": [*ids[:2], *[pad] * num_image_tokens((picture, picture)), *ids[2:]],
                 "max_new_tokens": max(2, round(tokens * chance.uniform(0.25, 1))),
                 "side": picture,
             }

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kimi_vl.model import flash_attention as flash
-from kimi_vl.model.config import Config
+from kimi_vl.model.config import Config, num_image_tokens
 
 from . import checkpoint, kernels, ladder
 
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
         work = operations(config, side)
         result = {
             "patches": side * side,
-            "tokens": side * side // 4,
+            "tokens": num_image_tokens((side, side)),
             "milliseconds": round(took * 1e3, 3),
             "tflop": round(work / 1e12, 4),
             "tflop_per_s": round(work / took / 1e12, 3),

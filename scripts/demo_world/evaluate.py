@@ -19,6 +19,7 @@ import torch
 from demo_world import lessons, pictures
 from kimi_vl.media.images import ImageOptions, preprocess
 from kimi_vl.model import generation
+from kimi_vl.model.config import num_image_tokens
 from kimi_vl.text import chat
 from kimi_vl.text.thinking import ThinkingSplitter
 from kimi_vl.text.tokenizer import Tokenizer
@@ -65,9 +66,7 @@ class Examinee:
 
     def prompt(self, conversation: lessons.Conversation, shown: Sequence[pictures.Picture]) -> generation.Prompt:
         encoded = [preprocess(picture.image, self.options) for picture in shown]
-        ids = chat.encode(
-            self.tokenizer, conversation.messages, [rows * columns // 4 for _, (rows, columns) in encoded]
-        )
+        ids = chat.encode(self.tokenizer, conversation.messages, [num_image_tokens(grid) for _, grid in encoded])
         pixels = torch.cat([torch.from_numpy(patches) for patches, _ in encoded]) if encoded else None
         return generation.Prompt(ids, pixels, [grid for _, grid in encoded])
 

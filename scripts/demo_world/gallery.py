@@ -18,6 +18,7 @@ from torch import Tensor
 
 from demo_world import lessons, pictures
 from kimi_vl.media.images import ImageOptions, preprocess
+from kimi_vl.model.config import num_image_tokens
 from kimi_vl.model.kimi_vl import KimiVL
 from kimi_vl.text import chat
 from kimi_vl.text.thinking import THINK_CLOSE, THINK_OPEN
@@ -100,7 +101,7 @@ def hang(model: KimiVL, drawn: Drawn) -> Iterator[Exhibit]:
     """The exhibits of one page of the sketchbook."""
     studies, pixels, listed = drawn
     grids = [(rows, columns) for rows, columns in listed]  # another process gives lists back
-    tokens = [rows * columns // 4 for rows, columns in grids]
+    tokens = [num_image_tokens(grid) for grid in grids]
     of_picture = iter(zip(tokens, model.vision_tower(pixels, grids).to(torch.bfloat16).split(tokens), strict=True))
     for task, shown in studies:
         seen = [next(of_picture) for _ in shown]
