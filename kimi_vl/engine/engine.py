@@ -109,7 +109,6 @@ class Engine:
             options.page_size,
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
-            max_waiting=options.max_waiting,
             prefix_caching=options.prefix_caching,
         )
         self._embeddings = EmbeddingCache(options.embedding_bytes)

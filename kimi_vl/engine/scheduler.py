@@ -60,10 +60,6 @@ class ScheduledChunk:
         return self.complete and self.end - self.begin == 1
 
 
-class QueueFull(Exception):
-    """As many requests wait as may wait."""
-
-
 class NeverFits(Exception):
     """The request needs more pages than there are."""
 
@@ -78,18 +74,13 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        max_waiting: int,
         prefix_caching: bool = True,
     ):
         if not 0 < max_num_seqs <= max_num_batched_tokens:
             raise ValueError("every running request must have its token in a step")
         self.pool, self.page_size = pool, page_size
-        self.max_num_seqs, self.max_num_batched_tokens, self.max_waiting, self.prefix_caching = (
-            max_num_seqs,
-            max_num_batched_tokens,
-            max_waiting,
-            prefix_caching,
-        )
+        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self.prefix_caching = prefix_caching
         # pages that were taken and not cleared: what they hold is nobody's. Whoever clears one takes it out of here.
         self.fresh: set[int] = set()
         self.waiting: deque[Request] = deque()
@@ -105,10 +96,8 @@ class Scheduler:
             raise NeverFits
 
     def add(self, request: Request) -> None:
-        """Queue a request; raises :class:`QueueFull` or :class:`NeverFits`, and then nothing has changed."""
+        """Queue a request; raises :class:`NeverFits`, and then nothing has changed. The caller bounds the queue."""
         self.check(request.prompt_length, request.max_new_tokens)
-        if len(self.waiting) >= self.max_waiting:
-            raise QueueFull
         self.waiting.append(request)
 
     def plan(self) -> list[ScheduledChunk]:

@@ -279,9 +279,12 @@ def test_more_than_the_queue_holds_is_refused_at_once(model):
         EngineOptions(page_size=8, max_num_seqs=1, max_num_batched_tokens=8, max_waiting=3, cache_bytes=1 << 18),
     )
     held = Held(10)
-    engine.submit(ids_of(5), [], 10, held)
+    with engine._lock:
+        engine.submit(ids_of(5), [], 10, held)
+        waiting = [send(engine, ids_of(5), max_new_tokens=3)[0] for _ in range(2)]
     assert held.reached.wait(300)
-    waiting = [send(engine, ids_of(5), max_new_tokens=3)[0] for _ in range(3)]
+    assert len(engine.scheduler.waiting) == 2
+    waiting.append(send(engine, ids_of(5), max_new_tokens=3)[0])  # the scheduler does not know of this one yet
     for _ in range(5):
         with pytest.raises(UserError, match="E_OVERLOADED"):
             send(engine, ids_of(5), max_new_tokens=3)
