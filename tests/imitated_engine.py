@@ -20,7 +20,7 @@ from bench_suite.imitated_cuda import Counts, Machine
 from torch import Tensor
 
 from kimi_vl import kernels
-from kimi_vl.engine.cuda_graphs import Launched, Row, StaticDecoder
+from kimi_vl.engine.cuda_graphs import DecodeInput, Launched, StaticDecoder
 from kimi_vl.engine.engine import Engine, EngineOptions, Patches, RequestHandle
 from kimi_vl.engine.sampling import Sampling
 from kimi_vl.kernels import plain, reference
@@ -188,7 +188,7 @@ def engine_of(model: KimiVL, way: str = "torch", options: EngineOptions = OPTION
 
 
 class Steps:
-    """Watches an engine's decoding steps over buffers that stay: while one is under way, nothing may wait.
+    """Watches an engine's decode steps over static buffers: while one is under way, nothing may wait.
 
     ``counts`` are what each step took that was begun before the tokens of the last one were read.
     """
@@ -199,10 +199,10 @@ class Steps:
         launch, read = StaticDecoder.launch, Launched.read
         forbidden = "while a step is under way"
 
-        def launched(decoder: StaticDecoder, rows: Sequence[Row]) -> Launched:
+        def launched(decoder: StaticDecoder, sequences: Sequence[DecodeInput]) -> Launched:
             nonlocal under_way
             before = copy.copy(machine.counts)
-            result = launch(decoder, rows)
+            result = launch(decoder, sequences)
             if under_way:
                 self.counts.append(machine.counts - before)
             else:

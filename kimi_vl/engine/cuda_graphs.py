@@ -33,9 +33,13 @@ Action = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class Row:
-    """A sequence's next token: ``token`` (None: the one that the last launch drew in this place) is at ``position``,
-    its entry goes to the last of ``pages``, and what follows is drawn with ``number`` from the ids below ``limit``."""
+class DecodeInput:
+    """One sequence of a decode step.
+
+    ``token`` is at ``position`` (None: the token that the last launch sampled at this place of the batch), and its
+    keys go to the last of ``pages``. The next token is sampled by ``sampling`` with the uniform random ``number``
+    from the ids below ``limit``.
+    """
 
     token: int | None
     position: int
@@ -47,13 +51,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Launched:
-    """A step under way."""
+    """A decode step under way for B sequences."""
 
-    results: Tensor  # (2, rows) int64 on the host, filled by the time of the event
+    results: Tensor  # (2, B) int64 on the host, complete once the event has happened
     event: torch.cuda.Event | None
 
     def read(self) -> tuple[list[int], list[bool]]:
-        """The sampled tokens, and whether each row's logits were finite. Waits for the device."""
+        """The sampled tokens, and whether each sequence's logits are finite. Synchronises with the device."""
         if self.event is not None:
             self.event.synchronize()
         tokens, finite = self.results.tolist()
@@ -69,18 +73,21 @@ def wanted() -> bool:
 
 
 def buckets(most: int) -> list[int]:
-    """Numbers of rows that get a graph: rows are filled up to the next one."""
-    steps = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96]
-    return [*(step for step in steps if step < most), *range(128, most, 64), most]
+    """The batch sizes that get a graph, up to ``most``: a batch is padded to the next one."""
+    sizes = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96]
+    return [*(size for size in sizes if size < most), *range(128, most, 64), most]
 
 
-# Rows of the inputs, all 8 bytes wide: integers, then float64.
+# The first dimension of the input tensor, all 8 bytes wide: integers, then float64.
 _TOKEN, _POSITION, _SLOT, _SEQ_LEN, _TOP_K, _LIMIT, _INTEGERS = range(7)
 _TEMPERATURE, _TOP_P, _NUMBER, _FLOATS = range(4)
 
 
 class StaticDecoder:
-    """Decoding steps of at most ``max_num_seqs`` rows over the pages of a cache."""
+    """Decode steps of at most ``max_num_seqs`` sequences over the pages of a cache.
+
+    Inputs and outputs are double-buffered on the host, for the step under way and the one after it.
+    """
 
     def __init__(
         self,
@@ -90,7 +97,7 @@ class StaticDecoder:
         max_num_seqs: int,
         capture: Callable[[Action], Action] | None = None,
     ):
-        """``capture`` makes of a step something that repeats it; None calls it plainly."""
+        """``capture`` turns a step into an action that repeats it; None runs every step eagerly."""
         self._model, self._decoder, self._cache = model, decoder, cache
         self._capture = capture
         self._buckets = buckets(max_num_seqs)
@@ -101,79 +108,87 @@ class StaticDecoder:
         self._inputs = torch.zeros(_INTEGERS + _FLOATS, max_num_seqs, dtype=torch.int64, device=device)
         self._page_table = torch.zeros(max_num_seqs, pages, dtype=torch.int32, device=device)
         self._outputs = torch.zeros(2, max_num_seqs, dtype=torch.int64, device=device)
-        # what the device's page table holds of each row: the list it was copied from, and how much of it
-        self._shown: list[tuple[list[int] | None, int]] = [(None, 0)] * max_num_seqs
+        # the page list that each line of the device's page table was copied from, and how much of it
+        self._copied_pages: list[tuple[list[int] | None, int]] = [(None, 0)] * max_num_seqs
         pinned = device.type == "cuda"
-        # two of each, for the step under way and the one after it
-        self._staged = [torch.zeros_like(self._inputs, device="cpu", pin_memory=pinned) for _ in range(2)]
-        self._results = [torch.zeros_like(self._outputs, device="cpu", pin_memory=pinned) for _ in range(2)]
+        self._host_inputs = [torch.zeros_like(self._inputs, device="cpu", pin_memory=pinned) for _ in range(2)]
+        self._host_outputs = [torch.zeros_like(self._outputs, device="cpu", pin_memory=pinned) for _ in range(2)]
         self._events: list[torch.cuda.Event | None] = [None, None]
-        self._turn = 0
+        self._buffer = 0  # which of the two the last launch uses
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps are captured, and no capture has failed."""
+        return self._capture is not None and not self._failed
 
     def prepare(self) -> None:
-        """Capture what most requests need, the largest first, so that the others find room in its memory."""
-        for count in reversed(self._buckets):
-            self._replay(count, "plain")
+        """Capture what most requests need, the largest bucket first, so that the others fit into its memory."""
+        for size in reversed(self._buckets):
+            self._replay(size, "plain")
 
     @torch.inference_mode()
-    def launch(self, rows: Sequence[Row]) -> Launched:
+    def launch(self, sequences: Sequence[DecodeInput]) -> Launched:
         """Begin a step. At most one other may be under way."""
-        self._turn ^= 1
-        event = self._events[self._turn]
+        self._buffer ^= 1
+        event = self._events[self._buffer]
         if event is not None:
-            event.synchronize()  # the buffers of this turn are free then
-        count = next(bucket for bucket in self._buckets if bucket >= len(rows))
-        kind = "greedy" if all(row.sampling.greedy for row in rows) else "plain"
-        if any(row.sampling.cuts for row in rows):
+            event.synchronize()  # the step before the last has let go of this buffer
+        size = next(bucket for bucket in self._buckets if bucket >= len(sequences))
+        kind = "greedy" if all(each.sampling.greedy for each in sequences) else "plain"
+        if any(each.sampling.cuts for each in sequences):
             kind = "cut"
-        replay = self._replay(count, kind)
-        # the places left do again what the first row does, so that they meet no experts of their own, and write nothing
-        results, event = self._results[self._turn], None
+        replay = self._replay(size, kind)
+        # padding repeats the first sequence, so that it meets no further experts, and writes nothing
+        padded = [*sequences, *[sequences[0]] * (size - len(sequences))]
+        results, event = self._host_outputs[self._buffer], None
         try:
-            self._stage([*rows, *[rows[0]] * (count - len(rows))], len(rows))
+            self._copy_inputs(padded, len(sequences))
             replay()
             results.copy_(self._outputs, non_blocking=True)
-        finally:  # what was begun reads this turn's buffers, also where the rest failed
+        finally:  # also after an error, what was begun still reads this buffer
             if results.is_pinned():
                 event = torch.cuda.Event()
                 event.record()
-            self._events[self._turn] = event
-        return Launched(results[:, : len(rows)], event)
+            self._events[self._buffer] = event
+        return Launched(results[:, : len(sequences)], event)
 
-    def _stage(self, rows: Sequence[Row], real: int) -> None:
-        size, staged, count = self._cache.page_size, self._staged[self._turn], len(rows)
-        slot_mapping = [row.pages[row.position // size] * size + row.position % size for row in rows[:real]]
+    def _copy_inputs(self, padded: Sequence[DecodeInput], real: int) -> None:
+        """Copy the inputs of a padded batch, of which the first ``real`` sequences count, to the device."""
+        page_size, host, size = self._cache.page_size, self._host_inputs[self._buffer], len(padded)
+        slot_mapping = [
+            each.pages[each.position // page_size] * page_size + each.position % page_size for each in padded[:real]
+        ]
         integers = [
-            [-1 if row.token is None else row.token for row in rows],
-            [row.position for row in rows],
-            slot_mapping + [-1] * (count - real),
-            [row.position + 1 for row in rows],
-            [min(row.sampling.top_k, row.limit) for row in rows],  # what an int64 holds, however much was asked for
-            [row.limit for row in rows],
+            [-1 if each.token is None else each.token for each in padded],
+            [each.position for each in padded],
+            slot_mapping + [-1] * (size - real),
+            [each.position + 1 for each in padded],
+            [min(each.sampling.top_k, each.limit) for each in padded],  # fits an int64, however large top_k is
+            [each.limit for each in padded],
         ]
         floats = [
-            [0.0 if row.sampling.greedy else row.sampling.temperature for row in rows],
-            [row.sampling.top_p for row in rows],
-            [row.number for row in rows],
+            [0.0 if each.sampling.greedy else each.sampling.temperature for each in padded],
+            [each.sampling.top_p for each in padded],
+            [each.number for each in padded],
         ]
-        staged[:_INTEGERS, :count] = torch.tensor(integers)
-        staged[_INTEGERS:, :count] = torch.tensor(floats, dtype=torch.float64).view(torch.int64)
-        self._inputs.copy_(staged, non_blocking=True)
-        for place, row in enumerate(rows):
-            pages, known = self._shown[place]
-            if pages is not row.pages or known != len(row.pages):
-                begin = known if pages is row.pages else 0
-                new = devices.staged(row.pages[begin:], torch.int32, self._page_table.device)
-                self._page_table[place, begin : len(row.pages)].copy_(new, non_blocking=True)
-                self._shown[place] = (row.pages, len(row.pages))
+        host[:_INTEGERS, :size] = torch.tensor(integers)
+        host[_INTEGERS:, :size] = torch.tensor(floats, dtype=torch.float64).view(torch.int64)
+        self._inputs.copy_(host, non_blocking=True)
+        for index, each in enumerate(padded):
+            pages, known = self._copied_pages[index]
+            if pages is not each.pages or known != len(each.pages):
+                begin = known if pages is each.pages else 0
+                new = devices.staged(each.pages[begin:], torch.int32, self._page_table.device)
+                self._page_table[index, begin : len(each.pages)].copy_(new, non_blocking=True)
+                self._copied_pages[index] = (each.pages, len(each.pages))
 
-    def _step(self, count: int, kind: str) -> None:
-        """The work of one launch, on tensors that are always the same."""
-        token, position, slot, seq_len, top_k, limit = self._inputs[:_INTEGERS, :count]
-        temperature, top_p, number = self._inputs[_INTEGERS:, :count].view(torch.float64)
-        sampled, finite = self._outputs[:, :count]
+    def _step(self, size: int, kind: str) -> None:
+        """What a graph holds: one step of ``size`` sequences, over tensors at fixed addresses."""
+        token, position, slot, seq_len, top_k, limit = self._inputs[:_INTEGERS, :size]
+        temperature, top_p, number = self._inputs[_INTEGERS:, :size].view(torch.float64)
+        sampled, finite = self._outputs[:, :size]
         embeddings = self._model.embed(token.where(token >= 0, sampled))  # (B, H)
-        decode = DecodeMetadata(self._page_table[:count], seq_len.int(), self._cache.page_size)
+        decode = DecodeMetadata(self._page_table[:size], seq_len.int(), self._cache.page_size)
         step = StepMetadata(self._cache.entries, position, slot, decode)
         logits = self._decoder.logits(self._decoder.states(embeddings, step))  # (B, V)
         finite.copy_(sampling.finite(logits))
@@ -191,27 +206,29 @@ class StaticDecoder:
             )
         )
 
-    def _replay(self, count: int, kind: str) -> Action:
-        def plainly() -> None:
-            self._step(count, kind)
+    def _replay(self, size: int, kind: str) -> Action:
+        """The action that runs a step: its graph, captured where there is none yet, or the step itself."""
+
+        def eager() -> None:
+            self._step(size, kind)
 
         if self._capture is None or kind in self._failed:
-            return plainly
-        if (count, kind) not in self._replays:
+            return eager
+        if (size, kind) not in self._replays:
             self._inputs.zero_()
-            self._inputs[_SLOT] = -1  # capturing runs the step, which is to write nothing
+            self._inputs[_SLOT] = -1  # capturing runs the step, which must write nothing
             kept = self._outputs.clone()
             try:
-                self._replays[count, kind] = self._capture(plainly)
+                self._replays[size, kind] = self._capture(eager)
             except Broken:
                 raise
             except Exception as error:
                 log.warning("no graphs of steps with %s sampling (%s): they are called", kind, type(error).__name__)
                 self._failed.add(kind)
-                return plainly
+                return eager
             finally:
                 self._outputs.copy_(kept)  # the next step may take its tokens from there
-        return self._replays[count, kind]
+        return self._replays[size, kind]
 
 
 class CudaGraphs:

@@ -31,7 +31,7 @@ from ..model.config import TextConfig
 from ..model.kimi_vl import KimiVL
 from . import cuda_graphs as graphs
 from . import sampling
-from .cuda_graphs import Action, CudaGraphs, Launched, Row, StaticDecoder
+from .cuda_graphs import Action, CudaGraphs, DecodeInput, Launched, StaticDecoder
 from .decoder import FusedDecoder
 from .faults import Broken, Failed, Faults, NotFinite, Overloaded
 from .image_cache import EmbeddingCache
@@ -90,7 +90,7 @@ class Engine:
         with devices.current(self._device):
             chosen = ops or kernels.choose(self._device, use=options.use(text, model.dtype))
         page_bytes = PagedCache.page_bytes(text, options.page_size, model.dtype)
-        # no more pages than all rows could ever fill
+        # no more pages than all sequences could ever fill
         most = options.max_num_seqs * -(-text.max_position_embeddings // options.page_size)
         spare = options.cache_bytes or spare_bytes(
             self._device,
@@ -299,7 +299,7 @@ class Engine:
         handles = [self._handles[chunk.request] for chunk in chunks]
         limits = [self._limit(handle) for handle in handles]
         rows = [
-            Row(
+            DecodeInput(
                 None if early else chunk.request.ids[-1],
                 chunk.begin,
                 chunk.request.pages,
@@ -400,8 +400,8 @@ class Engine:
             return [tokens.reason]
         log.warning("sampling for %d requests failed (%s); each is tried alone", len(handles), tokens.kind)
         return [
-            self._sample([handle], logits[row : row + 1], [each])[0]
-            for row, (handle, each) in enumerate(zip(handles, asked, strict=True))
+            self._sample([handle], logits[index : index + 1], [each])[0]
+            for index, (handle, each) in enumerate(zip(handles, asked, strict=True))
         ]
 
     def _sample_batch(
@@ -410,21 +410,21 @@ class Engine:
         finite = sampling.finite(logits).tolist()
         found: list[int | Exception] = [NotFinite() for _ in handles]
         sampling_for = []
-        for row, each in enumerate(asked):
-            if each is not None and finite[row]:
+        for index, each in enumerate(asked):
+            if each is not None and finite[index]:
                 if each.forced is None:
-                    sampling_for.append((row, handles[row], each.limit))
+                    sampling_for.append((index, handles[index], each.limit))
                 else:
-                    found[row] = each.forced
+                    found[index] = each.forced
         sampled = sample_batch(
-            logits[[row for row, _, _ in sampling_for]] if len(sampling_for) < len(handles) else logits,
+            logits[[index for index, _, _ in sampling_for]] if len(sampling_for) < len(handles) else logits,
             [handle.sampling for _, handle, _ in sampling_for],
             [handle.num_output_tokens for _, handle, _ in sampling_for],
             [limit for _, _, limit in sampling_for],
             rounded=self.model.dtype == torch.bfloat16,
         )
-        for (row, _, _), token in zip(sampling_for, sampled, strict=True):
-            found[row] = token
+        for (index, _, _), token in zip(sampling_for, sampled, strict=True):
+            found[index] = token
         return found
 
     # What output processors say

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from kimi_vl import kernels
 from kimi_vl.engine import cuda_graphs as graphs
-from kimi_vl.engine.cuda_graphs import Row, StaticDecoder
+from kimi_vl.engine.cuda_graphs import DecodeInput, StaticDecoder
 from kimi_vl.engine.decoder import FusedDecoder
 from kimi_vl.engine.engine import Engine, EngineOptions
 from kimi_vl.engine.kv_cache import PagedCache
@@ -287,14 +287,14 @@ def count_bytes(
         _values(cache.entries).normal_(generator=torch.Generator().manual_seed(2))
         decoder = FusedDecoder(model.language_model, replace(ops, norm_router=norm_router))
         static = StaticDecoder(model, decoder, cache, sequences)
-        rows = [
-            Row(7 * place + 1, context - 1, [*range(place * own, (place + 1) * own)], SAMPLING, 0.5, vocabulary)
+        inputs = [
+            DecodeInput(7 * place + 1, context - 1, [*range(place * own, (place + 1) * own)], SAMPLING, 0.5, vocabulary)
             for place in range(sequences)
         ]
         watch, watched._watch = watched._watch, _Sectors()
         try:
             before = copy.copy(machine.counts)
-            static.launch(rows)
+            static.launch(inputs)
             return machine.counts - before, sum(met) / len(met) if met else 0
         finally:
             watched._watch = watch

@@ -1,6 +1,6 @@
 """The engine against the plain loop of :mod:`kimi_vl.model.generation`, and requests against each other.
 
-In float32 on a CPU a request gives the same tokens alone, in company, in chunks, after others with the same
+In float32 on a CPU a request gives the same tokens alone, in a batch, in chunks, after others with the same
 beginning, and whatever happens to its neighbours.
 """
 
@@ -149,7 +149,7 @@ def test_the_engine_gives_what_the_plain_loop_gives(model, engine):
         assert ask(engine, ids, patches, max_new_tokens=12) == plain
 
 
-def test_company_changes_nothing(model, engine):
+def test_results_are_batch_invariant(model, engine):
     samplings = [Sampling(0, 1, 0, 0), Sampling(1, 1, 0, 5), Sampling(0.8, 0.9, 0, 6), Sampling(1.5, 1, 20, 7)]
     requests = [(ids, patches, samplings[n % 4]) for n, (ids, patches) in enumerate(some_requests())]
     alone = [ask(engine, ids, patches, sampling=sampling) for ids, patches, sampling in requests]
@@ -441,7 +441,7 @@ def test_a_step_reads_the_context_in_use_and_not_the_capacity(model):
 
 
 @torch.inference_mode()
-def test_rows_of_different_lengths_read_no_page_but_their_own(model):
+def test_sequences_of_different_lengths_read_no_page_but_their_own(model):
     cache = PagedCache(model.config.text_config, 6, 8, dtype=torch.float32)
     cache.entries.fill_(float("nan"))
     cache.clear([3, 1, 5, 2])

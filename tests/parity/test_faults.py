@@ -1,6 +1,6 @@
 """What goes wrong in the engine's thread: whom it ends, and that everybody else is served as before.
 
-Faults are put in at public seams, into the plain way and into the one over buffers that stay.
+Faults are put in at public seams, into ordinary steps and into those over static buffers.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def set_trap(trap: Trap, phase: str) -> None:
         trap.at(PagedCache, "step", lambda cache, chunks: any(chunk.pages is trap.pages() for chunk in chunks))
 
 
-def company(engine: Engine, max_new_tokens: int = 12) -> list[Listener]:
+def some_neighbours(engine: Engine, max_new_tokens: int = 12) -> list[Listener]:
     return [send(engine, ids, patches, max_new_tokens=max_new_tokens)[0] for ids, patches in some_requests()[:3]]
 
 
@@ -135,7 +135,7 @@ PHASES = ["vision", "image cache", "embedding", "prefill", "logits", "sample", "
 @both
 @pytest.mark.parametrize("phase", PHASES)
 def test_too_little_memory_for_a_request_is_its_own_matter(engine, monkeypatch, phase):
-    alone = [listener.result() for listener in company(engine)]
+    alone = [listener.result() for listener in some_neighbours(engine)]
     right = ask(engine, *bad_request(), sampling=BAD)
     settle(engine)
     engine._embeddings.drop(bad_request()[1][0].digest)
@@ -145,7 +145,7 @@ def test_too_little_memory_for_a_request_is_its_own_matter(engine, monkeypatch, 
     set_trap(trap, phase)
     bad = Listener(10, BAD)
     with engine._lock:  # all of them in one step, and the trap knows its handle
-        others = company(engine)
+        others = some_neighbours(engine)
         trap.handle = engine.submit(*bad_request(), 10, bad)
     with pytest.raises(UserError, match="E_OVERLOADED"):
         bad.result()
@@ -167,7 +167,7 @@ def test_too_little_memory_for_a_request_is_its_own_matter(engine, monkeypatch, 
 )
 def test_a_step_over_buffers_that_fails_is_computed_another_way(engine, monkeypatch, phase, every):
     """Some of the steps fail; what was set aside, cleared or begun for them harms nobody."""
-    alone = [listener.result() for listener in company(engine)]
+    alone = [listener.result() for listener in some_neighbours(engine)]
     engine._cache.entries.fill_(float("nan"))
     engine.scheduler.pool = type(engine.scheduler.pool)(engine.scheduler.pool.count)
     trap, calls = Trap(monkeypatch), 0
@@ -181,7 +181,7 @@ def test_a_step_over_buffers_that_fails_is_computed_another_way(engine, monkeypa
     owner, name = seams.get(phase, (StaticDecoder, "launch"))
     decoding = {"replay": lambda *given: sys._getframe(2).f_code.co_name == "_step" and due(*given)}
     trap.at(owner, name, decoding.get(phase, due))
-    listeners = company(engine)
+    listeners = some_neighbours(engine)
     found = []
     for listener in listeners:
         try:
@@ -194,7 +194,7 @@ def test_a_step_over_buffers_that_fails_is_computed_another_way(engine, monkeypa
     assert phase in ("clear", "replay") or found == alone
     settle(engine)
     trap.set = False
-    assert [listener.result() for listener in company(engine)] == alone
+    assert [listener.result() for listener in some_neighbours(engine)] == alone
 
 
 @both
@@ -216,7 +216,7 @@ def test_nothing_of_a_failed_step_is_alive_when_it_is_tried_again(engine, monkey
     monkeypatch.setattr(FusedDecoder, "states", failing)
     monkeypatch.setattr(devices, "give_back_unused_memory", emptied.append)
     with engine._lock:
-        listeners = company(engine)
+        listeners = some_neighbours(engine)
     assert [len(listener.result()) for listener in listeners] == [12] * 3
     assert seen[0] == (None, None, int(memory))
 
@@ -256,11 +256,11 @@ class Faulty(Listener):
 @pytest.mark.parametrize("call", ["text_only", "forced", "take", "outside", "below", "fail"])
 @pytest.mark.parametrize("error", [ValueError("planted"), asyncio.CancelledError(), SystemExit(3)])
 def test_an_output_processor_that_raises_ends_its_own_request(engine, call, error):
-    alone = [listener.result() for listener in company(engine)]
+    alone = [listener.result() for listener in some_neighbours(engine)]
     bad = Faulty(call, error)
     with engine._lock:
         handle = engine.submit(ids_of(6, 5), [], 30, bad, seconds=60)
-        others = company(engine)
+        others = some_neighbours(engine)
     if call == "fail":
         handle.deadline = 0
     assert bad.over.wait(300)
@@ -318,7 +318,7 @@ def accelerator_error(code: int | None = 700) -> Exception:
 def test_a_lost_device_ends_the_engine_and_everybody_is_told(engine, monkeypatch, seam):
     if seam in ("read", "launch") and engine._static is None:
         return
-    running = company(engine, max_new_tokens=500)
+    running = some_neighbours(engine, max_new_tokens=500)
     while not all(listener.tokens for listener in running):
         time.sleep(0.001)
     trap = Trap(monkeypatch, accelerator_error)
@@ -345,7 +345,7 @@ def test_a_launch_that_is_refused_fails_its_own_request(engine, monkeypatch, cod
     trap = Trap(monkeypatch, lambda: accelerator_error(code))
     set_trap(trap, "prefill")
     with engine._lock:
-        others = company(engine)
+        others = some_neighbours(engine)
         bad = send(engine, *bad_request(), sampling=BAD)[0]
     with pytest.raises(UserError if code == devices.OUT_OF_MEMORY else torch.AcceleratorError):
         bad.result()
@@ -429,7 +429,7 @@ def test_everybody_is_told_of_the_end_also_behind_one_who_cannot_be(model, monke
     rude = Faulty("fail", ValueError("planted"))
     with engine._lock:
         engine.submit(ids_of(6), [], 30, rude)
-        others = company(engine, max_new_tokens=30)
+        others = some_neighbours(engine, max_new_tokens=30)
         monkeypatch.setattr(Scheduler, "plan", lambda self: {}["planted"])
     for listener in [rude, *others]:
         with pytest.raises(KeyError):
@@ -474,7 +474,7 @@ def test_a_page_that_could_not_be_cleared_is_cleared_before_it_is_used(model, mo
     engine = made(
         model, "static", EngineOptions(page_size=2, max_num_seqs=4, max_num_batched_tokens=12, cache_bytes=1 << 18)
     )
-    alone = [listener.result() for listener in company(engine)]
+    alone = [listener.result() for listener in some_neighbours(engine)]
     settle(engine)
     engine._cache.entries.fill_(float("nan"))
     engine.scheduler.pool = type(engine.scheduler.pool)(engine.scheduler.pool.count)
@@ -490,15 +490,15 @@ def test_a_page_that_could_not_be_cleared_is_cleared_before_it_is_used(model, mo
     states, read = FusedDecoder.states, []
 
     def looking(self: FusedDecoder, embeddings: torch.Tensor, step: Any) -> torch.Tensor:
-        rows = zip(step.decode.page_table.tolist(), step.decode.seq_lens.tolist(), strict=True)
-        pages = [page for table, length in rows for page in table[: -(-length // step.decode.page_size)]]
+        sequences = zip(step.decode.page_table.tolist(), step.decode.seq_lens.tolist(), strict=True)
+        pages = [page for table, length in sequences for page in table[: -(-length // step.decode.page_size)]]
         pages += [page for chunk in step.prefills for page in chunk.pages.tolist()]
         read.append(bool(step.kv_cache[:, pages].isnan().any()))
         return states(self, embeddings, step)
 
     monkeypatch.setattr(PagedCache, "clear", failing)
     monkeypatch.setattr(FusedDecoder, "states", looking)
-    for listener, right in zip(company(engine), alone, strict=True):
+    for listener, right in zip(some_neighbours(engine), alone, strict=True):
         try:
             assert listener.result() == right
         except RuntimeError as error:

@@ -74,7 +74,7 @@ def machine() -> Iterator[Machine]:
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize(("way", "device"), [("torch", "cuda:0"), ("captured", "cuda:0"), ("captured", "cuda:1")])
 def test_tokens_are_those_of_the_cpu(folder, wanted, machine, monkeypatch, way, device, late):
-    """With pictures, prompts in chunks, shared beginnings, tokens that are put in, and company that comes and goes."""
+    """With pictures, prompts in chunks, shared beginnings, tokens that are put in, and requests that come and go."""
     steps = Steps(machine, monkeypatch)
     with engine_of(load(folder, device), way) as engine:
         assert answers(engine, some_asks(), late) == wanted
@@ -222,16 +222,16 @@ def reads_results_before_their_event(patch: Patch) -> None:
 
 
 def has_one_buffer_for_both_steps(patch: Patch) -> None:
-    def share(decoder: StaticDecoder, rows: object) -> None:
-        decoder._staged[1] = decoder._staged[0]
-        decoder._results[1] = decoder._results[0]
+    def share(decoder: StaticDecoder, sequences: object) -> None:
+        decoder._host_inputs[1] = decoder._host_inputs[0]
+        decoder._host_outputs[1] = decoder._host_outputs[0]
 
     around(patch, StaticDecoder, "launch", share)
 
 
 def copies_results_to_pageable_memory(patch: Patch) -> None:
-    def forget(decoder: StaticDecoder, rows: object) -> None:
-        decoder._results = [torch.zeros(each.shape, dtype=each.dtype) for each in decoder._results]
+    def forget(decoder: StaticDecoder, sequences: object) -> None:
+        decoder._host_outputs = [torch.zeros(each.shape, dtype=each.dtype) for each in decoder._host_outputs]
 
     around(patch, StaticDecoder, "launch", forget)
 
@@ -256,7 +256,7 @@ def waits_while_steps_overlap(patch: Patch) -> None:
 
 
 def replaces_a_buffer_under_its_graphs(patch: Patch) -> None:
-    def replace_inputs(decoder: StaticDecoder, rows: object) -> None:
+    def replace_inputs(decoder: StaticDecoder, sequences: object) -> None:
         decoder._inputs = torch.empty_like(decoder._inputs).copy_(decoder._inputs)
 
     around(patch, StaticDecoder, "launch", replace_inputs)
@@ -410,14 +410,16 @@ class Full:
 
     def _launch(self) -> None:
         """Neither as a step over buffers nor as any other."""
-        self._at(StaticDecoder, "launch", lambda _, rows: any(row.sampling.seed == BAD_SEED for row in rows))
+        self._at(
+            StaticDecoder, "launch", lambda _, sequences: any(each.sampling.seed == BAD_SEED for each in sequences)
+        )
         self._at(FusedDecoder, "states", self._decodes)
 
     def _overlapped(self) -> None:
         self._at(
             StaticDecoder,
             "launch",
-            lambda _, rows: any(row.token is None and row.sampling.seed == BAD_SEED for row in rows),
+            lambda _, sequences: any(each.token is None and each.sampling.seed == BAD_SEED for each in sequences),
         )
 
 

@@ -81,8 +81,8 @@ def ops(name: str) -> kernels.Ops:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("name", "alone"), [("torch", False), ("torch", True), ("triton", False)])
 def test_the_fused_decoder_is_the_model(model, name, alone, dtype, anything_is_laid_out):
-    """Rows and chunks, with and without a past, in one step, or one row ``alone``, whose products are from strips where
-    they can be; the entries that are written are compared, too."""
+    """Single tokens and chunks, with and without a past, in one step, or one sequence ``alone``, which takes packed
+    weights where it can; the entries that are written are compared, too."""
     exact, half = copy.deepcopy(model).double(), copy.deepcopy(model).to(getattr(torch, dtype))
     text = model.config.text_config
     width = text.kv_lora_rank + text.qk_rope_head_dim
@@ -182,7 +182,7 @@ def test_kernels_and_graphs_are_chosen_by_variables(model, monkeypatch):
 # Steps over buffers that stay
 
 
-def test_company_changes_nothing(plain, engine):
+def test_results_are_batch_invariant(plain, engine):
     requests = [(ids, patches, SAMPLINGS[n % 4]) for n, (ids, patches) in enumerate(some_requests())]
     alone = [ask(plain, ids, patches, max_new_tokens=25, sampling=sampling) for ids, patches, sampling in requests]
     sent = [send(engine, ids, patches, max_new_tokens=25, sampling=sampling)[0] for ids, patches, sampling in requests]
@@ -245,13 +245,13 @@ def test_a_neighbour_that_fails_changes_nothing(plain, engine, monkeypatch, faul
                 raise ValueError("planted")
             return super().take(token)
 
-    def faulty(self: StaticDecoder, rows):
-        early = rows[0].token is None
+    def faulty(self: StaticDecoder, sequences):
+        early = sequences[0].token is None
         if fault == ("overlapped launch" if early else "launch"):
             raise torch.OutOfMemoryError("planted")
         if fault == "not finite":
-            engine._cache.entries[:, [row.pages[0] for row in rows if row.number == number]] = float("nan")
-        return launch(self, rows)
+            engine._cache.entries[:, [each.pages[0] for each in sequences if each.number == number]] = float("nan")
+        return launch(self, sequences)
 
     sampled = Sampling(1, 1, 0, 99)
     number = sampling.uniform(99, 4)
@@ -325,7 +325,7 @@ def test_each_bucket_is_captured_once_and_capturing_leaves_no_trace(model, plain
     engine = with_buffers(model, recorder)
     assert engine._static is not None
     engine._static.prepare()
-    assert recorder.captured == 3  # of 1, 2 and 4 rows
+    assert recorder.captured == 3  # of 1, 2 and 4 sequences
     requests = [(ids_of(4 + n, n), [], 12, SAMPLINGS[n % 4]) for n in range(4)]
     for _ in range(2):
         sent = [send(engine, *request)[0] for request in requests]
@@ -343,12 +343,12 @@ def test_capturing_between_two_steps_leaves_the_tokens_that_the_second_takes(mod
         static = engine._static
         assert static is not None
         engine._cache.entries.zero_()
-        rows = [graphs.Row(3 + place, 0, [place], SAMPLINGS[0], 0.5, 1024) for place in range(2)]
-        sampled, _ = static.launch(rows).read()
+        inputs = [graphs.DecodeInput(3 + place, 0, [place], SAMPLINGS[0], 0.5, 1024) for place in range(2)]
+        sampled, _ = static.launch(inputs).read()
         tokens = sampled if given else [None, None]
         later = [
-            replace(row, token=token, position=1, sampling=SAMPLINGS[1])
-            for row, token in zip(rows, tokens, strict=True)
+            replace(each, token=token, position=1, sampling=SAMPLINGS[1])
+            for each, token in zip(inputs, tokens, strict=True)
         ]
         found.append((sampled, static.launch(later).read()))
         engine.close()

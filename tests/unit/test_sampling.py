@@ -187,6 +187,6 @@ def test_logits_of_nan_give_an_id_and_leave_the_other_sequences_alone():
 
 def test_logits_with_an_infinity_or_nan_are_not_finite():
     logits = torch.zeros(6, 1000)
-    for row, values in enumerate(([torch.inf], [-torch.inf], [torch.nan], [torch.inf, -torch.inf], [1e30, 1e30])):
-        logits[row, 7 : 7 + len(values)] = torch.tensor(values)
+    for sequence, values in enumerate(([torch.inf], [-torch.inf], [torch.nan], [torch.inf, -torch.inf], [1e30, 1e30])):
+        logits[sequence, 7 : 7 + len(values)] = torch.tensor(values)
     assert finite(logits).tolist() == [False, False, False, False, True, True]

@@ -36,7 +36,7 @@ def run(scheduler: Scheduler, request: Request) -> None:
     scheduler.remove(request)
 
 
-def test_a_prompt_is_computed_in_chunks_beside_rows_that_decode():
+def test_a_prompt_is_computed_in_chunks_beside_requests_that_decode():
     scheduler = make()
     short, long = Request([1, 2], 30), Request(list(range(40)), 4)
     scheduler.add(short)
