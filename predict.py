@@ -2,9 +2,10 @@
 
 Cog reads the signature of `predict` without importing this file and drops what it cannot read as a literal,
 so every default, bound and description is written out (`scripts/cog_local/schema.py` refuses anything else).
-"""
 
-from __future__ import annotations
+No annotation is a text, as `from __future__ import annotations` makes them: Cog looks them up for every request, and
+would compile those of all inputs each time.
+"""
 
 import contextlib
 import dataclasses
@@ -14,7 +15,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from cog import BasePredictor, CancelationException, ConcatenateIterator, Input, Path, concurrent, streaming
@@ -174,7 +175,7 @@ class ConcurrentPredictor(BasePredictor):
         return await self.streams.run(answer(self, locals()))  # pyright: ignore[reportReturnType]
 
 
-def load_model() -> Pipeline:
+def load_model() -> "Pipeline":
     """The model that KIMI_VL_MODEL names, its road told in the log."""
     started = time.monotonic()
     data_url.install()
@@ -210,12 +211,12 @@ def answer(predictor: Predictor | ConcurrentPredictor, inputs: dict[str, Any]) -
             stop_sequences=_split_stop_sequences(inputs["stop_sequences"]),
             seed=inputs["seed"],
             deadline=_deadline(),
+            interval=CHUNK_SECONDS,
         )
         # Cancelling raises inside the loop; closing the stream is what makes the model stop.
         with contextlib.closing(events):
             on_cancel(events.interrupt)
-            pieces = Coalescer().run(_recorded(predictor, events))
-            yield from format_events(pieces, inputs["output_format"])
+            yield from format_events(_recorded(predictor, events), inputs["output_format"])
 
 
 @contextlib.contextmanager
@@ -307,41 +308,6 @@ def _split_stop_sequences(text: str) -> tuple[str, ...]:
 
 
 # From events to text
-
-
-class Coalescer:
-    """Joins neighbouring events of one kind into pieces of about `interval` seconds.
-
-    The first piece leaves at once, and so does what is held when the kind changes. There is no timer: what is
-    held leaves with a later event.
-    """
-
-    def __init__(self, interval: float = CHUNK_SECONDS, clock: Callable[[], float] = time.monotonic) -> None:
-        self.interval = interval
-        self.clock = clock
-        self.kind: type[Reasoning] | type[Answer] = Answer
-        self.held: list[str] = []
-        self.sent_at = float("-inf")
-
-    def run(self, events: Iterable[Any]) -> Iterator[Reasoning | Answer | Done]:
-        for event in events:
-            if isinstance(event, Done):
-                yield from self._release()
-                yield event
-                continue
-            if type(event) is not self.kind:
-                yield from self._release()
-                self.kind = type(event)
-            self.held.append(event.text)
-            if self.clock() - self.sent_at >= self.interval:
-                yield from self._release()
-
-    def _release(self) -> Iterator[Reasoning | Answer]:
-        text = "".join(self.held)
-        self.held.clear()
-        if text:
-            self.sent_at = self.clock()
-            yield self.kind(text)
 
 
 def format_events(events: Iterable[Reasoning | Answer | Done], output_format: str) -> Iterator[str]:

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from . import kernels, parameters
+from .coalescer import Coalescer
 from .engine.engine import Engine, EngineOptions, Patches, RequestHandle
 from .engine.sampling import Sampling
 from .engine.warm_up import warm_up
@@ -108,9 +109,10 @@ class Pipeline:
 
         ``messages`` have the chat form; image parts take ``images`` (bytes, paths, data URLs or PIL images) in order.
         ``params`` are ``temperature`` (0.6), ``top_p`` (1.0), ``top_k`` (0), ``max_length_tokens`` (8192),
-        ``thinking_budget`` (None), ``stop_sequences`` (()), ``seed`` (None) and ``deadline`` (seconds, None). The
-        request is checked at once, by this call: :class:`UserError` says what the caller should change. Closing the
-        stream frees everything within a step.
+        ``thinking_budget`` (None), ``stop_sequences`` (()), ``seed`` (None), ``deadline`` (seconds, None) and
+        ``interval`` (0.0): for so many seconds pieces are joined to one, but for the first; many streams at a time
+        disturb each other less. The request is checked at once, by this call: :class:`UserError` says what the caller
+        should change. Closing the stream frees everything within a step.
         """
         events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
         return EventStream(self.engine, self.submit(messages, images, events.put, **params), events)
@@ -163,6 +165,7 @@ class Pipeline:
         stop_sequences: Sequence[str] | str | None = (),
         seed: int | None = None,
         deadline: float | None = None,
+        interval: float = 0.0,
     ) -> RequestHandle:
         """Send a request whose events (or error, which ends it) are delivered by the engine's thread."""
         began = time.monotonic()
@@ -172,6 +175,7 @@ class Pipeline:
             thinking_budget = parameters.integer("thinking_budget", thinking_budget, 0)
         if deadline is not None and deadline != math.inf:
             deadline = parameters.number("deadline", deadline, 0)
+        interval = parameters.number("interval", interval, 0)
         stops = StopSequences(parameters.texts("stop_sequences", stop_sequences))
         ids, patches, prefill = self._prompt(messages, images)
         context = self.model.config.text_config.max_position_embeddings
@@ -190,7 +194,7 @@ class Pipeline:
             max_new_tokens,
             Usage(len(ids), sum(image.tokens for image in patches), 0, 0),
             began,
-            deliver,
+            Coalescer(deliver, interval) if interval else deliver,
         )
         return self.engine.submit(
             ids, patches, max_new_tokens, processor, float("inf") if deadline is None else deadline

@@ -26,6 +26,8 @@ from cog_local.client import Client, ServerGone
 
 ROOT = Path(__file__).resolve().parents[2]
 DRAIN_SECONDS = 10.0
+MEMORY = {"MALLOC_ARENA_MAX": "2"}
+"""Of the environment in cog.yaml, what decides how much memory the server's processes keep."""
 
 # Runs Cog's server, and ends it with its worker when our end of its stdin closes: if we are killed outright,
 # nobody else will.
@@ -155,6 +157,7 @@ class Server:
         self.port = free_port() if self.fixed_port is None else self.fixed_port
         binaries = str(Path(sys.executable).parent)
         environment = {
+            **MEMORY,
             **self.environment,
             # Cog starts its worker as plain `python`, so the right one has to come first.
             "PATH": binaries + os.pathsep + self.environment.get("PATH", os.defpath),

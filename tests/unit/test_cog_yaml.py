@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from cog_local.server import MEMORY
+
 ROOT = Path(__file__).resolve().parents[2]
 TOP_KEYS = {"build", "image", "model", "run", "predict", "train", "environment", "concurrency", "weights"}
 BUILD_KEYS = {
@@ -110,6 +112,11 @@ def test_gpu_memory_grows_in_place(config: dict[str, Any]) -> None:
     assert values["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert "PYTORCH_CUDA_ALLOC_CONF" not in values, "an older name of the same, which torch warns of"
     assert tuple(int(part) for part in pins("requirements.txt")["torch"].split(".")) >= (2, 10, 0)
+
+
+def test_a_server_without_docker_keeps_as_much_memory(config: dict[str, Any]) -> None:
+    values = dict(entry.split("=", 1) for entry in config["environment"])
+    assert MEMORY and MEMORY.items() <= values.items()
 
 
 def test_predictor_exists(config: dict[str, Any]) -> None:

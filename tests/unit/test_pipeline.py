@@ -197,6 +197,8 @@ def _times(done: Done) -> dict[str, float]:
         ({"temperature": 3}, "E_PARAMETER"),
         ({"max_length_tokens": 0}, "E_PARAMETER"),
         ({"thinking_budget": -1}, "E_PARAMETER"),
+        ({"interval": -1}, "E_PARAMETER"),
+        ({"interval": float("inf")}, "E_PARAMETER"),
         ({"images": [b"x"] * 65}, "E_TOO_MANY_IMAGES"),
         ({"messages": SHOW, "images": [b"not an image"]}, "E_IMAGE_FORMAT"),
         ({"messages": []}, "E_PROMPT_EMPTY"),
@@ -276,6 +278,18 @@ def test_a_stream_that_nobody_holds_stops_too(whole):
     gc.collect()
     assert wait_until(lambda: not whole.engine.scheduler.busy)
     assert whole.engine.steps - before < 4900
+
+
+def test_joined_pieces_are_fewer_and_the_same_text(whole, say):
+    say(chat.THINK_OPEN + ENDLESS, after_close=ENDLESS)
+    options = {"temperature": 0, "thinking_budget": 40, "max_length_tokens": 100}
+    *tokens, done = whole.stream(ASK, **options)
+    *pieces, same = whole.stream(ASK, **options, interval=3600)
+    assert (same.reasoning, same.answer) == (done.reasoning, done.answer)
+    assert {type(token) for token in tokens} == {Reasoning, Answer} and len(tokens) > 20
+    assert [type(piece) for piece in pieces] == [Reasoning, Reasoning, Answer]
+    assert pieces[0] == tokens[0], "the first comes at once"
+    assert "".join(piece.text for piece in pieces) == "".join(token.text for token in tokens)
 
 
 def test_an_event_loop_gets_the_same_events(whole):

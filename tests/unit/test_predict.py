@@ -105,12 +105,6 @@ class Recorder(predict.Predictor):
         self.metrics[key] = value
 
 
-@pytest.fixture
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every event becomes a chunk of its own."""
-    monkeypatch.setattr(predict.Coalescer.__init__, "__defaults__", (0.0, lambda: 0.0))
-
-
 def run(*events: Any, **inputs: Any) -> list[str]:
     return list(Recorder(StubPipeline(*events)).predict(**{**DEFAULTS, "prompt": "2+2?", **inputs}))
 
@@ -147,19 +141,19 @@ def user(*parts: Any) -> dict[str, Any]:
 # Output
 
 
-def test_text_has_the_markers_of_the_model(no_waiting: None) -> None:
+def test_text_has_the_markers_of_the_model() -> None:
     assert run() == ["◁think▷two ", "and two", "◁/think▷fo", "ur"]
 
 
-def test_think_tags(no_waiting: None) -> None:
+def test_think_tags() -> None:
     assert run(output_format="think_tags") == ["<think>two ", "and two", "</think>fo", "ur"]
 
 
-def test_answer_alone(no_waiting: None) -> None:
+def test_answer_alone() -> None:
     assert run(output_format="answer") == ["fo", "ur"]
 
 
-def test_json_lines(no_waiting: None) -> None:
+def test_json_lines() -> None:
     chunks = run(output_format="json")
     lines = [json.loads(line) for line in "".join(chunks).splitlines()]
     assert all(chunk.endswith("\n") and chunk.count("\n") == 1 for chunk in chunks)
@@ -175,7 +169,7 @@ def test_json_lines(no_waiting: None) -> None:
     }
 
 
-def test_json_keeps_line_breaks_inside_one_line(no_waiting: None) -> None:
+def test_json_keeps_line_breaks_inside_one_line() -> None:
     said = "a\nb\r\v\f\x1c\x1d\x1e\x85\u2028\u2029c"
     chunks = run(Answer(said), done(), output_format="json")
     assert json.loads(chunks[0])["text"] == said
@@ -199,59 +193,6 @@ def test_no_output_at_all() -> None:
 def test_unknown_output_format_is_refused() -> None:
     with pytest.raises(UserError, match=r"^E_PARAMETER: "):
         run(output_format="xml")
-
-
-# Coalescing
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def coalesce(interval: float, timed: list[tuple[float, Any]]) -> list[tuple[float, str]]:
-    clock = Clock()
-
-    def events() -> Iterator[Any]:
-        for moment, event in timed:
-            clock.now = moment
-            yield event
-
-    pieces = predict.Coalescer(interval, clock).run(events())
-    return [(clock.now, getattr(piece, "text", "done")) for piece in pieces]
-
-
-def test_first_piece_leaves_at_once_and_the_next_after_the_interval() -> None:
-    timed = [(n / 100, Answer(str(n))) for n in range(16)]
-    assert coalesce(0.07, [*timed, (0.16, done())]) == [
-        (0.0, "0"),
-        (0.07, "1234567"),
-        (0.14, "891011121314"),
-        (0.16, "15"),
-        (0.16, "done"),
-    ]
-
-
-def test_slow_pieces_are_not_held() -> None:
-    timed = [(float(n), Answer(str(n))) for n in range(3)]
-    assert coalesce(0.07, timed) == [(0.0, "0"), (1.0, "1"), (2.0, "2")]
-
-
-def test_a_change_of_kind_releases_what_is_held() -> None:
-    timed = [(0.0, Reasoning("a")), (0.01, Reasoning("b")), (0.02, Answer("c")), (0.03, done())]
-    assert coalesce(0.07, timed) == [(0.0, "a"), (0.02, "b"), (0.03, "c"), (0.03, "done")]
-
-
-def test_empty_pieces_make_no_chunks() -> None:
-    assert coalesce(0.0, [(0.0, Answer("")), (0.1, Answer("x")), (0.2, Answer(""))]) == [(0.1, "x")]
-
-
-def test_coalescing_loses_nothing() -> None:
-    texts = [f"{n} " for n in range(1000)]
-    assert "".join(run(*map(Answer, texts), done())) == "".join(texts)
 
 
 # Metrics
@@ -335,6 +276,13 @@ def test_the_deadline_is_set_by_the_environment(monkeypatch: pytest.MonkeyPatch)
             predict.load_model()
 
 
+@pytest.mark.parametrize("predictor", [predict.Predictor, predict.ConcurrentPredictor])
+def test_cog_has_no_annotations_to_compile_for_each_request(predictor: type) -> None:
+    annotations = predictor.predict.__annotations__
+    assert len(annotations) == len(DEFAULTS) + 1
+    assert not [name for name, annotation in annotations.items() if isinstance(annotation, str)]
+
+
 def test_parameters_reach_the_pipeline() -> None:
     assert parameters() == {
         "temperature": 0.6,
@@ -345,6 +293,7 @@ def test_parameters_reach_the_pipeline() -> None:
         "stop_sequences": (),
         "seed": None,
         "deadline": 1800.0,
+        "interval": 0.07,
     }
     given = parameters(temperature=1, top_p=0, top_k=5, thinking_budget=0, seed=0, stop_sequences="END")
     assert (given["temperature"], given["top_p"], given["top_k"]) == (1.0, 0.0, 5)
@@ -452,7 +401,7 @@ def returned(predictor: predict.ConcurrentPredictor, **inputs: Any) -> tuple[Any
     return asyncio.run(submitted())
 
 
-def test_the_concurrent_predictor_streams_the_same(concurrent: predict.ConcurrentPredictor, no_waiting: None) -> None:
+def test_the_concurrent_predictor_streams_the_same(concurrent: predict.ConcurrentPredictor) -> None:
     for output_format in ("text", "answer", "json"):
         pipeline = StubPipeline()
         concurrent.pipeline = pipeline  # pyright: ignore[reportAttributeAccessIssue]
@@ -462,7 +411,7 @@ def test_the_concurrent_predictor_streams_the_same(concurrent: predict.Concurren
         assert pipeline.params == parameters(seed=5) and pipeline.closed
 
 
-def test_cancelling_the_concurrent_predictor(concurrent: predict.ConcurrentPredictor, no_waiting: None) -> None:
+def test_cancelling_the_concurrent_predictor(concurrent: predict.ConcurrentPredictor) -> None:
     pipeline = StubPipeline()
     concurrent.pipeline = pipeline  # pyright: ignore[reportAttributeAccessIssue]
     pieces, future = returned(concurrent)
