@@ -281,7 +281,7 @@ def test_a_stream_that_nobody_holds_stops_too(whole):
 
 
 def test_joined_pieces_are_fewer_and_the_same_text(whole, say):
-    say(chat.THINK_OPEN + ENDLESS, after_close=ENDLESS)
+    say(THINK_OPEN + ENDLESS, after_close=ENDLESS)
     options = {"temperature": 0, "thinking_budget": 40, "max_length_tokens": 100}
     *tokens, done = whole.stream(ASK, **options)
     *pieces, same = whole.stream(ASK, **options, interval=3600)
