@@ -28,7 +28,9 @@ ALLOWED = {
     "engine": {"device", "errors", "kernels", "model", "parameters"},
     "hf": {"errors", "media", "model", "text", "weights"},
     "output_processor": {"engine", "events", "text"},
+    "coalescer": {"events", "output_processor"},
     "pipeline": {
+        "coalescer",
         "engine",
         "errors",
         "events",
