@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import time
-import urllib.parse
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
+
+import httpx
 
 RETRY_SECONDS = 30.0
 
@@ -40,9 +41,14 @@ class Client:
 
     def __init__(self, url: str, patience: float = RETRY_SECONDS) -> None:
         self.patience = patience
-        parts = urllib.parse.urlsplit(url)
-        self.host = parts.hostname or "127.0.0.1"
-        self.port = parts.port or 80
+        base = httpx.URL(url)
+        self.host, self.port = base.host, base.port or 80
+        self._http = httpx.Client(
+            base_url=base,
+            headers={"Accept-Encoding": "identity"},
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+            trust_env=False,  # the server is local: no proxy stands before it
+        )
 
     def health(self) -> dict[str, Any]:
         return self._json("GET", "/health-check", timeout=5.0)[1]
@@ -68,16 +74,14 @@ class Client:
 
     def cancel(self, prediction_id: str) -> bool:
         """Whether there was a running prediction of that name to cancel."""
-        return self._json("POST", f"/predictions/{urllib.parse.quote(prediction_id)}/cancel", timeout=30.0)[0] == 200
+        return self._json("POST", f"/predictions/{quote(prediction_id)}/cancel", timeout=30.0)[0] == 200
 
     def _json(self, method: str, path: str, timeout: float) -> tuple[int, dict[str, Any]]:
         with self._request(method, path, None, {}, timeout) as response:
-            return response.status, _decode(_read(response))
+            return response.status_code, _decode(_read(response))
 
     @contextlib.contextmanager
-    def _post(
-        self, inputs: dict[str, Any], prediction_id: str | None, accept: str
-    ) -> Iterator[http.client.HTTPResponse]:
+    def _post(self, inputs: dict[str, Any], prediction_id: str | None, accept: str) -> Iterator[httpx.Response]:
         """An accepted prediction's response.
 
         409 is retried: Cog keeps no queue, and frees its slot a moment after the last response was sent.
@@ -91,10 +95,10 @@ class Client:
         delay = 0.005
         while True:
             with self._request("POST", "/predictions", payload, headers, None) as response:
-                if response.status < 300:
+                if response.status_code < 300:
                     yield response
                     return
-                refusal = RequestRefused(response.status, _decode(_read(response)))
+                refusal = RequestRefused(response.status_code, _decode(_read(response)))
             if refusal.status != 409 or time.monotonic() > deadline:
                 raise refusal
             time.sleep(delay)
@@ -103,18 +107,14 @@ class Client:
     @contextlib.contextmanager
     def _request(
         self, method: str, path: str, body: bytes | None, headers: dict[str, str], timeout: float | None
-    ) -> Iterator[http.client.HTTPResponse]:
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+    ) -> Iterator[httpx.Response]:
+        request = self._http.build_request(method, path, content=body, headers=headers, timeout=timeout)
         try:
-            try:
-                connection.request(method, path, body=body, headers=headers)
-                response = connection.getresponse()
-            except (OSError, http.client.HTTPException) as error:
-                raise ServerGone(f"the server does not answer ({type(error).__name__})") from error
-            with response:
-                yield response
-        finally:
-            connection.close()
+            response = self._http.send(request, stream=True)
+        except httpx.TransportError as error:
+            raise ServerGone(f"the server does not answer ({type(error).__name__})") from error
+        with contextlib.closing(response):
+            yield response
 
 
 def parse_events(lines: Iterable[bytes]) -> Iterator[Event]:
@@ -135,21 +135,24 @@ def parse_events(lines: Iterable[bytes]) -> Iterator[Event]:
             data.append(value)
 
 
-def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    while True:
-        try:
-            line = response.readline()
-        except (OSError, http.client.HTTPException) as error:
-            raise ServerGone("the server stopped in the middle of the answer") from error
-        if not line:
-            return
-        yield line
+def _lines(response: httpx.Response) -> Iterator[bytes]:
+    """The lines of a response as they arrive, split at b"\\n" alone: the separators of Unicode may stand in JSON."""
+    rest = b""
+    for piece in _pieces(response):
+        *lines, rest = (rest + piece).split(b"\n")
+        yield from lines
+    if rest:
+        yield rest
 
 
-def _read(response: http.client.HTTPResponse) -> bytes:
+def _read(response: httpx.Response) -> bytes:
+    return b"".join(_pieces(response))
+
+
+def _pieces(response: httpx.Response) -> Iterator[bytes]:
     try:
-        return response.read()
-    except (OSError, http.client.HTTPException) as error:
+        yield from response.iter_raw()
+    except httpx.TransportError as error:
         raise ServerGone("the server stopped in the middle of the answer") from error
 
 
