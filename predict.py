@@ -1,7 +1,7 @@
 """Cog inputs to a chat, the model's events to text, errors and metrics; nothing else.
 
 Cog reads the signature of `predict` without importing this file and drops what it cannot read as a literal,
-so every default, bound and description is written out (`scripts/cog_local/schema.py` refuses anything else).
+so every default, bound and description is a literal (`scripts/cog_local/schema.py` refuses anything else).
 
 No annotation is a text, as `from __future__ import annotations` makes them: Cog looks them up for every request, and
 would compile those of all inputs each time.
@@ -176,7 +176,7 @@ class ConcurrentPredictor(BasePredictor):
 
 
 def load_model() -> "Pipeline":
-    """The model that KIMI_VL_MODEL names, its road told in the log."""
+    """The model that KIMI_VL_MODEL names, with its loading in the log."""
     started = time.monotonic()
     data_url.install()
     logging.basicConfig(level=logging.INFO, format="setup: %(message)s", stream=sys.stdout)

@@ -36,8 +36,7 @@ from .text.output_text import OutputText
 from .text.stop_sequences import StopSequences
 from .text.thinking import ThinkingBudget
 from .text.tokenizer import Tokenizer
-from .weights import loader
-from .weights import resolve as weights
+from .weights import loader, resolve
 
 ImageSource = bytes | bytearray | str | Path | Image.Image
 POLL_S = 0.05  # an exception that is raised in a waiting thread from outside is seen this soon
@@ -58,8 +57,8 @@ def load(
     request, which is made here, fails.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    directory = weights.resolve(model, has_gpu=chosen.type == "cuda")
-    thinks = weights.thinks(model, directory) if thinks is None else thinks
+    directory = resolve.resolve(model, has_gpu=chosen.type == "cuda")
+    thinks = resolve.thinks(model, directory) if thinks is None else thinks
     dtype = dtype or (torch.bfloat16 if chosen.type == "cuda" else torch.float32)
     options = options or EngineOptions()
     kernels.prepare(chosen, options.use(Config.from_directory(directory).text_config, dtype))

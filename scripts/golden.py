@@ -225,7 +225,7 @@ def _watching(model: KimiVL, caught: dict[str, Tensor]) -> Iterator[None]:
 
 
 class HuggingFace:
-    """The Hugging Face face."""
+    """The Hugging Face integration."""
 
     name = "kimi_vl.hf"
 

@@ -126,14 +126,14 @@ def _existing(path: Path) -> Path:
 def _limits() -> dict[str, int]:
     from .. import parameters
     from ..media import images
-    from ..text import stop_sequences as stops
+    from ..text import stop_sequences
 
     return {
         "images a request": images.MAX_IMAGES,
         "bytes an image": images.MAX_BYTES,
         "pixels an image": images.MAX_PIXELS,
         "new tokens": parameters.MAX_LENGTH_TOKENS,
-        "stop sequences": stops.MAX_SEQUENCES,
+        "stop sequences": stop_sequences.MAX_SEQUENCES,
     }
 
 

@@ -18,11 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..weights import download, verify
-    from ..weights import resolve as weights
+    from ..weights import download, resolve, verify
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    folder = weights.resolve(arguments.model, has_gpu=True)
+    folder = resolve.resolve(arguments.model, has_gpu=True)
     if arguments.write_manifest:
         try:
             verify.write_manifest(folder, download.redact(arguments.model), arguments.write_manifest)

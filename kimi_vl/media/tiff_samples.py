@@ -15,7 +15,7 @@ from PIL import Image
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3
 ASSOCIATED, UNASSOCIATED = 1, 2
 MAX_RAW_BYTES = 170_000_000
-"""Of the unpacked samples: 40 million pixels of 32 bits, and room for tiles that reach over the edge."""
+"""Of the unpacked samples: 40 million pixels of 32 bits, and space for tiles that reach over the edge."""
 _BAND_BYTES = 2**20
 
 

@@ -361,9 +361,9 @@ def _fill(pieces: Iterator[_Piece], total: int, device: torch.device, threads: i
 
 
 class _Lane:
-    """One thread's road from files to parameters, in place where it can be and else through reusable buffers.
+    """One thread that reads files into parameters, in place where possible and else through reusable buffers.
 
-    While what a buffer held is still on its way to the device, the next one is read into.
+    The next buffer is filled while the last one is still being copied to the device.
     """
 
     buffers = 1

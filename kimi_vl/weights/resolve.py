@@ -161,7 +161,7 @@ def _always() -> bool:
     return value == "always"
 
 
-# The three roads
+# The three sources of a model
 
 
 def _from_directory(root: Path, cache: Path, manifest: Manifest | None) -> Path:

@@ -356,7 +356,7 @@ def _annotation(argument: ast.arg) -> tuple[str, bool, bool]:
 
 
 def _literal(source: str, name: str, keyword: ast.keyword) -> Any:
-    """The value of a keyword of Input, which must be written out: Cog drops what it would have to compute."""
+    """The value of a keyword of Input, which must be a literal: Cog drops what it would have to compute."""
     try:
         value = ast.literal_eval(keyword.value)
     except ValueError:

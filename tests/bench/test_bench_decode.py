@@ -67,7 +67,7 @@ def test_mixed_requests_are_the_same_each_time_and_of_all_kinds():
     for request in requests:
         placeholders = request["ids"].count(config.media_placeholder_token_id)
         assert placeholders == request["side"] ** 2 // 4
-        assert 2 <= request["room"] <= 40
+        assert 2 <= request["max_new_tokens"] <= 40
         assert 4 <= len(request["ids"]) - placeholders <= 200
     assert len({len(request["ids"]) for request in requests}) > 10
 

@@ -1,6 +1,6 @@
 """The well-known quick start for Kimi-VL, with only its framework lines changed, on folders of both kinds.
 
-It is a program of its own here, and what it imports is the public face. One run has an interpreter to itself,
+It is a program of its own here, and what it imports is the public API. One run has an interpreter to itself,
 as a user's would, so that nothing but its own imports is there; the others save the time that takes.
 """
 

@@ -110,10 +110,10 @@ def test_split_is_the_same_under_any_chunking(whole):
 
 def test_a_last_turn_of_the_assistant_stays_open(tokenizer):
     asked = [user(IMAGE, text("Why?"))]
-    begun = [*asked, {"role": "assistant", "content": [text("◁think▷Hm.◁/think▷Bec"), text("ause<|im_end|>")]}]
+    prefilled = [*asked, {"role": "assistant", "content": [text("◁think▷Hm.◁/think▷Bec"), text("ause<|im_end|>")]}]
     said = "◁think▷Hm.◁/think▷Because<|im_end|>"
-    assert chat.assistant_prefill(read(begun)) == said
-    ids = chat.encode(tokenizer, begun, [3], continue_final_message=True)
+    assert chat.assistant_prefill(read(prefilled)) == said
+    ids = chat.encode(tokenizer, prefilled, [3], continue_final_message=True)
     assert ids == chat.encode(tokenizer, asked, [3]) + tokenizer.encode(said)
     assert chat.assistant_prefill(read(asked)) is None
     assert chat.assistant_prefill([]) is None

@@ -82,23 +82,23 @@ def said(tokens: list[int]) -> str:
 
 def trimmed(text: str) -> str:
     """A text that was interrupted, without half of the marker that may have come next."""
-    begun = text.lstrip()
-    if begun and not begun.startswith(THINK_OPEN):
-        return "" if THINK_OPEN.startswith(begun) else text
+    stripped = text.lstrip()
+    if stripped and not stripped.startswith(THINK_OPEN):
+        return "" if THINK_OPEN.startswith(stripped) else text
     if THINK_CLOSE in text:
         return text
     halves = [THINK_CLOSE[:count] for count in range(len(THINK_CLOSE) - 1, 0, -1)]
-    return next((text.removesuffix(half) for half in halves if begun[len(THINK_OPEN) :].endswith(half)), text)
+    return next((text.removesuffix(half) for half in halves if stripped[len(THINK_OPEN) :].endswith(half)), text)
 
 
 def expected(pieces: list[str], cut: bool) -> tuple[str, str]:
     """The rule on the whole text: thinking and answer, without half a marker where something was interrupted."""
     text = "".join([*map(trimmed, pieces[:-1]), pieces[-1]])
     text = trimmed(text) if cut else text
-    begun = text.lstrip()
-    if not begun.startswith(THINK_OPEN):
+    stripped = text.lstrip()
+    if not stripped.startswith(THINK_OPEN):
         return "", text
-    thinking, _, answer = begun[len(THINK_OPEN) :].partition(THINK_CLOSE)
+    thinking, _, answer = stripped[len(THINK_OPEN) :].partition(THINK_CLOSE)
     return thinking, answer
 
 
@@ -184,12 +184,12 @@ def test_what_only_looks_like_a_marker_stays_where_the_model_goes_on_or_ends(who
     assert (ended.answer, ended.finish_reason) == ("◁thin", "stop")
 
 
-@pytest.mark.parametrize("begun", ["◁think▷It is ◁/th", "◁think▷It is", "  ◁thi", "◁", " ", "◁think▷"])
+@pytest.mark.parametrize("prefill", ["◁think▷It is ◁/th", "◁think▷It is", "  ◁thi", "◁", " ", "◁think▷"])
 @pytest.mark.parametrize("length", range(1, 20))
-def test_thinking_that_was_begun_and_is_closed_at_once_leaves_no_half_marker(
-    whole: Pipeline, begun: str, length: int
+def test_prefilled_thinking_that_is_closed_at_once_leaves_no_half_marker(
+    whole: Pipeline, prefill: str, length: int
 ) -> None:
-    messages = [*ASK, {"role": "assistant", "content": begun}]
+    messages = [*ASK, {"role": "assistant", "content": prefill}]
     events, _ = drive(whole, [], in_bytes("So."), messages, max_length_tokens=length, thinking_budget=0)
     done = events[-1]
     assert isinstance(done, Done)

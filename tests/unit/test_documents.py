@@ -14,7 +14,7 @@ from cog_local import schema
 from kimi_vl import parameters
 from kimi_vl.cli import main as command
 from kimi_vl.media import images
-from kimi_vl.text import stop_sequences as stops
+from kimi_vl.text import stop_sequences
 from tests.unit.test_cog_yaml import pins
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,7 +114,7 @@ def test_the_limits_are_those_that_hold() -> None:
     for limit in (
         f"| images in a request | {images.MAX_IMAGES} |",
         f"{images.MAX_BYTES // 2**20} MiB; {images.MAX_PIXELS // 10**6} million pixels; {images.MAX_SIDE:,} pixels a",
-        f"{stops.MAX_SEQUENCES}, of {stops.MAX_CHARACTERS:,} characters each",
+        f"{stop_sequences.MAX_SEQUENCES}, of {stop_sequences.MAX_CHARACTERS:,} characters each",
         f"below 2^{parameters.MAX_SEED.bit_length()}",
         f"{predict.DEFAULT_DEADLINE_S:,.0f} (`KIMI_VL_DEADLINE_S`)",
     ):

@@ -109,30 +109,30 @@ def test_without_a_budget_a_quarter_is_kept_for_the_answer(whole, say, length):
     assert length // 4 - 3 <= length - done.usage.reasoning_tokens <= length // 4 + 3
 
 
-def begun(*contents: str) -> list[dict[str, str]]:
+def prefilled(*contents: str) -> list[dict[str, str]]:
     return [*ASK, *({"role": "assistant", "content": content} for content in contents)]
 
 
 @pytest.mark.parametrize("budget", [0, 3, None])
-def test_an_answer_that_was_begun_is_continued_without_thinking(whole, say, budget):
+def test_an_answer_that_was_prefilled_is_continued_without_thinking(whole, say, budget):
     say("because. It ◁/think▷ is.")
-    done = whole.complete(begun("◁think▷Hm.◁/think▷So it is, "), temperature=0, thinking_budget=budget)
+    done = whole.complete(prefilled("◁think▷Hm.◁/think▷So it is, "), temperature=0, thinking_budget=budget)
     assert (done.reasoning, done.answer) == ("", "because. It ◁/think▷ is.")
     assert (done.usage.reasoning_tokens, done.thinking_closed_by) == (0, "none")
 
 
 @pytest.mark.parametrize(("said", "budget"), [("◁think▷It is", 0), ("◁think▷It is", 4), ("  ◁think▷", 1)])
-def test_thinking_that_was_begun_is_continued_within_the_budget(whole, say, said, budget):
+def test_thinking_that_was_prefilled_is_continued_within_the_budget(whole, say, said, budget):
     say(ENDLESS, after_close="Enough.")
-    done = whole.complete(begun(said), temperature=0, thinking_budget=budget)
+    done = whole.complete(prefilled(said), temperature=0, thinking_budget=budget)
     assert (done.answer, done.thinking_closed_by) == ("Enough.", "budget")
     assert done.reasoning == whole.tokenizer.decode(whole.tokenizer.encode(ENDLESS)[:budget])
 
 
 def test_an_empty_turn_of_the_assistant_begins_as_any(whole, say):
     say("◁think▷Hm.◁/think▷So.")
-    assert whole.complete(begun(""), temperature=0).answer == "So."
-    assert whole.complete(begun(""), temperature=0).reasoning == "Hm."
+    assert whole.complete(prefilled(""), temperature=0).answer == "So."
+    assert whole.complete(prefilled(""), temperature=0).reasoning == "Hm."
 
 
 def test_thinking_in_circles_is_closed(whole, say):

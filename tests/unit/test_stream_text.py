@@ -47,10 +47,10 @@ def joined(found: list[tuple[Section, str]]) -> tuple[str, str]:
 
 def expected_split(text: str) -> tuple[str, str]:
     """The rule, on the whole text."""
-    begun = text.lstrip()
-    if not begun.startswith(THINK_OPEN):
+    stripped = text.lstrip()
+    if not stripped.startswith(THINK_OPEN):
         return "", text
-    thinking, _, answer = begun[len(THINK_OPEN) :].partition(THINK_CLOSE)
+    thinking, _, answer = stripped[len(THINK_OPEN) :].partition(THINK_CLOSE)
     return thinking, answer
 
 

@@ -55,7 +55,7 @@ def no_pget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["python", "pget"])
-def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def fetcher(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to fetch."""
     if request.param == "pget":
         monkeypatch.setenv("PGET", request.getfixturevalue("pget_program"))

@@ -26,7 +26,7 @@ def demo(tmp_path: Path) -> Path:
     return Path(shutil.copytree(weights.DEMO, tmp_path / "demo"))
 
 
-def test_the_demo_packed_and_served(site, road, demo, tmp_path):
+def test_the_demo_packed_and_served(site, fetcher, demo, tmp_path):
     packed = pack.pack(demo, site.folder / "demo.tar")
     folder = weights.resolve(f"{site.url}demo.tar", has_gpu=False, cache=tmp_path / "cache")
     assert folder.name == packed.revision

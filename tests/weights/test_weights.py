@@ -52,7 +52,7 @@ def serve(site: FaultServer, tmp_path: Path) -> Path:
     return tree
 
 
-def test_an_archive_is_fetched_verified_and_loads(site, road, tmp_path, cache):
+def test_an_archive_is_fetched_verified_and_loads(site, fetcher, tmp_path, cache):
     serve(site, tmp_path)
     folder = fetched(cache)
     assert folder == cache / NAME / "snapshots" / REVISION
@@ -60,7 +60,7 @@ def test_an_archive_is_fetched_verified_and_loads(site, road, tmp_path, cache):
     assert leftovers(cache) == [NAME, f"{NAME}.verified"]
 
 
-def test_a_second_start_needs_no_server_and_reads_no_content(site, road, tmp_path, cache, monkeypatch):
+def test_a_second_start_needs_no_server_and_reads_no_content(site, fetcher, tmp_path, cache, monkeypatch):
     serve(site, tmp_path)
     folder = fetched(cache)
     asked = len(site.requests)
@@ -97,7 +97,7 @@ def test_an_address_whose_name_would_touch_other_entries_is_refused(site, cache,
     assert not cache.exists() and not site.requests
 
 
-def test_the_query_of_the_weights_address_goes_with_the_name(site, road, tmp_path, cache, monkeypatch):
+def test_the_query_of_the_weights_address_goes_with_the_name(site, fetcher, tmp_path, cache, monkeypatch):
     serve(site, tmp_path)
     monkeypatch.setenv("KIMI_VL_WEIGHTS_URL", f"{site.url}?key=secret")
     fetched(cache)
@@ -122,14 +122,14 @@ def test_a_login_in_the_address_is_used_and_never_shown(site, no_pget, tmp_path,
     assert "hush" not in caplog.text + str(caught.value)
 
 
-def test_a_person_can_follow(site, road, tmp_path, cache, caplog, monkeypatch):
+def test_a_person_can_follow(site, fetcher, tmp_path, cache, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr("kimi_vl.weights.progress.INTERVAL_SECONDS", 0.1)
     serve(site, tmp_path)
     site.rate = 5e6
     fetched(cache, f"{site.url}{NAME}.tar?token=hush")
     text = caplog.text
-    assert f"from {site.url}{NAME}.tar with {'pget' if road == 'pget' else 'Python'}" in text
+    assert f"from {site.url}{NAME}.tar with {'pget' if fetcher == 'pget' else 'Python'}" in text
     assert " of 2.5 MB, " in text and " MB/s, " in text and " s left" in text
     assert "fetched 2.5 MB in " in text and "verified 2.5 MB in " in text and " GB/s)" in text
     assert "hush" not in text
@@ -145,7 +145,7 @@ def test_a_cache_without_its_marker_is_verified_again(site, no_pget, tmp_path, c
 
 
 @pytest.mark.parametrize("harm", ["flip", "grow", "swap", "add", "remove", "marker"])
-def test_a_cache_that_changed_is_fetched_again(site, road, tmp_path, cache, harm):
+def test_a_cache_that_changed_is_fetched_again(site, fetcher, tmp_path, cache, harm):
     serve(site, tmp_path)
     folder = fetched(cache)
     blob = largest_blob(cache / NAME)

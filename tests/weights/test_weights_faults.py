@@ -1,6 +1,6 @@
 """Servers, archives and disks at fault: nothing incomplete or altered is left, and one sentence says what to do.
 
-Each fault on both roads, Python and pget, unless it is of one of them.
+Each fault by both fetchers, Python and pget, unless it is of one of them.
 """
 
 from __future__ import annotations
@@ -63,36 +63,36 @@ def accepted(cache: Path) -> Path:
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 410])
-def test_a_final_answer_is_asked_for_once(served, road, cache, status):
+def test_a_final_answer_is_asked_for_once(served, fetcher, cache, status):
     served.statuses = [status] * 9
     text = refused(cache)
     assert text.startswith(f"{served.url}{TAR}: ") and f"({status})" in text and "check" in text
     assert len(served.requests) == 1
 
 
-def test_an_answer_that_may_change_is_asked_for_again(served, road, cache):
+def test_an_answer_that_may_change_is_asked_for_again(served, fetcher, cache):
     served.statuses = [500, 503]
     accepted(cache)
 
 
-def test_a_server_that_stays_broken_is_given_up(served, road, cache):
+def test_a_server_that_stays_broken_is_given_up(served, fetcher, cache):
     served.statuses = [500] * 100
     assert "in 3 tries (the server answers 500)" in refused(cache)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_server_that_breaks_half_way(served, road, cache, stage):
+def test_a_server_that_breaks_half_way(served, fetcher, cache, stage):
     served.stage, served.statuses = stage, [500] * 1000
     text = refused(cache)
     assert "in 3 tries" in text and "500" in text
 
 
-def test_nobody_listens(site, road, cache, monkeypatch):
+def test_nobody_listens(site, fetcher, cache, monkeypatch):
     monkeypatch.setenv("KIMI_VL_WEIGHTS_URL", "http://127.0.0.1:9/")
     assert "Connection refused" in refused(cache)
 
 
-def test_a_redirect_is_followed_and_its_signature_not_shown(served, road, cache, tmp_path, monkeypatch, caplog):
+def test_a_redirect_is_followed_and_its_signature_not_shown(served, fetcher, cache, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.DEBUG)
     with FaultServer(tmp_path, redirect=f"{served.url.rstrip('/')}") as front:
         monkeypatch.setenv("KIMI_VL_WEIGHTS_URL", f"{front.url}?signature=hush")
@@ -119,14 +119,14 @@ def test_a_redirect_out_of_encryption_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("after", [1, 700, 100_000])
-def test_connections_that_break_are_taken_up_again(served, road, cache, stage, after, caplog):
+def test_connections_that_break_are_taken_up_again(served, fetcher, cache, stage, after, caplog):
     served.stage, served.cut, served.times = stage, after, 5
     accepted(cache)
     assert "failed" not in caplog.text, "none of the three tries is spent on it"
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_connections_that_always_break_at_once(served, road, cache, stage, monkeypatch):
+def test_connections_that_always_break_at_once(served, fetcher, cache, stage, monkeypatch):
     """The real pget never ends here: only the watchdog does."""
     served.stage, served.cut = stage, 0
     if stage == "probe":  # its answer is in the headers
@@ -137,31 +137,31 @@ def test_connections_that_always_break_at_once(served, road, cache, stage, monke
 
 
 @pytest.mark.parametrize("stage", ["contents", "data"])
-def test_a_server_that_stalls(served, road, cache, stage, monkeypatch):
+def test_a_server_that_stalls(served, fetcher, cache, stage, monkeypatch):
     monkeypatch.setattr(download, "STALL_SECONDS", 0.4)
     served.stage, served.stall = stage, 0
     assert "in 3 tries (no byte arrived for 0.4 s)" in refused(cache)
 
 
-def test_a_stall_that_does_not_come_again(served, road, cache, monkeypatch, caplog):
+def test_a_stall_that_does_not_come_again(served, fetcher, cache, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(download, "STALL_SECONDS", 5)  # so long that a busy machine is not taken for a second stall
     served.stage, served.stall, served.times = "data", 150_000, 1
     accepted(cache)
-    assert ("pget wrote nothing" if road == "pget" else "no byte arrived") + " for 5 s" in caplog.text
+    assert ("pget wrote nothing" if fetcher == "pget" else "no byte arrived") + " for 5 s" in caplog.text
 
 
 @pytest.mark.parametrize("lengths", [True, False])
-def test_a_server_without_ranges(served, road, cache, lengths, caplog):
+def test_a_server_without_ranges(served, fetcher, cache, lengths, caplog):
     caplog.set_level(logging.INFO)
     served.ranges, served.lengths = False, lengths
     accepted(cache)
-    assert ("does not support ranges" in caplog.text) == (road == "pget")
+    assert ("does not support ranges" in caplog.text) == (fetcher == "pget")
 
 
 @pytest.mark.parametrize("lengths", [True, False])
 @pytest.mark.parametrize("after", [0, 100_000, 2_400_000])
-def test_a_server_without_ranges_that_breaks(served, road, cache, lengths, after):
+def test_a_server_without_ranges_that_breaks(served, fetcher, cache, lengths, after):
     served.ranges, served.lengths, served.cut = False, lengths, after
     assert "in 3 tries" in refused(cache)
     served.times = 2
@@ -170,12 +170,12 @@ def test_a_server_without_ranges_that_breaks(served, road, cache, lengths, after
 
 @pytest.mark.parametrize("error", [-20_000, 3000, 10**9])
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_wrong_length(served, road, cache, error, ranges):
+def test_a_wrong_length(served, fetcher, cache, error, ranges):
     served.length_error, served.ranges = error, ranges
     refused(cache)
 
 
-def test_a_file_that_is_replaced_between_two_requests(served, road, cache):
+def test_a_file_that_is_replaced_between_two_requests(served, fetcher, cache):
     """Blobs that are half of one archive and half of another, in a file of the same size."""
     other = bytearray((served.folder / TAR).read_bytes())
     for position in range(200_000, 2_000_000, 1000):
@@ -184,19 +184,19 @@ def test_a_file_that_is_replaced_between_two_requests(served, road, cache):
     accepted(cache)
 
 
-def test_a_file_whose_size_changes_between_two_requests(served, road, cache, caplog):
+def test_a_file_whose_size_changes_between_two_requests(served, fetcher, cache, caplog):
     longer = (served.folder / TAR).read_bytes() + bytes(10_240)
     served.override = lambda _: longer if len(served.requests) == 1 else None
     accepted(cache)
     assert "the file on the server changed" in caplog.text
 
 
-def test_an_error_page_instead_of_the_archive(site, road, cache):
+def test_an_error_page_instead_of_the_archive(site, fetcher, cache):
     (site.folder / TAR).write_bytes(b"<html>come back later</html>" * 1000)
     assert "is not a complete, uncompressed tar archive" in refused(cache)
 
 
-def test_an_empty_file(site, road, cache):
+def test_an_empty_file(site, fetcher, cache):
     (site.folder / TAR).write_bytes(b"")
     assert "empty" in refused(cache)
 
@@ -246,7 +246,7 @@ def _unhashed(tree: Path) -> None:
         (_unhashed, "whose name is no hash"),
     ],
 )
-def test_an_archive_of_a_harmed_tree(site, road, cache, tree, harm: Callable[[Path], None], says):
+def test_an_archive_of_a_harmed_tree(site, fetcher, cache, tree, harm: Callable[[Path], None], says):
     harm(tree)
     tar_of(tree, site.folder / TAR)
     text = refused(cache)
@@ -294,7 +294,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_entry(site, road, cache, tree, kind, ranges, tmp_path):
+def test_a_hostile_entry(site, fetcher, cache, tree, kind, ranges, tmp_path):
     tar_of(tree, site.folder / TAR)
     with tarfile.open(site.folder / TAR, "a") as tar:
         for info, content in HOSTILE[kind]:
@@ -308,7 +308,7 @@ def test_a_hostile_entry(site, road, cache, tree, kind, ranges, tmp_path):
         assert all(span for _, span in site.requests) and site.sent < 3 * 2**16 * len(site.requests)
 
 
-def test_too_many_entries(site, road, cache):
+def test_too_many_entries(site, fetcher, cache):
     with tarfile.open(site.folder / TAR, "w") as tar:
         for number in range(10_001):
             tar.addfile(tarfile.TarInfo(f"{number}"))
@@ -316,7 +316,7 @@ def test_too_many_entries(site, road, cache):
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_links_and_folders_that_are_fine(site, road, cache, tree, ranges):
+def test_links_and_folders_that_are_fine(site, fetcher, cache, tree, ranges):
     site.ranges = ranges
     (tree / "empty").mkdir()
     (tree / "loop").symlink_to("blobs")
@@ -330,7 +330,7 @@ def test_links_and_folders_that_are_fine(site, road, cache, tree, ranges):
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_an_archive_cut_off_anywhere(site, road, cache, tree, ranges):
+def test_an_archive_cut_off_anywhere(site, fetcher, cache, tree, ranges):
     """Also exactly between two entries, and before the second block of the end mark."""
     whole = site.folder / TAR
     tar_of(tree, whole)
@@ -345,7 +345,7 @@ def test_an_archive_cut_off_anywhere(site, road, cache, tree, ranges):
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_what_follows_an_archive(site, road, cache, tree, ranges):
+def test_what_follows_an_archive(site, fetcher, cache, tree, ranges):
     site.ranges = ranges
     whole = site.folder / TAR
     tar_of(tree, whole)
@@ -357,14 +357,14 @@ def test_what_follows_an_archive(site, road, cache, tree, ranges):
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_an_empty_archive(site, road, cache, ranges):
+def test_an_empty_archive(site, fetcher, cache, ranges):
     site.ranges = ranges
     with tarfile.open(site.folder / TAR, "w"):
         pass
     assert "holds no files" in refused(cache)
 
 
-def test_a_compressed_archive(site, road, cache, tree):
+def test_a_compressed_archive(site, fetcher, cache, tree):
     with tarfile.open(site.folder / TAR, "w:gz") as tar:
         tar.add(tree, arcname=".")
     assert "uncompressed" in refused(cache)
@@ -445,15 +445,15 @@ def test_what_pget_writes_beside_its_destination_is_gone(served, cache, tmp_path
 # Disks
 
 
-def test_a_disk_that_is_too_small_is_said_before_the_download(served, road, small_disk):
+def test_a_disk_that_is_too_small_is_said_before_the_download(served, fetcher, small_disk):
     text = refused(small_disk)
     assert re.search(r"needs 2\.6 MB and 2\.[01] MB are free; free 0\.\d MB", text)
     assert served.sent < 10 * 2**16
 
 
 @pytest.mark.parametrize("lengths", [True, False])
-def test_a_disk_that_fills_up(served, road, small_disk, lengths, monkeypatch):
-    """Somebody else took the room, or the server never said how much is needed."""
+def test_a_disk_that_fills_up(served, fetcher, small_disk, lengths, monkeypatch):
+    """Another process took the space, or the server never said how much is needed."""
     if lengths:
         monkeypatch.setattr(download, "check_space", lambda *_: None)
     else:

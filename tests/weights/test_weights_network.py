@@ -125,7 +125,7 @@ def tls(tmp_path: Path, site: FaultServer) -> Iterator[FaultServer]:
         yield server
 
 
-def test_a_certificate_that_nobody_trusts_is_refused_at_once(tls, road, private, caplog):
+def test_a_certificate_that_nobody_trusts_is_refused_at_once(tls, fetcher, private, caplog):
     text = refused(tls.url + "a.tar?token=hush", private)
     assert text.startswith(f"{tls.url}a.tar: the server's certificate is not trusted; ")
     assert "SSL_CERT_FILE" in text
@@ -133,20 +133,20 @@ def test_a_certificate_that_nobody_trusts_is_refused_at_once(tls, road, private,
     assert "failed" not in caplog.text, "none of the three tries is spent on it"
 
 
-def test_a_certificate_for_another_name_is_refused_at_once(tls, road, private, monkeypatch, caplog):
+def test_a_certificate_for_another_name_is_refused_at_once(tls, fetcher, private, monkeypatch, caplog):
     monkeypatch.setenv("SSL_CERT_FILE", str(tls.certificate))
     assert "certificate is not trusted" in refused(tls.url.replace("127.0.0.1", "localhost") + "a.tar", private)
     assert not tls.requests
     assert "failed" not in caplog.text
 
 
-def test_a_certificate_that_the_environment_names_is_trusted(tls, road, private, monkeypatch, caplog):
+def test_a_certificate_that_the_environment_names_is_trusted(tls, fetcher, private, monkeypatch, caplog):
     monkeypatch.setenv("SSL_CERT_FILE", str(tls.certificate))
     fetched(tls.url + "a.tar", private)
     assert "failed" not in caplog.text
 
 
-def test_a_redirect_out_of_encryption_is_refused_by_a_server_too(tls, road, private, site, monkeypatch):
+def test_a_redirect_out_of_encryption_is_refused_by_a_server_too(tls, fetcher, private, site, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(tls.certificate))
     site.override = lambda path: TAR
     tls.redirect = site.url.rstrip("/")
@@ -179,7 +179,7 @@ def test_certificates_that_cannot_be_read(site, no_pget, private, monkeypatch, n
         ("user:", "user:"),
     ],
 )
-def test_a_login_is_sent_as_it_is_meant(site, road, private, login, meant, caplog):
+def test_a_login_is_sent_as_it_is_meant(site, fetcher, private, login, meant, caplog):
     caplog.set_level(logging.DEBUG)
     site.override = lambda path: TAR
     site.login = f"Basic {base64.b64encode(meant.encode()).decode()}"
@@ -191,14 +191,14 @@ def test_a_login_is_sent_as_it_is_meant(site, road, private, login, meant, caplo
 @pytest.mark.parametrize(
     ("path", "asked"), [("a b.tar", "/a%20b.tar"), ("ä%2F.tar?x=%2F&y=a+b/c=", "/%C3%A4%2F.tar?x=%2F&y=a+b/c=")]
 )
-def test_a_path_is_asked_for_as_it_is_meant(site, road, private, path, asked, caplog):
+def test_a_path_is_asked_for_as_it_is_meant(site, fetcher, private, path, asked, caplog):
     site.override = lambda path: TAR
     fetched(site.url + path + "#fragment", private)
     assert "failed" not in caplog.text
     assert {place for place, _ in site.requests} == {asked}
 
 
-def test_another_server_does_not_see_the_login(site, road, private, tmp_path):
+def test_another_server_does_not_see_the_login(site, fetcher, private, tmp_path):
     seen = []
 
     def content(handler_path: str) -> bytes:
@@ -413,7 +413,7 @@ def raw(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[str, st
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_odd_answers_that_hold_the_file(raw, road, private, name):
+def test_odd_answers_that_hold_the_file(raw, fetcher, private, name):
     fetched(raw(GOOD[name]).url + "a.tar", private)
 
 

@@ -32,7 +32,7 @@ def served(site: FaultServer, tmp_path: Path) -> FaultServer:
 
 
 @pytest.fixture
-def environment(served: FaultServer, road: str) -> dict[str, str]:
+def environment(served: FaultServer, fetcher: str) -> dict[str, str]:
     return {"KIMI_VL_WEIGHTS_URL": served.url, "PATH": os.environ["PATH"], "PGET": os.environ.get("PGET", "")}
 
 
@@ -89,7 +89,7 @@ def test_a_start_takes_over_from_one_that_is_killed_while_it_waits(boots, served
 
 
 @pytest.mark.parametrize("kills", [8, pytest.param(60, marks=pytest.mark.nightly)])
-def test_killed_at_any_moment(boots, served, cache, environment, road, kills):
+def test_killed_at_any_moment(boots, served, cache, environment, fetcher, kills):
     """After each kill nothing incomplete has the final name, and the next start begins with what the last one left.
 
     Moments are counted in bytes that the server sent, not in seconds: it sends no more until the start is killed. Every
@@ -98,7 +98,7 @@ def test_killed_at_any_moment(boots, served, cache, environment, road, kills):
     finished(start(boots, cache, environment))
     whole = served.sent
     forget(cache)
-    dice = random.Random(20260103 + (road == "pget"))
+    dice = random.Random(20260103 + (fetcher == "pget"))
     stages = {"nothing": 0, "part": 0, "in place": 0, "marked": 0}
     for kill in range(kills):
         after = kill % 4 == 3
@@ -117,7 +117,7 @@ def test_killed_at_any_moment(boots, served, cache, environment, road, kills):
         if (cache / NAME).exists():
             verify.check(verify.checkpoint_folder(cache / NAME), inside=cache / NAME)
             forget(cache)
-    print(f"killed {kills} times ({road}): {stages}")
+    print(f"killed {kills} times ({fetcher}): {stages}")
     assert stages["part"] >= kills / 4, "most moments are in the middle of the download"
     served.limit = math.inf
     report = finished(start(boots, cache, environment))
