@@ -11,7 +11,7 @@ import math
 import queue
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from .text.tokenizer import Tokenizer
 from .weights import loader, resolve
 
 ImageSource = bytes | bytearray | str | Path | Image.Image
+Images = Iterable[ImageSource] | ImageSource | None
 POLL_S = 0.05  # an exception that is raised in a waiting thread from outside is seen this soon
 
 
@@ -101,12 +102,11 @@ class Pipeline:
         """Take no more requests, and return when those that run are done."""
         self.engine.close()
 
-    def stream(
-        self, messages: Sequence[Message | Turn], images: Sequence[ImageSource] = (), **params: Any
-    ) -> EventStream:
+    def stream(self, messages: Sequence[Message | Turn], images: Images = (), **params: Any) -> EventStream:
         """Events of one request: :class:`Reasoning` and :class:`Answer` pieces as they come, then :class:`Done`.
 
         ``messages`` have the chat form; image parts take ``images`` (bytes, paths, data URLs or PIL images) in order.
+        A single image is a list of one, and None is none.
         ``params`` are ``temperature`` (0.6), ``top_p`` (1.0), ``top_k`` (0), ``max_length_tokens`` (8192),
         ``thinking_budget`` (None), ``stop_sequences`` (()), ``seed`` (None), ``deadline`` (seconds, None) and
         ``interval`` (0.0): for so many seconds pieces are joined to one, but for the first; many streams at a time
@@ -117,7 +117,7 @@ class Pipeline:
         return EventStream(self.engine, self.submit(messages, images, events.put, **params), events)
 
     async def astream(
-        self, messages: Sequence[Message | Turn], images: Sequence[ImageSource] = (), **params: Any
+        self, messages: Sequence[Message | Turn], images: Images = (), **params: Any
     ) -> AsyncGenerator[Event, None]:
         """:meth:`stream` for an event loop, which is never held up; images are decoded in another thread."""
         loop = asyncio.get_running_loop()
@@ -143,7 +143,7 @@ class Pipeline:
         finally:
             self.engine.cancel(handle)
 
-    def complete(self, messages: Sequence[Message | Turn], images: Sequence[ImageSource] = (), **params: Any) -> Done:
+    def complete(self, messages: Sequence[Message | Turn], images: Images = (), **params: Any) -> Done:
         """The summary of a whole request; parameters as for :meth:`stream`."""
         for event in self.stream(messages, images, **params):
             if isinstance(event, Done):
@@ -153,7 +153,7 @@ class Pipeline:
     def submit(
         self,
         messages: Sequence[Message | Turn],
-        images: Sequence[ImageSource],
+        images: Images,
         deliver: Deliver,
         *,
         temperature: float = 0.6,
@@ -176,7 +176,7 @@ class Pipeline:
             deadline = parameters.number("deadline", deadline, 0)
         interval = parameters.number("interval", interval, 0)
         stops = StopSequences(parameters.texts("stop_sequences", stop_sequences))
-        ids, patches, prefill = self._prompt(messages, images)
+        ids, patches, prefill = self._prompt(messages, image_list(images))
         context = self.model.config.text_config.max_position_embeddings
         max_new_tokens = min(max_length_tokens, context - len(ids))
         if max_new_tokens < 1:
@@ -221,6 +221,23 @@ class Pipeline:
         counts = [image.tokens for image in patches]
         ids = chat.encode(self.tokenizer, turns, counts, limit=context, continue_final_message=continues)
         return ids, patches, prefill
+
+
+def image_list(images: Images) -> list[ImageSource]:
+    """``images`` as a list: a single one is not taken apart into its letters or bytes, and None is none of them.
+
+    Raises :class:`UserError` (E_IMAGE_SOURCE) for what is no image. A number above all: opened as a file it would be
+    one that this process has open already, and closed after that.
+    """
+    if images is None:
+        return []
+    if isinstance(images, ImageSource):
+        return [images]
+    if isinstance(images, Iterable) and not isinstance(images, Mapping):
+        found = list(images)
+        if all(isinstance(image, ImageSource) for image in found):
+            return found
+    raise UserError("E_IMAGE_SOURCE", "images must be a list of bytes, paths, data URLs or Pillow images; change it.")
 
 
 def image_sources(parts: Sequence[ImagePart], beside: Sequence[ImageSource]) -> list[ImageSource]:

@@ -233,6 +233,53 @@ def test_images_of_every_source_are_the_same_request(whole, tmp_path):
     assert results[0].usage.image_tokens == 6
 
 
+@pytest.mark.parametrize("kind", [bytes, bytearray, str, Path, Image.Image])
+def test_a_single_image_is_a_list_of_one(whole, tmp_path, kind):
+    picture = Image.new("RGB", (60, 40), "red")
+    path = tmp_path / "picture.png"
+    picture.save(path)
+    sources = {Image.Image: picture, str: str(path), Path: path}
+    single = sources[kind] if kind in sources else kind(path.read_bytes())
+    options = {"temperature": 0, "max_length_tokens": 4}
+    expected = whole.complete(SHOW, [path], **options).answer
+    assert whole.complete(SHOW, single, **options).answer == expected
+    assert whole.complete(SHOW, (each for each in [single]), **options).answer == expected
+
+
+def test_one_letter_is_one_path(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        Image.new("RGB", (30, 30)).save(tmp_path / name, "PNG")
+    two = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]
+    with pytest.raises(UserError, match=r"2 bare image parts and 1 images"):
+        whole.complete(two, "ab")
+    with pytest.raises(UserError, match="cannot be read"):
+        whole.complete(SHOW, "ab")
+
+
+@pytest.mark.parametrize("none", [None, (), [], iter(())], ids=repr)
+def test_no_images(whole, none):
+    assert whole.complete(ASK, none, max_length_tokens=1).usage.image_tokens == 0
+
+
+@pytest.mark.parametrize("wrong", [5, True, 1.5, object(), {"a.png": 1}, [None], [["a.png"]], [{}], [1j]], ids=repr)
+def test_what_is_no_image_is_refused(whole, wrong):
+    with pytest.raises(UserError) as caught:
+        whole.complete(SHOW, wrong)
+    assert caught.value.code == "E_IMAGE_SOURCE"
+
+
+def test_a_number_is_no_file(whole, tmp_path):
+    """Files have numbers while they are open, and whoever opens one of these closes it."""
+    Image.new("RGB", (30, 30)).save(tmp_path / "picture.png")
+    with open(tmp_path / "picture.png", "rb") as held:
+        for number in (held.fileno(), True):
+            with pytest.raises(UserError) as caught:
+                whole.complete(SHOW, [number])
+            assert caught.value.code == "E_IMAGE_SOURCE"
+        assert held.read(4) == b"\x89PNG"
+
+
 def test_closing_the_stream_stops_the_work(whole):
     events = whole.stream(ASK, temperature=0, max_length_tokens=500)
     next(events)
