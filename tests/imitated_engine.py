@@ -65,14 +65,14 @@ def _mla_prepare(
     to_key: Tensor,
     norm_weight: Tensor,
     rope: Tensor,
-    entries: Tensor,
+    kv_cache: Tensor,
     slot_mapping: Tensor,
     eps: float,
     decoding: int,
 ) -> tuple[Tensor, Tensor]:
-    """All entries are written, most of them as they were."""
-    flat = entries.view(-1, entries.shape[-1])
-    new = torch.empty(1, len(joined), entries.shape[-1], device=joined.device)
+    """All of the cache is written, most of it as it was."""
+    flat = kv_cache.view(-1, kv_cache.shape[-1])
+    new = torch.empty(1, len(joined), kv_cache.shape[-1], device=joined.device)
     own = torch.arange(len(joined), device=joined.device)
     queries = plain.mla_prepare(joined, to_key, norm_weight, rope, new, own, eps, decoding)
     hits = slot_mapping[:, None] == torch.arange(len(flat), device=slot_mapping.device)  # (T, slots)

@@ -10,7 +10,7 @@ from . import memory
 GB = 1 << 30
 SHARE = 0.95  # of a GPU's free memory; the rest goes to pieces that fit nothing
 LIBRARIES = GB // 2  # workspaces of cuBLAS, compiled kernels and graphs, beyond what the first steps took
-GATHERED = 3 * GB // 4  # decoding without kernels gathers entries in blocks of about 0.6 GB, and scores them
+GATHERED = 3 * GB // 4  # decoding without kernels gathers cached tokens in blocks of about 0.6 GB, and scores them
 
 
 def spare_bytes(
@@ -42,19 +42,20 @@ def cache_bytes(
     the cache holds, which with little memory is less than the model's context.
     """
     left = free * SHARE - LIBRARIES - images - drawing_bytes(config, sequences)
-    entry, seen = config.kv_values_per_token * dtype.itemsize, attention_bytes(config, dtype, max_num_batched_tokens)
+    cached, seen = config.kv_values_per_token * dtype.itemsize, attention_bytes(config, dtype, max_num_batched_tokens)
     with_whole_context = left - max(GATHERED, seen * config.max_position_embeddings)
-    with_less = min(left - GATHERED, left * entry / (entry + seen))
+    with_less = min(left - GATHERED, left * cached / (cached + seen))
     return max(0, int(max(with_whole_context, with_less)))
 
 
 def attention_bytes(config: TextConfig, dtype: torch.dtype, max_num_batched_tokens: int) -> int:
-    """Of a prompt's chunk, for each token that it looks at: its entry twice (gathered, and cut out of that), keys and
-    values as they are written out, both once more in one piece, and a mask as truth values and as numbers."""
-    entry = config.kv_lora_rank + config.qk_rope_head_dim
+    """Of a prompt's chunk, for each token that it attends to: its latent and rotary key twice (gathered, and cut out of
+    that), keys and values as they are written out, both once more in one piece, and a mask as truth values and as
+    numbers."""
+    latent = config.kv_lora_rank + config.qk_rope_head_dim
     head = config.qk_nope_head_dim + config.v_head_dim + config.qk_head_dim + config.v_head_dim
     return (
-        2 * entry + config.num_attention_heads * head + max_num_batched_tokens
+        2 * latent + config.num_attention_heads * head + max_num_batched_tokens
     ) * dtype.itemsize + max_num_batched_tokens
 
 

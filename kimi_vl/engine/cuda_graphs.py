@@ -103,8 +103,8 @@ class StaticDecoder:
         self._buckets = buckets(max_num_seqs)
         self._replays: dict[tuple[int, str], Action] = {}
         self._failed: set[str] = set()
-        device, page_size = cache.entries.device, cache.page_size
-        pages = min(-(-model.config.text_config.max_position_embeddings // page_size), cache.entries.shape[1])
+        device, page_size = cache.kv_cache.device, cache.page_size
+        pages = min(-(-model.config.text_config.max_position_embeddings // page_size), cache.kv_cache.shape[1])
         self._inputs = torch.zeros(_INTEGERS + _FLOATS, max_num_seqs, dtype=torch.int64, device=device)
         self._page_table = torch.zeros(max_num_seqs, pages, dtype=torch.int32, device=device)
         self._outputs = torch.zeros(2, max_num_seqs, dtype=torch.int64, device=device)
@@ -189,7 +189,7 @@ class StaticDecoder:
         sampled, finite = self._outputs[:, :size]
         embeddings = self._model.embed(token.where(token >= 0, sampled))  # (B, H)
         decode = DecodeMetadata(self._page_table[:size], seq_len.int(), self._cache.page_size)
-        step = StepMetadata(self._cache.entries, position, slot, decode)
+        step = StepMetadata(self._cache.kv_cache, position, slot, decode)
         logits = self._decoder.logits(self._decoder.states(embeddings, step))  # (B, V)
         finite.copy_(sampling.finite(logits))
         sampled.copy_(

@@ -2,8 +2,8 @@
 
 Computes what the modules of a :class:`LanguageModel` compute, with their parameters, for the tokens of one step of the
 engine. Each addition to the residual happens within the norm that follows it, and so does the router. One operation
-makes queries ready and writes new entries; another attends and leaves the latent space. Knows no model but the decoder,
-and no request.
+makes queries ready and writes the KV cache; another attends and leaves the latent space. Knows no model but the
+decoder, and no request.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class FusedDecoder:
         decoder, ops = self._model.model, self._ops
         rope = self._rope[step.positions]  # (T, 2P)
         residual, delta = embeddings, None
-        for layer, projections, entries in zip(decoder.layers, self._projections, step.kv_cache, strict=True):
+        for layer, projections, kv_cache in zip(decoder.layers, self._projections, step.kv_cache, strict=True):
             assert isinstance(layer, Layer)
             norm = layer.input_layernorm
             residual, normed = ops.add_rms_norm(residual, delta, norm.weight, norm.eps)  # (T, H)
-            delta = self._attend(layer.self_attn, projections, normed, rope, entries, step)
+            delta = self._attend(layer.self_attn, projections, normed, rope, kv_cache, step)
             norm = layer.post_attention_layernorm
             if isinstance(layer.mlp, MoE):
                 gate = layer.mlp.gate
@@ -84,7 +84,7 @@ class FusedDecoder:
         projections: _Projections,
         normed: Tensor,
         rope: Tensor,
-        entries: Tensor,
+        kv_cache: Tensor,
         step: StepMetadata,
     ) -> Tensor:
         """The attention's output (T, H): one token of a sequence in the latent space, longer chunks with keys and
@@ -93,17 +93,17 @@ class FusedDecoder:
         # kernels take tokens in one piece
         joined = project(normed, projections.joined, self._laid_out).contiguous()  # (T, N (Q+P) + R+P)
         absorbed, rotated = ops.mla_prepare(
-            joined, projections.to_key, attention.kv_a_layernorm.weight, rope, entries, step.slot_mapping,
+            joined, projections.to_key, attention.kv_a_layernorm.weight, rope, kv_cache, step.slot_mapping,
             LATENT_NORM_EPS, decoding, **self._besides,
         )  # fmt: skip
         parts: list[Tensor] = []
         if decoding:
             heads = ops.mla_decode(
-                absorbed, entries, step.decode, attention.scale, projections.to_value, **self._besides
+                absorbed, kv_cache, step.decode, attention.scale, projections.to_value, **self._besides
             )  # (B, N, V)
             parts.append(heads.flatten(1))
         for chunk in step.prefills:
-            past = entries[chunk.pages].flatten(0, 1)[: chunk.end].unsqueeze(0)  # (1, L, R+P)
+            past = kv_cache[chunk.pages].flatten(0, 1)[: chunk.end].unsqueeze(0)  # (1, L, R+P)
             own = slice(chunk.tokens.start - decoding, chunk.tokens.stop - decoding)
             query = joined[chunk.tokens, : config.num_attention_heads * config.qk_head_dim]
             query = query.unflatten(-1, (config.num_attention_heads, -1))[..., : config.qk_nope_head_dim]  # (S, N, Q)
@@ -128,9 +128,9 @@ def _experts(moe: MoE) -> Experts:
 class _Projections:
     """An attention's projections as a step needs them.
 
-    ``joined`` (N (Q+P) + R+P, H) is those of queries and entries, which read the same input; the model's own weights
-    become parts of it, so that it takes no memory of its own. ``to_key`` (N, R, Q) and ``to_value`` (N, V, R) are the
-    halves of ``kv_b_proj``, head by head, the first of them turned.
+    ``joined`` (N (Q+P) + R+P, H) is those of queries and of latents and rotary keys, which read the same input; the
+    model's own weights become parts of it, so that it takes no memory of its own. ``to_key`` (N, R, Q) and ``to_value``
+    (N, V, R) are the halves of ``kv_b_proj``, head by head, the first of them turned.
     """
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ class Chunk:
 
 
 class PagedCache:
-    """Pages of ``page_size`` entries; any sequence may use any of them, and several may share one.
+    """Pages of ``page_size`` tokens; any sequence may use any of them, and several may share one.
 
     Memory that was never written holds anything: :meth:`clear` pages before their first use. Per token and layer
     ``kv_lora_rank + qk_rope_head_dim`` values, as in :class:`LatentCache`.
@@ -37,7 +37,7 @@ class PagedCache:
     ):
         self.page_size = page_size
         width = config.kv_lora_rank + config.qk_rope_head_dim
-        self.entries = torch.empty(config.num_hidden_layers, pages, page_size, width, dtype=dtype, device=device)
+        self.kv_cache = torch.empty(config.num_hidden_layers, pages, page_size, width, dtype=dtype, device=device)
 
     @staticmethod
     def page_bytes(config: TextConfig, page_size: int, dtype: torch.dtype) -> int:
@@ -45,13 +45,13 @@ class PagedCache:
         return page_size * config.kv_values_per_token * dtype.itemsize
 
     def clear(self, pages: Sequence[int]) -> None:
-        """Set all entries of some pages to zero. The host does not wait, so a step may be under way meanwhile."""
+        """Set some pages to zero. The host does not wait, so a step may be under way meanwhile."""
         if pages:
-            self.entries.index_fill_(1, devices.tensor(pages, torch.int64, self.entries.device), 0)
+            self.kv_cache.index_fill_(1, devices.tensor(pages, torch.int64, self.kv_cache.device), 0)
 
     def step(self, chunks: Sequence[Chunk]) -> StepMetadata:
         """For the new tokens of ``chunks``, one after another; chunks of one token come first."""
-        size, device = self.page_size, self.entries.device
+        size, device = self.page_size, self.kv_cache.device
         slot_mapping = [
             chunk.pages[at // size] * size + at % size for chunk in chunks for at in range(chunk.begin, chunk.end)
         ]
@@ -62,13 +62,13 @@ class PagedCache:
         prefills, first = [], len(single)
         for chunk in chunks[first:]:
             count, mask = chunk.end - chunk.begin, None
-            if chunk.begin and not flash.usable(self.entries):
+            if chunk.begin and not flash.usable(self.kv_cache):
                 mask = torch.ones(count, chunk.end, dtype=torch.bool, device=device).tril(chunk.begin)  # (S, L)
             own = devices.tensor(chunk.pages[: -(-chunk.end // size)], torch.int64, device)
             prefills.append(PrefillChunk(slice(first, first + count), own, chunk.end, mask))
             first += count
         return StepMetadata(
-            self.entries,
+            self.kv_cache,
             devices.tensor(positions, torch.int64, device),
             devices.tensor(slot_mapping, torch.int64, device),
             DecodeMetadata(

@@ -233,12 +233,12 @@ class Inputs:
         angles = self.normal(tokens, widths.rope // 2, scale=10, dtype=torch.float32).repeat(1, 2)
         rope = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.dtype)
         pages = -(-2 * tokens // widths.page_size) + 1
-        entries = self.normal(pages, widths.page_size, widths.rank + widths.rope)
+        kv_cache = self.normal(pages, widths.page_size, widths.rank + widths.rope)
         slot_mapping = self.shuffled(pages * widths.page_size)[:tokens].long()
         slot_mapping[tokens - unwritten :] = -1
         weight = 1 + self.normal(widths.rank, scale=0.3)
         arguments = (
-            joined, to_key, weight, rope, entries, slot_mapping, widths.latent_eps,
+            joined, to_key, weight, rope, kv_cache, slot_mapping, widths.latent_eps,
             tokens if decoding is None else decoding,
         )  # fmt: skip
         return Call("mla_prepare", arguments, roundings=2, written=4)
@@ -246,12 +246,12 @@ class Inputs:
     def mla_decode(self, lengths: Sequence[int], table_pages: int = 0, spare: int = 2, common: int = 0) -> Call:
         """Sequences with pages out of order, ``spare`` unused pages, the first ``common`` ones shared by all.
 
-        Entries that do not count are NaN, and so is every unused page; the page table goes on with -1.
+        Slots past the end of a sequence are NaN, and so is every unused page; the page table goes on with -1.
         """
         widths, size = self.widths, self.widths.page_size
         needed = [-(-length // size) for length in lengths]
         free = self.shuffled(common + sum(max(0, need - common) for need in needed) + spare).tolist()
-        entries = torch.full(
+        kv_cache = torch.full(
             (len(free), size, widths.rank + widths.rope), float("nan"), dtype=self.dtype, device=self.device
         )
         prefix = [free.pop() for _ in range(common)]
@@ -261,14 +261,14 @@ class Inputs:
             page_table[row, :need] = torch.tensor(own, dtype=torch.int32)
             for number, page in enumerate(own):
                 count = min(size, length - number * size)
-                known = entries[page, :count]
+                known = kv_cache[page, :count]
                 drawn = self.normal(*known.shape)
-                entries[page, :count] = torch.where(known.isnan(), drawn, known)
+                kv_cache[page, :count] = torch.where(known.isnan(), drawn, known)
         query = self.normal(len(lengths), widths.heads, widths.rank + widths.rope)
-        scale = 2 * (widths.rank + widths.rope) ** -0.5  # scores of a spread of 2: some entries clearly win
+        scale = 2 * (widths.rank + widths.rope) ** -0.5  # scores of a spread of 2: some tokens clearly win
         seq_lens = torch.tensor(lengths, dtype=torch.int32, device=self.device)
         decode = DecodeMetadata(page_table.to(self.device), seq_lens, size)
-        return Call("mla_decode", (query, entries, decode, scale, self.to_value()), roundings=3)
+        return Call("mla_decode", (query, kv_cache, decode, scale, self.to_value()), roundings=3)
 
     def to_value(self) -> Tensor:
         """The weight that leads out of the latent space (N, V, R), with as many dims of values as of keys."""

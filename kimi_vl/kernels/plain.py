@@ -175,7 +175,7 @@ def mla_prepare(
     to_key: Tensor,
     norm_weight: Tensor,
     rope: Tensor,
-    entries: Tensor,
+    kv_cache: Tensor,
     slot_mapping: Tensor,
     eps: float,
     decoding: int,
@@ -189,7 +189,7 @@ def mla_prepare(
     both = torch.cat((query[..., nope:], key.unsqueeze(1)), dim=1)  # (T, N+1, P): together, in half as many calls
     rotated = apply_rope(both, cos, sin)
     _, normed = reference.add_rms_norm(latent, None, norm_weight, eps)
-    entries.flatten(0, 1)[slot_mapping] = torch.cat((normed, rotated[:, -1]), dim=-1)  # (T, R+P)
+    kv_cache.flatten(0, 1)[slot_mapping] = torch.cat((normed, rotated[:, -1]), dim=-1)  # (T, R+P)
     rotated = rotated[:, :-1]
     if not decoding:
         return joined.new_empty(0, heads, rank + cos.shape[-1]), rotated
@@ -199,32 +199,32 @@ def mla_prepare(
 
 def mla_decode(
     query: Tensor,
-    entries: Tensor,
+    kv_cache: Tensor,
     decode: DecodeMetadata,
     scale: float,
     to_value: Tensor,
     splits: int = 0,
     laid_out: Mapping[Tensor, Strips] = _NONE,
 ) -> Tensor:
-    """``laid_out`` are strips of some of the weights. Entries are gathered for as many sequences at a time as
+    """``laid_out`` are strips of some of the weights. The cache is gathered for as many sequences at a time as
     :attr:`kimi_vl.kernels.attention_metadata.DecodeMetadata.blocks` has in a block."""
-    entries, rank = entries.flatten(0, 1), to_value.shape[-1]
+    kv_cache, rank = kv_cache.flatten(0, 1), to_value.shape[-1]
     if len(decode.blocks) == 1:
-        mixed = _mixed(query, entries, decode.blocks[0], scale, rank)
+        mixed = _mixed(query, kv_cache, decode.blocks[0], scale, rank)
     else:
         mixed = query.new_empty(*query.shape[:2], rank)  # (B, N, R)
         for block in decode.blocks:
-            mixed[block.sequences] = _mixed(query[block.sequences], entries, block, scale, rank)
+            mixed[block.sequences] = _mixed(query[block.sequences], kv_cache, block, scale, rank)
     return _per_head(mixed, to_value, laid_out)
 
 
-def _mixed(query: Tensor, entries: Tensor, block: Block, scale: float, rank: int) -> Tensor:
+def _mixed(query: Tensor, kv_cache: Tensor, block: Block, scale: float, rank: int) -> Tensor:
     """Sums (b, N, R) of the latents that the queries (b, N, R+P) of one block look at."""
     mask = block.mask
     if not block.slots.numel():
         return query.new_zeros(*query.shape[:2], rank)
-    # exactly the entries in use: a product would copy a part of whole pages
-    past = entries.index_select(0, block.slots.flatten()).view(*block.slots.shape, -1)  # (b, L, R+P)
+    # exactly the cached tokens in use: a GEMM would copy a part of whole pages
+    past = kv_cache.index_select(0, block.slots.flatten()).view(*block.slots.shape, -1)  # (b, L, R+P)
     if query.device.type == "cpu":  # heads as the queries of one head that sees all of them
         visible = None if mask is None else mask[:, None, None]  # (b, 1, 1, L)
         past = past.unsqueeze(1)

@@ -96,16 +96,16 @@ def mla_prepare(
     to_key: Tensor,
     norm_weight: Tensor,
     rope: Tensor,
-    entries: Tensor,
+    kv_cache: Tensor,
     slot_mapping: Tensor,
     eps: float,
     decoding: int,
 ) -> tuple[Tensor, Tensor]:
-    """Remember tokens, and make their queries ready.
+    """Write the KV cache of new tokens, and make their queries ready.
 
-    ``joined`` (T, N (Q+P) + R+P) holds each token's queries, head by head, then what its entry is made of: the latent,
+    ``joined`` (T, N (Q+P) + R+P) holds each token's queries, head by head, then what is cached of it: the latent,
     which ``norm_weight`` (R) norms, and the rotary key. ``rope`` (T, 2P) are the cosines, then the sines of the tokens'
-    positions. Entries go to ``slot_mapping`` (T) of ``entries`` (pages, page_size, R+P) of one layer, in place; a slot
+    positions. These go to ``slot_mapping`` (T) of ``kv_cache`` (pages, page_size, R+P) of one layer, in place; a slot
     is page * page_size + place, and a negative one is not written.
 
     Returns the queries (B, N, R+P) of the first B = ``decoding`` tokens, taken into the latent space by ``to_key``
@@ -118,7 +118,7 @@ def mla_prepare(
     query = query.unflatten(-1, (heads, -1))  # (T, N, Q+P)
     new = torch.cat((add_rms_norm(latent, None, norm_weight, eps)[1], apply_rope(key, cos, sin)), dim=-1)  # (T, R+P)
     written = slot_mapping >= 0
-    entries.view(-1, entries.shape[-1])[slot_mapping[written].long()] = new[written]
+    kv_cache.view(-1, kv_cache.shape[-1])[slot_mapping[written].long()] = new[written]
     rotated = apply_rope(query[..., nope:], cos.unsqueeze(1), sin.unsqueeze(1))  # (T, N, P)
     absorbed = per_head(query[:decoding, :, :nope], to_key)  # (B, N, R)
     return torch.cat((absorbed, rotated[:decoding]), dim=-1), rotated[decoding:]
@@ -131,17 +131,17 @@ def per_head(states: Tensor, weight: Tensor) -> Tensor:
 
 
 def mla_decode(
-    query: Tensor, entries: Tensor, decode: DecodeMetadata, scale: float, to_value: Tensor, splits: int = 0
+    query: Tensor, kv_cache: Tensor, decode: DecodeMetadata, scale: float, to_value: Tensor, splits: int = 0
 ) -> Tensor:
     """Attention of one token a sequence over its pages, in the latent space and out of it again: (B, N, V).
 
-    ``query`` (B, N, R+P) holds the queries taken into the latent space, then their rotary part; ``entries`` (pages,
+    ``query`` (B, N, R+P) holds the queries taken into the latent space, then their rotary part; ``kv_cache`` (pages,
     page_size, R+P) of one layer; ``to_value`` (N, V, R). Nothing behind a sequence's length is ever looked at, in its
-    page table or among its entries. A length of 0 gives zeros. ``splits`` is for kernels (DeepSeek-V2 report, section
+    page table or in its cache. A length of 0 gives zeros. ``splits`` is for kernels (DeepSeek-V2 report, section
     2.1.2 and appendix C).
     """
     page_table, seq_lens, rank = decode.page_table, decode.seq_lens, to_value.shape[-1]
-    past = entries[page_table.clamp(min=0).long()].flatten(1, 2)  # (B, L, R+P)
+    past = kv_cache[page_table.clamp(min=0).long()].flatten(1, 2)  # (B, L, R+P)
     seen = torch.arange(past.shape[1], device=past.device) < seq_lens.unsqueeze(1)  # (B, L)
     past = past.masked_fill(~seen.unsqueeze(-1), 0)  # a weight of 0 would let NaN through
     scores = _wide(query @ past.transpose(1, 2)) * scale  # (B, N, L)

@@ -1,11 +1,11 @@
 """Latent attention over pages in three launches: what a step's tokens need before, the shares, and what comes after.
 
-The first writes new entries (norm and rotary embedding), rotates the queries and takes them into the latent space. A
-sequence's entries are then split among programs (flash decoding): each goes through its share once, all heads in one
-tile, since they read the same latents. The last joins the shares and takes the result out of the latent space. How many
-programs there are follows from shapes alone, so a captured graph stays valid while sequences grow; how far each goes is
-decided from the lengths on the device, so only pages in use cost anything. Joining goes in the order of the shares: the
-same lengths give the same bits.
+The first writes the new tokens to the KV cache (norm and rotary embedding), rotates the queries and takes them into the
+latent space. A sequence's cached tokens are then split among programs (flash decoding): each goes through its share
+once, all heads in one tile, since they read the same latents. The last joins the shares and takes the result out of the
+latent space. How many programs there are follows from shapes alone, so a captured graph stays valid while sequences
+grow; how far each goes is decided from the lengths on the device, so only pages in use cost anything. Joining goes in
+the order of the shares: the same lengths give the same bits.
 
 Bytes of a decode step: 2 (R + P) a token in bfloat16, 2 N R (Q + V) for both halves of the weight, and 8 N R a share
 for the partial sums, written and read.
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .attention_metadata import DecodeMetadata
 
-# Entries a program reads at least; fewer would cost more in partial sums than in entries.
+# Cached tokens a program reads at least; fewer would cost more in partial sums than in reading them.
 LEAST_SHARE = 64
 _PROGRAMS = 2  # for each multiprocessor
 _TOKENS = 16  # the least that tl.dot takes
@@ -37,15 +37,15 @@ _ONE_BY_ONE = 4  # sequences up to which each is joined by programs of its own
 
 @dataclass(frozen=True)
 class Tile:
-    """How a share is gone through: entries a step, warps and pipeline stages."""
+    """How a share is gone through: cached tokens a step, warps and pipeline stages."""
 
-    entries: int
+    tokens: int
     warps: int
     stages: int
 
 
-# 36 KB of bfloat16 entries a step at the published widths. The compiler keeps one buffer up to four stages and two from
-# five: then each of two programs a multiprocessor computes on one step while the next arrives.
+# 36 KB of the bfloat16 cache a step at the published widths. The compiler keeps one buffer up to four stages and two
+# from five: then each of two programs a multiprocessor computes on one step while the next arrives.
 BFLOAT16 = Tile(32, 4, 5)
 FLOAT32 = Tile(16, 4, 3)
 
@@ -69,7 +69,7 @@ def _prepare(
     to_key,
     norm_weight,
     rope,
-    entries,
+    kv_cache,
     slot_mapping,
     absorbed,
     rotated,
@@ -90,8 +90,8 @@ def _prepare(
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """A program has one of three tasks for a block of tokens: their entries, a head's rotary part, or some columns of a
-    head's absorbed query. The first come first, since there are always some of them."""
+    """A program has one of three tasks for a block of tokens: their latents and keys, a head's rotary part, or some
+    columns of a head's absorbed query. The first come first, since there are always some of them."""
     task = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     real = rows < tokens
@@ -109,7 +109,7 @@ def _prepare(
         scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / RANK + eps)[:, None]
         factor = tl.load(norm_weight + ranks, mask=ranks < RANK, other=0.0).to(tl.float32)
         normed = ((wide * scale).to(latent.dtype).to(tl.float32) * factor).to(latent.dtype)
-        target = entries + slot * (RANK + ROPE)
+        target = kv_cache + slot * (RANK + ROPE)
         tl.store(target + ranks, normed, mask=(slot >= 0) & (ranks < RANK))
         even = tl.load(source + RANK + 2 * pairs, mask=inside, other=0.0).to(tl.float32)
         odd = tl.load(source + RANK + 2 * pairs + 1, mask=inside, other=0.0).to(tl.float32)
@@ -150,7 +150,7 @@ def mla_prepare(
     to_key: Tensor,
     norm_weight: Tensor,
     rope: Tensor,
-    entries: Tensor,
+    kv_cache: Tensor,
     slot_mapping: Tensor,
     eps: float,
     decoding: int,
@@ -158,8 +158,8 @@ def mla_prepare(
     """See :func:`kimi_vl.kernels.reference.mla_prepare`."""
     tokens, (heads, rank, nope) = len(joined), to_key.shape
     rope_dims = rope.shape[-1] // 2
-    if not entries.is_contiguous() or not rope.is_contiguous() or joined.stride(-1) != 1:
-        raise ValueError("entries and rope must be contiguous, and so the last dimension of joined")
+    if not kv_cache.is_contiguous() or not rope.is_contiguous() or joined.stride(-1) != 1:
+        raise ValueError("kv_cache and rope must be contiguous, and so the last dimension of joined")
     absorbed = torch.empty(decoding, heads, rank + rope_dims, dtype=joined.dtype, device=joined.device)
     rotated = torch.empty(tokens - decoding, heads, rope_dims, dtype=joined.dtype, device=joined.device)
     if tokens:
@@ -169,7 +169,7 @@ def mla_prepare(
             to_key,
             norm_weight,
             rope,
-            entries,
+            kv_cache,
             slot_mapping,
             absorbed,
             rotated,
@@ -201,7 +201,7 @@ def _share(length, splits, LEAST: tl.constexpr, BLOCK_L: tl.constexpr):
 @triton.jit(do_not_specialize=["page_table_row", "splits"])
 def _decode_shares(
     query,
-    entries,
+    kv_cache,
     page_table,
     seq_lens,
     partial,
@@ -228,7 +228,7 @@ def _decode_shares(
     share = _share(length, splits, LEAST, BLOCK_L)
     begin = split * share
     end = tl.minimum(begin + share, length)
-    # a share without entries leaves its partial sums as they are: nobody reads them
+    # a share without tokens leaves its partial sums as they are: nobody reads them
     if (begin < end) | ALONE:
         ranks, turns = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
         in_rank, in_rope, real = ranks < RANK, turns < ROPE, head < heads
@@ -245,11 +245,11 @@ def _decode_shares(
                 page = tl.load(page_table + row * page_table_row + start // PAGE).to(tl.int64)
             else:
                 page = tl.load(page_table + row * page_table_row + at // PAGE, mask=seen, other=0).to(tl.int64)
-            entry = entries + (page * PAGE + at % PAGE) * (RANK + ROPE)
+            cached = kv_cache + (page * PAGE + at % PAGE) * (RANK + ROPE)
             latent = tl.load(
-                entry[:, None] + ranks[None, :], mask=seen[:, None] & in_rank[None, :], other=0.0
+                cached[:, None] + ranks[None, :], mask=seen[:, None] & in_rank[None, :], other=0.0
             )  # (BLOCK_L, BLOCK_R): keys and values at once
-            key = tl.load(entry[:, None] + RANK + turns[None, :], mask=seen[:, None] & in_rope[None, :], other=0.0)
+            key = tl.load(cached[:, None] + RANK + turns[None, :], mask=seen[:, None] & in_rope[None, :], other=0.0)
             scores = tl.dot(query_rope, tl.trans(key), input_precision="ieee")
             scores = tl.dot(query_latent, tl.trans(latent), scores, input_precision="ieee")
             scores = tl.where(seen[None, :], scores * scale, float("-inf"))  # (BLOCK_N, BLOCK_L), in powers of two
@@ -348,7 +348,7 @@ def default_splits(rows: int, head_blocks: int, capacity: int, multiprocessors: 
 
 def mla_decode(
     query: Tensor,
-    entries: Tensor,
+    kv_cache: Tensor,
     decode: DecodeMetadata,
     scale: float,
     to_value: Tensor,
@@ -362,9 +362,9 @@ def mla_decode(
     """
     page_table, seq_lens = decode.page_table, decode.seq_lens
     (batch, heads, width), (values, rank) = query.shape, to_value.shape[1:]
-    page_size, rope = entries.shape[1], width - rank
-    if not entries.is_contiguous() or query.stride(-1) != 1 or page_table.stride(-1) != 1:
-        raise ValueError("entries must be contiguous, and so the last dimension of queries and page table")
+    page_size, rope = kv_cache.shape[1], width - rank
+    if not kv_cache.is_contiguous() or query.stride(-1) != 1 or page_table.stride(-1) != 1:
+        raise ValueError("kv_cache must be contiguous, and so the last dimension of queries and page table")
     out = torch.empty(batch, heads, values, dtype=query.dtype, device=query.device)
     if not batch:
         return out
@@ -382,7 +382,7 @@ def mla_decode(
     block_r = max(16, triton.next_power_of_2(rank))
     _decode_shares[(batch, head_blocks, splits)](
         query,
-        entries,
+        kv_cache,
         page_table,
         seq_lens,
         partial,
@@ -399,7 +399,7 @@ def mla_decode(
         BLOCK_N=block_n,
         BLOCK_R=block_r,
         BLOCK_P=max(16, triton.next_power_of_2(rope)),
-        BLOCK_L=tile.entries,
+        BLOCK_L=tile.tokens,
         LEAST=LEAST_SHARE,
         ALONE=alone,
         num_warps=tile.warps,
@@ -422,7 +422,7 @@ def mla_decode(
         BLOCK_B=block_b,
         BLOCK_R=block_r,
         BLOCK_V=block_v,
-        BLOCK_L=tile.entries,
+        BLOCK_L=tile.tokens,
         LEAST=LEAST_SHARE,
         ALONE=alone,
         num_warps=4,

@@ -75,13 +75,13 @@ def apply_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Past(Protocol):
     """What new tokens see of the tokens before them, and where they are written: a KV cache."""
 
-    def attend(self, layer: int, attention: Attention, q_nope: Tensor, q_rope: Tensor, entries: Tensor) -> Tensor:
-        """Remember ``entries`` (B, S, R+P) of the new tokens in ``layer`` and answer their queries: (B, N, S, V)."""
+    def attend(self, layer: int, attention: Attention, q_nope: Tensor, q_rope: Tensor, new_kv: Tensor) -> Tensor:
+        """Write ``new_kv`` (B, S, R+P) of the new tokens to the cache of ``layer`` and attend: (B, N, S, V)."""
         ...
 
 
 class Cache(Protocol):
-    """Remembers tokens from call to call."""
+    """A KV cache that is kept from call to call."""
 
     def at(self, positions: Tensor) -> Past:
         """For new tokens at ``positions`` (B, S)."""
@@ -89,7 +89,7 @@ class Cache(Protocol):
 
 
 class Attention(nn.Module):
-    """Multi-head latent attention. Only the normed latent and the turned rotary key of a token are kept: its entry.
+    """Multi-head latent attention. Only the normed latent and the rotated key of a token are cached.
 
     Few new tokens on a long past are answered in the absorbed form: queries move into the latent space, so that the
     cost of a step does not include expanding the past. Longer inputs expand keys and values, which is cheaper there.
@@ -113,21 +113,21 @@ class Attention(nn.Module):
         q_nope, q_rope = query.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
         latent, k_rope = self.kv_a_proj_with_mqa(states).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
         q_rope = apply_rope(q_rope, cos.unsqueeze(1), sin.unsqueeze(1))  # (B, N, S, P)
-        entries = torch.cat((self.kv_a_layernorm(latent), apply_rope(k_rope, cos, sin)), dim=-1)  # (B, S, R+P)
+        new_kv = torch.cat((self.kv_a_layernorm(latent), apply_rope(k_rope, cos, sin)), dim=-1)  # (B, S, R+P)
         if past is None:
-            heads = self.expanded(q_nope, q_rope, entries, None)
+            heads = self.expanded(q_nope, q_rope, new_kv, None)
         else:
-            heads = past.attend(layer, self, q_nope, q_rope, entries)
+            heads = past.attend(layer, self, q_nope, q_rope, new_kv)
         return self.o_proj(heads.transpose(1, 2).flatten(2))  # (B, S, H)
 
-    def expanded(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, mask: Tensor | None) -> Tensor:
-        """Heads (B, N, S, V) of queries over ``entries`` (B, L, R+P), their keys and values written out.
+    def expanded(self, q_nope: Tensor, q_rope: Tensor, latent_kv: Tensor, mask: Tensor | None) -> Tensor:
+        """Heads (B, N, S, V) of queries over ``latent_kv`` (B, L, R+P), their keys and values written out.
 
-        ``mask`` (…, S, L) is true where a query may look; None means causal, for as many queries as entries, or, where
+        ``mask`` (…, S, L) is true where a query may look; None means causal, for as many queries as keys, or, where
         flash_attn is used, for the last S of them.
         """
         config = self.config
-        latent, k_rope = entries.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+        latent, k_rope = latent_kv.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
         expanded = self.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2)
         k_nope, value = expanded.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)  # (B, N, L, Q), (…, V)
         query = torch.cat((q_nope, q_rope), dim=-1)
@@ -138,19 +138,19 @@ class Attention(nn.Module):
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale
         )  # (B, N, S, V)
 
-    def absorbed(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, mask: Tensor | None) -> Tensor:
-        """The same with queries taken into the latent space; ``mask`` None lets every query see every entry."""
+    def absorbed(self, q_nope: Tensor, q_rope: Tensor, latent_kv: Tensor, mask: Tensor | None) -> Tensor:
+        """The same with queries taken into the latent space; ``mask`` None lets every query see everything."""
         rank, heads, batch = self.config.kv_lora_rank, *q_nope.shape[1::-1]
         up = self.kv_b_proj.weight.view(heads, -1, rank)  # (N, Q+V, R)
         to_key, to_value = up.split((self.config.qk_nope_head_dim, self.config.v_head_dim), dim=1)
-        # plain batched products, by head or by row: a broadcast one copies the entries for every head
+        # plain batched products, by head or by row: a broadcast one copies ``latent_kv`` for every head
         lifted = q_nope.transpose(0, 1).flatten(1, 2) @ to_key  # (N, B S, R)
         query = torch.cat((lifted.unflatten(1, (batch, -1)).transpose(0, 1), q_rope), dim=-1)  # (B, N, S, R+P)
-        scores = (query.flatten(1, 2) @ entries.transpose(1, 2)).float() * self.scale  # (B, N S, L)
+        scores = (query.flatten(1, 2) @ latent_kv.transpose(1, 2)).float() * self.scale  # (B, N S, L)
         scores = scores.unflatten(1, (heads, -1))  # (B, N, S, L)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
-        mixed = scores.softmax(-1).to(entries.dtype).flatten(1, 2) @ entries  # (B, N S, R+P)
+        mixed = scores.softmax(-1).to(latent_kv.dtype).flatten(1, 2) @ latent_kv  # (B, N S, R+P)
         latent = mixed[..., :rank].unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2)  # (N, B S, R)
         answers = to_value @ latent.transpose(1, 2)  # (N, V, B S)
         return answers.transpose(1, 2).unflatten(1, (batch, -1)).transpose(0, 1)  # (B, N, S, V)

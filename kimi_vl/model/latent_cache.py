@@ -64,8 +64,8 @@ class _Rows:
     length: int
     mask: Tensor | None
 
-    def attend(self, layer: int, attention: Attention, q_nope: Tensor, q_rope: Tensor, entries: Tensor) -> Tensor:
+    def attend(self, layer: int, attention: Attention, q_nope: Tensor, q_rope: Tensor, new_kv: Tensor) -> Tensor:
         rows = torch.arange(self.positions.shape[0], device=self.positions.device).unsqueeze(1)  # (B, 1)
-        self.states[layer][rows, self.positions] = entries
+        self.states[layer][rows, self.positions] = new_kv
         form = attention.absorbed if q_nope.shape[2] == 1 else attention.expanded
         return form(q_nope, q_rope, self.states[layer, :, : self.length], self.mask)

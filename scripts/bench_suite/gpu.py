@@ -208,7 +208,7 @@ def decoder_against_float64(job: Job) -> None:
         for name, decoder in (("float64", exact), ("torch", plain), ("triton", fused)):
             dtype = torch.float64 if name == "float64" else torch.bfloat16
             cache = PagedCache(config.text_config, rows * pages, size, dtype=dtype, device=device)
-            cache.entries.copy_(past)
+            cache.kv_cache.copy_(past)
             step = cache.step(chunks)
             with torch.inference_mode():
                 results[name] = decoder.states(states.to(dtype), step).double()

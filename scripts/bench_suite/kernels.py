@@ -2,9 +2,9 @@
 
 The ceilings are measured first: bytes a second of a large copy (read and written), and operations a second of a large
 matrix product. Bytes are the fewest that an operation has to move, so a share of the copy says how far there is to go;
-what only reads can pass 100 %. Weights and entries rotate among enough sets that no cache holds them, as in a model,
-where other layers come between; activations are as warm as they are there. On a GPU calls are replayed from a graph,
-unless the operation waits for the host, which the table then says.
+what only reads can pass 100 %. Weights and the KV cache rotate among enough sets that no cache holds them, as in a
+model, where other layers come between; activations are as warm as they are there. On a GPU calls are replayed from a
+graph, unless the operation waits for the host, which the table then says.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ class Cases:
         width, pages = widths.rank + widths.rope, -(-context // size)
         read = 2 * rows * context * width
         count = _sets(read, self.cold)
-        entries = self.inputs.normal(count * rows * pages, size, width)
-        places = self.inputs.shuffled(len(entries)).view(count, rows, pages)
+        kv_cache = self.inputs.normal(count * rows * pages, size, width)
+        places = self.inputs.shuffled(len(kv_cache)).view(count, rows, pages)
         seq_lens = torch.full((rows,), context, dtype=torch.int32, device=self.device)
         scale, to_value = 2 * width**-0.5, self.inputs.to_value()
         calls = []
@@ -172,7 +172,7 @@ class Cases:
             page_table[:, :pages] = own
             query = self.inputs.normal(rows, widths.heads, width)
             seen = DecodeMetadata(page_table, seq_lens, size, [context] * rows)
-            calls.append(Call("mla_decode", (query, entries, seen, scale, to_value), 3))
+            calls.append(Call("mla_decode", (query, kv_cache, seen, scale, to_value), 3))
         nbytes = read + 2 * rows * widths.heads * (width + widths.nope) + to_value.nbytes
         operations = 2 * rows * widths.heads * (context * (width + widths.rank) + widths.rank * widths.nope)
         return Case("mla_decode", f"{rows} rows of {context}", calls, nbytes, operations)

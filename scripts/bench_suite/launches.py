@@ -72,7 +72,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of one decode step of all layers, and the fewest: weights, the entries that are looked at, and nothing
+    """Bytes of one decode step of all layers, and the fewest: weights, the KV cache that is read, and nothing
     else."""
 
     way: str
@@ -284,7 +284,7 @@ def count_bytes(
 
         own, vocabulary = -(-context // PAGE), config.text_config.vocab_size
         cache = PagedCache(config.text_config, sequences * own, PAGE, dtype=torch.bfloat16, device="cuda:0")
-        _values(cache.entries).normal_(generator=torch.Generator().manual_seed(2))
+        _values(cache.kv_cache).normal_(generator=torch.Generator().manual_seed(2))
         decoder = FusedDecoder(model.language_model, replace(ops, norm_router=norm_router))
         static = StaticDecoder(model, decoder, cache, sequences)
         inputs = [

@@ -259,12 +259,12 @@ class SharedPast:
     def at(self, positions: Tensor) -> SharedPast:
         return self
 
-    def attend(self, layer: int, attention: Attention, q_nope: Tensor, q_rope: Tensor, entries: Tensor) -> Tensor:
-        self.present[layer] = entries
+    def attend(self, layer: int, attention: Attention, q_nope: Tensor, q_rope: Tensor, new_kv: Tensor) -> Tensor:
+        self.present[layer] = new_kv
         if self.rows is None:
-            return attention.expanded(q_nope, q_rope, entries, None)
-        seen = torch.cat((self.past[layer].index_select(0, self.rows), entries), dim=1)
-        own, length = entries.shape[1], seen.shape[1]
+            return attention.expanded(q_nope, q_rope, new_kv, None)
+        seen = torch.cat((self.past[layer].index_select(0, self.rows), new_kv), dim=1)
+        own, length = new_kv.shape[1], seen.shape[1]
         mask = torch.ones(own, length, dtype=torch.bool).tril(length - own)
         return attention.expanded(q_nope, q_rope, seen, mask)
 

@@ -82,7 +82,7 @@ from kimi_vl.kernels.startup_check import Calls
 options, ops, seen = EngineOptions(), triton_ops(), set()
 
 
-def remember(run, kernel, arguments, options):
+def record(run, kernel, arguments, options):
     options = {name: value for name, value in options.items() if name not in ("grid", "warmup")}
     options |= {"debug": False, "instrumentation_mode": ""}
     _, keys, _, _, binder = kernel.device_caches[90]
@@ -96,7 +96,7 @@ def taken():
     return last
 
 
-with cards.launches(remember):
+with cards.launches(record):
     for operation in OPERATIONS:
         for call in cards.calls(options).of(operation):
             call.run(ops)
@@ -126,7 +126,7 @@ with cards.launches(remember):
             ((), torch.int64), ((2048,), torch.bfloat16),
         ))
         decode = DecodeMetadata(whole, at.int(), 32)
-        decoder.states(states, StepMetadata(cache.entries, at, at, decode))  # as in a graph
+        decoder.states(states, StepMetadata(cache.kv_cache, at, at, decode))  # as in a graph
     mixed = taken()
 
 print(json.dumps([sorted(warmed), sorted(prompts), sorted(mixed)]))

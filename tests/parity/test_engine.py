@@ -227,7 +227,7 @@ def test_a_neighbour_that_fails_changes_nothing(model, engine, monkeypatch, faul
             if fault == "memory":
                 raise torch.OutOfMemoryError("planted")
             if fault == "not finite":
-                self._cache.entries[:, bad[0].request.pages] = float("nan")
+                self._cache.kv_cache[:, bad[0].request.pages] = float("nan")
         return forward(self, chunks)
 
     class Rude(Listener):
@@ -264,7 +264,7 @@ def test_values_that_are_not_finite_do_not_outlive_their_request(model):
     )
     right = ask(engine, ids_of(9), max_new_tokens=6)
     settle(engine)
-    engine._cache.entries.fill_(float("nan"))
+    engine._cache.kv_cache.fill_(float("nan"))
     engine.scheduler.pool = type(engine.scheduler.pool)(engine.scheduler.pool.count)
     together = [send(engine, ids_of(9), max_new_tokens=6)[0], send(engine, ids_of(30, 4), max_new_tokens=6)[0]]
     assert together[0].result() == right
@@ -443,7 +443,7 @@ def test_a_step_reads_the_context_in_use_and_not_the_capacity(model):
 @torch.inference_mode()
 def test_sequences_of_different_lengths_read_no_page_but_their_own(model):
     cache = PagedCache(model.config.text_config, 6, 8, dtype=torch.float32)
-    cache.entries.fill_(float("nan"))
+    cache.kv_cache.fill_(float("nan"))
     cache.clear([3, 1, 5, 2])
     step = cache.step([Chunk([3, 1, 5], 17, 18), Chunk([2], 4, 5), Chunk([1, 2], 8, 12)])
     decoder = FusedDecoder(copy.deepcopy(model).language_model, kernels.TORCH)

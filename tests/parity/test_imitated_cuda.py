@@ -238,15 +238,15 @@ def copies_results_to_pageable_memory(patch: Patch) -> None:
 
 def indexes_with_the_host(patch: Patch) -> None:
     def clear(cache: PagedCache, pages: Sequence[int]) -> None:
-        cache.entries[:, torch.tensor([*pages])] = 0
+        cache.kv_cache[:, torch.tensor([*pages])] = 0
 
     patch.setattr(PagedCache, "clear", clear)
 
 
 def copies_from_pageable_memory_while_steps_overlap(patch: Patch) -> None:
     def clear(cache: PagedCache, pages: Sequence[int]) -> None:
-        places = torch.tensor([*pages]).to(cache.entries.device, non_blocking=True)
-        cache.entries.index_fill_(1, places, 0)
+        places = torch.tensor([*pages]).to(cache.kv_cache.device, non_blocking=True)
+        cache.kv_cache.index_fill_(1, places, 0)
 
     patch.setattr(PagedCache, "clear", clear)
 

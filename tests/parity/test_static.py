@@ -80,7 +80,7 @@ def ops(name: str) -> kernels.Ops:
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("name", "alone"), [("torch", False), ("torch", True), ("triton", False)])
-def test_the_fused_decoder_is_the_model(model, name, alone, dtype, anything_is_laid_out):
+def test_the_fused_decoder_is_the_model(model, name, alone, dtype, anything_is_packed):
     """Single tokens and chunks, with and without a past, in one step, or one sequence ``alone``, which takes packed
     weights where it can; the entries that are written are compared, too."""
     exact, half = copy.deepcopy(model).double(), copy.deepcopy(model).to(getattr(torch, dtype))
@@ -93,24 +93,24 @@ def test_the_fused_decoder_is_the_model(model, name, alone, dtype, anything_is_l
 
     def fused() -> tuple[Tensor, Tensor, Tensor]:
         cache = PagedCache(text, 9, 8, dtype=half.dtype)
-        cache.entries.copy_(past.bfloat16())
+        cache.kv_cache.copy_(past.bfloat16())
         decoder = FusedDecoder(copy.deepcopy(half).language_model, ops(name))
         states = decoder.states(half.embed(ids), cache.step(chunks))
-        return states.double(), decoder.logits(states).double(), cache.entries.double()
+        return states.double(), decoder.logits(states).double(), cache.kv_cache.double()
 
     def model_alone(of: KimiVL) -> tuple[Tensor, Tensor, Tensor]:
         """Each chunk by itself, in a plain cache that begins as its pages do."""
-        states, entries, first = [], past.bfloat16().double(), 0
+        states, kv_cache, first = [], past.bfloat16().double(), 0
         for chunk in chunks:
             cache, new = LatentCache(text, 1, 24, dtype=of.dtype), ids[first : first + chunk.end - chunk.begin]
-            own = entries[:, chunk.pages].flatten(1, 2)  # (layers, capacity, R+P)
+            own = kv_cache[:, chunk.pages].flatten(1, 2)  # (layers, capacity, R+P)
             cache._states[:, 0, : chunk.begin] = own[:, : chunk.begin].to(of.dtype)
             positions = torch.arange(chunk.begin, chunk.end).unsqueeze(0)
             states.append(of.language_model(of.embed(new.unsqueeze(0)), positions, cache)[0])
             own[:, chunk.begin : chunk.end] = cache._states[:, 0, chunk.begin : chunk.end].double()
-            entries[:, chunk.pages] = own.unflatten(1, (-1, 8))
+            kv_cache[:, chunk.pages] = own.unflatten(1, (-1, 8))
             first += len(new)
-        return torch.cat(states).double(), of.language_model.lm_head(torch.cat(states)).double(), entries
+        return torch.cat(states).double(), of.language_model.lm_head(torch.cat(states)).double(), kv_cache
 
     wanted, beside = model_alone(exact), model_alone(half)
     for found, plainly, right in zip(fused(), beside, wanted, strict=True):
@@ -250,7 +250,7 @@ def test_a_neighbour_that_fails_changes_nothing(plain, engine, monkeypatch, faul
         if fault == ("overlapped launch" if early else "launch"):
             raise torch.OutOfMemoryError("planted")
         if fault == "not finite":
-            engine._cache.entries[:, [each.pages[0] for each in sequences if each.number == number]] = float("nan")
+            engine._cache.kv_cache[:, [each.pages[0] for each in sequences if each.number == number]] = float("nan")
         return launch(self, sequences)
 
     sampled = Sampling(1, 1, 0, 99)
@@ -282,7 +282,7 @@ def test_entries_of_steps_that_did_not_count_reach_nobody(model, plain):
     """Few pages, so that each is used again at once; requests that end early leave a step under way."""
     engine = with_buffers(model, options=replace(SMALL, cache_bytes=PagedCache.page_bytes(
         model.config.text_config, 8, torch.float32) * 12))  # fmt: skip
-    engine._cache.entries.fill_(float("nan"))
+    engine._cache.kv_cache.fill_(float("nan"))
     requests = [(ids_of(3 + n % 9, n), [], 3 + n % 7) for n in range(20)]
     sent = [send(engine, *request)[0] for request in requests]
     assert [listener.result() for listener in sent] == [ask(plain, *request) for request in requests]
@@ -342,7 +342,7 @@ def test_capturing_between_two_steps_leaves_the_tokens_that_the_second_takes(mod
         engine = with_buffers(model, Recorder())
         static = engine._static
         assert static is not None
-        engine._cache.entries.zero_()
+        engine._cache.kv_cache.zero_()
         inputs = [graphs.DecodeInput(3 + place, 0, [place], SAMPLINGS[0], 0.5, 1024) for place in range(2)]
         sampled, _ = static.launch(inputs).read()
         tokens = sampled if given else [None, None]

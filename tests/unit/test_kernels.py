@@ -117,14 +117,14 @@ CASES: dict[str, Callable[[torch.dtype], Call]] = {
     "router, 16 tokens": lambda dtype: Inputs(ODD, dtype).norm_router(16),
     "router, 35 tokens": lambda dtype: Inputs(ODD, dtype).norm_router(35),
     "router, real width": lambda dtype: Inputs(dtype=dtype).norm_router(17),
-    "entries, one token": lambda dtype: Inputs(ODD, dtype).mla_prepare(1),
-    "entries, tokens without a slot": lambda dtype: Inputs(ODD, dtype).mla_prepare(5, unwritten=2),
-    "entries, tokens of chunks": lambda dtype: Inputs(ODD, dtype).mla_prepare(37, 18),
-    "entries, chunks alone": lambda dtype: Inputs(ODD, dtype).mla_prepare(17, 0),
-    "entries, as many heads as a tile and more": lambda dtype: Inputs(WIDE_HEADS, dtype).mla_prepare(2, 1),
-    "entries, more columns than a program's": lambda dtype: Inputs(WIDE_RANK, dtype).mla_prepare(3),
-    "entries, real width": lambda dtype: Inputs(dtype=dtype).mla_prepare(3, 2),
-    "attention, one entry": lambda dtype: Inputs(ODD, dtype).mla_decode([1]),
+    "prepare, one token": lambda dtype: Inputs(ODD, dtype).mla_prepare(1),
+    "prepare, tokens without a slot": lambda dtype: Inputs(ODD, dtype).mla_prepare(5, unwritten=2),
+    "prepare, tokens of chunks": lambda dtype: Inputs(ODD, dtype).mla_prepare(37, 18),
+    "prepare, chunks alone": lambda dtype: Inputs(ODD, dtype).mla_prepare(17, 0),
+    "prepare, as many heads as a tile and more": lambda dtype: Inputs(WIDE_HEADS, dtype).mla_prepare(2, 1),
+    "prepare, more columns than a program's": lambda dtype: Inputs(WIDE_RANK, dtype).mla_prepare(3),
+    "prepare, real width": lambda dtype: Inputs(dtype=dtype).mla_prepare(3, 2),
+    "attention, one token": lambda dtype: Inputs(ODD, dtype).mla_decode([1]),
     "attention, a page less one": lambda dtype: Inputs(ODD, dtype).mla_decode([7]),
     "attention, a page": lambda dtype: Inputs(ODD, dtype).mla_decode([8]),
     "attention, a page and one": lambda dtype: Inputs(ODD, dtype).mla_decode([9]),
@@ -483,8 +483,8 @@ def test_more_shares_than_are_joined_at_a_time():
     """The last ones weigh most, so that what was joined before them has to fade."""
     widths = Widths(heads=2, rank=16, rope=16)
     call = Inputs(widths, torch.float32).mla_decode([1300])
-    _, entries, decode = call.arguments[:3]
-    entries[decode.page_table[0, -3:].long()] *= 3
+    _, kv_cache, decode = call.arguments[:3]
+    kv_cache[decode.page_table[0, -3:].long()] *= 3
     found = apart(call, call.run(TRITON, splits=30), torch.float32)
     assert found <= 1, found
 
@@ -492,18 +492,20 @@ def test_more_shares_than_are_joined_at_a_time():
 def test_rows_do_not_know_each_other():
     """A row's bits are the same with other neighbours, in another place, with its pages elsewhere."""
     call = Inputs(ODD, torch.float32).mla_decode([30, 100, 5], 16)
-    query, entries, decode, *rest = call.arguments
+    query, kv_cache, decode, *rest = call.arguments
     page_table, seq_lens = decode.page_table, decode.seq_lens
     (together,) = call.run(TRITON, splits=2)
     for row in range(3):
         own = DecodeMetadata(page_table[row : row + 1], seq_lens[row : row + 1], ODD.page_size)
-        alone = TRITON.mla_decode(query[row : row + 1], entries, own, *rest, 2)
+        alone = TRITON.mla_decode(query[row : row + 1], kv_cache, own, *rest, 2)
         assert torch.equal(alone[0], together[row])
-    moved = torch.randperm(len(entries), generator=torch.Generator().manual_seed(1))
+    moved = torch.randperm(len(kv_cache), generator=torch.Generator().manual_seed(1))
     places = torch.where(page_table >= 0, moved.argsort()[page_table.clamp(min=0).long()], -1).int()
     order = [2, 0, 1]
     query[1] = float("nan")
-    other = TRITON.mla_decode(query[order], entries[moved], DecodeMetadata(places[order], seq_lens[order], 8), *rest, 2)
+    other = TRITON.mla_decode(
+        query[order], kv_cache[moved], DecodeMetadata(places[order], seq_lens[order], 8), *rest, 2
+    )
     assert torch.equal(other[:2], together[[2, 0]])
     assert other[2].isnan().all()
 
@@ -511,13 +513,13 @@ def test_rows_do_not_know_each_other():
 def test_lengths_grow_under_the_same_launch():
     """A captured graph is replayed with the same shapes: nothing but the lengths' values may say how far to go."""
     call = Inputs(ODD, torch.float32).mla_decode([200, 180], 32)
-    entries, decode = call.arguments[1:3]
-    full = entries.clone()
+    kv_cache, decode = call.arguments[1:3]
+    full = kv_cache.clone()
     for count in (1, 8, 65, 129, 180):
-        entries.copy_(full)
+        kv_cache.copy_(full)
         for row, length in enumerate((200, 180)):  # what is to come is not there yet
             for at in range(count, length):
-                entries[decode.page_table[row, at // ODD.page_size], at % ODD.page_size] = float("nan")
+                kv_cache[decode.page_table[row, at // ODD.page_size], at % ODD.page_size] = float("nan")
         decode.seq_lens.fill_(count)
         found = apart(call, call.run(TRITON), torch.float32)
         assert found <= 1, (count, found)
@@ -576,12 +578,12 @@ def test_unwritten_entries_stay_as_they_are(fences: Fences):
 def test_tokens_of_chunks_are_not_absorbed(decoding: int):
     """Each token has the same bits wherever it stands among those that decode and those that do not."""
     call = Inputs(ODD, torch.float32).mla_prepare(20)
-    whole, _, entries = call.run(TRITON)
+    whole, _, kv_cache = call.run(TRITON)
     call = with_arguments(call, lambda values: values.__setitem__(7, decoding))
     absorbed, rotated, same = call.run(TRITON)
     assert torch.equal(absorbed, whole[:decoding])
     assert torch.equal(rotated, whole[decoding:, :, ODD.rank :])
-    assert torch.equal(same, entries)
+    assert torch.equal(same, kv_cache)
 
 
 def test_what_the_kernels_do_not_take():
@@ -672,13 +674,13 @@ MISTAKES: dict[str, tuple[str, Callable[[list[Any]], None]]] = {
     "shared experts left out": ("experts", _changed(5, lambda shared: None)),
     "shared gate and up swapped": ("experts", _changed(5, lambda shared: (shared[1], shared[0], shared[2]))),
     "half of the shared experts": ("experts", _changed(5, lambda shared: (shared[0], shared[1], shared[2] * 0.5))),
-    "cosine and sine swapped": ("entries, tokens without a slot", _changed(3, lambda rope: rope.roll(ODD.rope, 1))),
-    "sine negated": ("entries, tokens without a slot", _changed(3, _turned_back)),
-    "another slot": ("entries, tokens without a slot", _changed(5, lambda slot_mapping: slot_mapping.roll(1))),
-    "latent's weight left out": ("entries, tokens without a slot", _changed(2, torch.ones_like)),
-    "rotary part first": ("entries, tokens without a slot", _changed(0, lambda joined: joined.roll(ODD.rope, 1))),
-    "another head's key": ("entries, tokens without a slot", _changed(1, _unlike)),
-    "one entry too few": (
+    "cosine and sine swapped": ("prepare, tokens without a slot", _changed(3, lambda rope: rope.roll(ODD.rope, 1))),
+    "sine negated": ("prepare, tokens without a slot", _changed(3, _turned_back)),
+    "another slot": ("prepare, tokens without a slot", _changed(5, lambda slot_mapping: slot_mapping.roll(1))),
+    "latent's weight left out": ("prepare, tokens without a slot", _changed(2, torch.ones_like)),
+    "rotary part first": ("prepare, tokens without a slot", _changed(0, lambda joined: joined.roll(ODD.rope, 1))),
+    "another head's key": ("prepare, tokens without a slot", _changed(1, _unlike)),
+    "one cached token too few": (
         "attention, pages shared",
         _changed(2, lambda decode: dataclasses.replace(decode, seq_lens=decode.seq_lens - 1)),
     ),
