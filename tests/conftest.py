@@ -11,7 +11,7 @@ pytest_plugins = ["tests.rings"]
 
 
 @pytest.fixture
-def anything_is_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights have strips on a machine that lacks the instructions or the memory, too."""
+def anything_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are packed on a machine that lacks the instructions or the memory, too."""
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr("kimi_vl.device.memory.available", lambda: 2**40)

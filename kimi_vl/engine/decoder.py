@@ -25,7 +25,7 @@ from ..model.language import LATENT_NORM_EPS, Attention, LanguageModel, Layer, M
 class FusedDecoder:
     """Takes the place of a :class:`LanguageModel` in a step of the engine; parameters are shared with it.
 
-    They are not to be changed after that: some are laid out anew.
+    They are not to be changed after that: some are packed.
     """
 
     def __init__(self, model: LanguageModel, ops: Ops):
@@ -35,12 +35,12 @@ class FusedDecoder:
         # each other, which costs a CPU half of its speed. This one's pool ends with it.
         with ThreadPoolExecutor(1) as pool:
             self._projections = list(pool.map(_Projections, [layer.self_attn for layer in layers]))
-            self._laid_out = pool.submit(ops.lay_out, *self._weights(layers)).result()
+            self._packed = pool.submit(ops.prepack, *self._weights(layers)).result()
             self._rope = pool.submit(_rope, model).result()  # (max_position_embeddings, 2P)
-        self._besides = {"laid_out": self._laid_out} if self._laid_out else {}
+        self._besides = {"packed": self._packed} if self._packed else {}
 
     def _weights(self, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Experts]]:
-        """What products read, apart from experts, and these."""
+        """The weights of GEMMs apart from experts, and these."""
         weights, experts = [self._model.lm_head.weight], []
         for layer, projections in zip(layers, self._projections, strict=True):
             weights += [projections.joined, projections.to_key, projections.to_value, layer.self_attn.o_proj.weight]
@@ -70,12 +70,12 @@ class FusedDecoder:
                 delta = ops.moe(normed, chosen, weights, *_experts(layer.mlp), **self._besides)
             else:
                 residual, normed = ops.add_rms_norm(residual, delta, norm.weight, norm.eps)
-                delta = mlp(normed, layer.mlp.weights, self._laid_out)
+                delta = mlp(normed, layer.mlp.weights, self._packed)
         return ops.add_rms_norm(residual, delta, decoder.norm.weight, decoder.norm.eps)[1]
 
     def logits(self, states: Tensor) -> Tensor:
         """float32 scores (T, vocab_size) of final states (T, H), row after row in memory."""
-        scores = project(states, self._model.lm_head.weight, self._laid_out)
+        scores = project(states, self._model.lm_head.weight, self._packed)
         return scores.to(torch.float32, memory_format=torch.contiguous_format)
 
     def _attend(
@@ -91,7 +91,7 @@ class FusedDecoder:
         values written out."""
         config, ops, decoding = attention.config, self._ops, len(step.decode.seq_lens)
         # kernels take tokens in one piece
-        joined = project(normed, projections.joined, self._laid_out).contiguous()  # (T, N (Q+P) + R+P)
+        joined = project(normed, projections.joined, self._packed).contiguous()  # (T, N (Q+P) + R+P)
         absorbed, rotated = ops.mla_prepare(
             joined, projections.to_key, attention.kv_a_layernorm.weight, rope, kv_cache, step.slot_mapping,
             LATENT_NORM_EPS, decoding, **self._besides,
@@ -110,7 +110,7 @@ class FusedDecoder:
             q, r = (part.transpose(0, 1).unsqueeze(0) for part in (query, rotated[own]))  # (1, N, S, Q), (1, N, S, P)
             parts.append(attention.expanded(q, r, past, chunk.mask)[0].transpose(0, 1).flatten(1))  # (S, N V)
         states = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return project(states, attention.o_proj.weight, self._laid_out)
+        return project(states, attention.o_proj.weight, self._packed)
 
 
 @torch.no_grad()
@@ -145,6 +145,6 @@ class _Projections:
         up = attention.kv_b_proj.weight.view(config.num_attention_heads, -1, config.kv_lora_rank)  # (N, Q+V, R)
         to_key, to_value = up.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
         halves = to_key, to_value.transpose(1, 2)
-        if weight.device.type == "cpu":  # where a product would copy them, each time
+        if weight.device.type == "cpu":  # where bmm would copy them, each time
             halves = tuple(half.contiguous() for half in halves)
         self.to_key, self.to_value = (half.transpose(1, 2) for half in halves)

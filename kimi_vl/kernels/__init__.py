@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..model import flash_attention as flash
 from ..model.config import TextConfig
-from . import plain, reference, strips
-from .strips import Experts, Strips, mlp, project
+from . import packed_weights, plain, reference
+from .packed_weights import Experts, PackedWeight, mlp, project
 
 __all__ = [
     "OPERATIONS",
@@ -47,8 +47,8 @@ class Ops:
     """One implementation of every operation; :mod:`kimi_vl.kernels.reference` says what each computes.
 
     ``static`` ones never make the host wait, and leave tokens without a slot unwritten: what steps over buffers that
-    stay (:mod:`kimi_vl.engine.cuda_graphs`) need. ``lay_out`` makes of weights what may be taken in their place: by
-    products, and by ``moe``, ``mla_prepare`` and ``mla_decode`` of the same table as their ``laid_out``.
+    stay (:mod:`kimi_vl.engine.cuda_graphs`) need. ``prepack`` packs weights for what may take them packed:
+    :func:`project`, :func:`mlp`, and ``moe``, ``mla_prepare`` and ``mla_decode`` of the same table as their ``packed``.
     """
 
     name: str
@@ -58,11 +58,11 @@ class Ops:
     moe: Callable[..., Tensor]
     mla_prepare: Callable[..., tuple[Tensor, Tensor]]
     mla_decode: Callable[..., Tensor]
-    lay_out: Callable[[Sequence[Tensor], Sequence[Experts]], dict[Tensor, Strips]] = lambda weights, experts: {}
+    prepack: Callable[[Sequence[Tensor], Sequence[Experts]], dict[Tensor, PackedWeight]] = lambda weights, experts: {}
 
 
 OPERATIONS = tuple(
-    field.name for field in dataclasses.fields(Ops) if field.name not in ("name", "static", "lay_out")
+    field.name for field in dataclasses.fields(Ops) if field.name not in ("name", "static", "prepack")
 )  # fmt: skip
 
 
@@ -94,7 +94,7 @@ TORCH = Ops(
     plain.moe,
     plain.mla_prepare,
     plain.mla_decode,
-    strips.lay_out,
+    packed_weights.prepack,
 )
 
 

@@ -17,14 +17,14 @@ from torch import Tensor
 from ..model.language import apply_rope, project
 from . import reference
 from .attention_metadata import Block, DecodeMetadata
-from .strips import Strips, mlp
+from .packed_weights import PackedWeight, mlp
 
 # Shapes as in `reference`.
 
 _FEW = 16  # tokens that are taken as columns
-_GROUPED = ((9, 0), (10, 0))  # compute capabilities for which torch has a grouped product
-_HIDDEN = 128  # tokens whose products with one expert take no longer than reading its weights
-_NONE: Mapping[Tensor, Strips] = MappingProxyType({})
+_GROUPED = ((9, 0), (10, 0))  # compute capabilities for which torch has a grouped GEMM
+_HIDDEN = 128  # tokens whose GEMMs with one expert take no longer than reading its weights
+_NONE: Mapping[Tensor, PackedWeight] = MappingProxyType({})
 
 
 def moe(
@@ -34,26 +34,26 @@ def moe(
     gate_up: Tensor,
     down: Tensor,
     shared: tuple[Tensor, Tensor, Tensor] | None = None,
-    laid_out: Mapping[Tensor, Strips] = _NONE,
+    packed: Mapping[Tensor, PackedWeight] = _NONE,
 ) -> Tensor:
-    """``laid_out`` are strips of some of the weights; see :func:`kimi_vl.kernels.strips.lay_out`."""
-    if len(states) == 1 and gate_up in laid_out:
-        return _of_one(states, chosen, weights, laid_out[gate_up], laid_out[down], len(down))
+    """``packed`` has some of the weights packed; see :func:`kimi_vl.kernels.packed_weights.prepack`."""
+    if len(states) == 1 and gate_up in packed:
+        return _of_one(states, chosen, weights, packed[gate_up], packed[down], len(down))
     if states.device.type != "cpu":
         outputs = _on_device(states, chosen, down)(states, chosen, gate_up, down)
     elif 1 < len(states) <= _FEW and states.dtype == torch.bfloat16:
-        outputs = _of_few(states, chosen, gate_up, down, laid_out)
+        outputs = _of_few(states, chosen, gate_up, down, packed)
     else:
         outputs = _by_expert(states, chosen, gate_up, down)
     routed = torch.bmm(weights.unsqueeze(1), outputs.to(weights.dtype)).squeeze(1).to(states.dtype)  # (T, H)
-    return routed if shared is None else routed + mlp(states, shared, laid_out)
+    return routed if shared is None else routed + mlp(states, shared, packed)
 
 
 def _on_device(states: Tensor, chosen: Tensor, down: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """How a device computes the experts' outputs (T, K, H), by what is read and written and by who has to wait.
 
-    Where products are not grouped, gathering moves three times the weights of T K experts, products with all of them
-    those of E. These compute E / K times as much as there is to do, which reading the weights hides up to about 128
+    Without a grouped GEMM, gathering moves three times the weights of T K experts, GEMMs with all experts those of E.
+    These compute E / K times as much as there is to do, which reading the weights hides up to about 128
     tokens. Longer steps are worth a wait in each layer.
     """
     if _groupable(states, down):
@@ -63,23 +63,28 @@ def _on_device(states: Tensor, chosen: Tensor, down: Tensor) -> Callable[[Tensor
     return _of_all if len(states) <= _HIDDEN else _by_expert
 
 
-def _of_one(states: Tensor, chosen: Tensor, weights: Tensor, gate_up: Strips, down: Strips, routed: int) -> Tensor:
+def _of_one(
+    states: Tensor, chosen: Tensor, weights: Tensor, gate_up: PackedWeight, down: PackedWeight, routed: int
+) -> Tensor:
     """All of it for one token, to whom the shared experts, behind ``routed`` others, are as those that it chose."""
     shared = torch.arange(routed, down.count, dtype=chosen.dtype)
     experts, weights = torch.cat((chosen[0], shared)), F.pad(weights[0], (0, len(shared)), value=1.0)  # (n)
-    outputs = _from_strips(states.expand(len(experts), -1), experts, gate_up, down)  # (n, H)
+    outputs = _from_packed(states.expand(len(experts), -1), experts, gate_up, down)  # (n, H)
     return (weights @ outputs.to(weights.dtype)).unsqueeze(0).to(states.dtype)
 
 
-def _of_few(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor, laid_out: Mapping[Tensor, Strips]) -> Tensor:
-    """Outputs (T, K, H) of the experts; tokens stay columns, as products with the weight first have them.
+def _of_few(
+    states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor, packed: Mapping[Tensor, PackedWeight]
+) -> Tensor:
+    """Outputs (T, K, H) of the experts; tokens stay columns, as in the W·xᵀ layout of
+    :func:`kimi_vl.model.language.project`.
 
-    What experts have to do for one token alone is done from strips where they exist, for all of these at once.
+    What experts have to do for one token alone takes packed weights where they exist, in one call for all of these.
     """
     places: dict[int, list[int]] = {}  # of experts in ``chosen``, read row by row
     for place, expert in enumerate(chosen.flatten().tolist()):
         places.setdefault(expert, []).append(place)
-    alone = {expert: own for expert, own in places.items() if len(own) == 1 and gate_up in laid_out}
+    alone = {expert: own for expert, own in places.items() if len(own) == 1 and gate_up in packed}
     several = {expert: own for expert, own in places.items() if expert not in alone}
     order = torch.tensor([*itertools.chain(*several.values(), *alone.values())])  # (T K), those of ``several`` first
     tokens = states[order // chosen.shape[1]]  # (T K, H)
@@ -88,7 +93,7 @@ def _of_few(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor, laid_
     outputs = _each(F.silu(gate) * up, several, down)  # (H, n)
     if alone:
         experts = chosen.flatten()[order[count:]]
-        others = _from_strips(tokens[count:], experts, laid_out[gate_up], laid_out[down])
+        others = _from_packed(tokens[count:], experts, packed[gate_up], packed[down])
         outputs = torch.cat((outputs, others.t()), dim=1)
     return outputs.t()[order.argsort()].unflatten(0, chosen.shape)
 
@@ -96,23 +101,23 @@ def _of_few(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor, laid_
 def _each(columns: Tensor, places: Mapping[int, list[int]], weight: Tensor) -> Tensor:
     """(O, n) of ``columns`` (I, n), of which each expert has as many side by side as it has ``places``."""
     shares = [len(own) for own in places.values()]
-    products = columns.new_empty(weight.shape[1], columns.shape[1])
-    for expert, own, product in zip(places, columns.split(shares, 1), products.split(shares, 1), strict=True):
+    outputs = columns.new_empty(weight.shape[1], columns.shape[1])
+    for expert, own, output in zip(places, columns.split(shares, 1), outputs.split(shares, 1), strict=True):
         if own.shape[1] > 1:
-            torch.mm(weight[expert], own, out=product)
+            torch.mm(weight[expert], own, out=output)
         else:
-            product.copy_(project(own.t(), weight[expert]).t())
-    return products
+            output.copy_(project(own.t(), weight[expert]).t())
+    return outputs
 
 
-def _from_strips(states: Tensor, experts: Tensor, gate_up: Strips, down: Strips) -> Tensor:
+def _from_packed(states: Tensor, experts: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
     """(n, H) of ``states`` (n, H), each by one of ``experts`` (n)."""
-    gate, up = gate_up.product(states, experts).chunk(2, dim=-1)  # (n, I)
-    return down.product(F.silu(gate) * up, experts)
+    gate, up = gate_up.gemv(states, experts).chunk(2, dim=-1)  # (n, I)
+    return down.gemv(F.silu(gate) * up, experts)
 
 
 def _groupable(states: Tensor, down: Tensor) -> bool:
-    """What torch's grouped product is made for: bfloat16 in rows of 16 bytes, on compute capability 9.0 or 10.0.
+    """What torch's grouped GEMM is made for: bfloat16 in rows of 16 bytes, on compute capability 9.0 or 10.0.
 
     On every other one it copies the offsets to the host and multiplies group by group.
     """
@@ -134,7 +139,7 @@ def _grouped(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> T
 
 
 def _of_gathered(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The same from a copy of the chosen experts' weights, a product for each pair of a token and an expert. The host
+    """The same from a copy of the chosen experts' weights, a GEMV for each pair of a token and an expert. The host
     does not wait; each weight is read, written and read again."""
     count, choices = chosen.shape
     experts = chosen.flatten()  # (T K)
@@ -163,7 +168,7 @@ def _by_expert(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) ->
 
 
 def _expert(states: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """(n, H) of one expert. Many rows are rounded up: oneDNN compiles a product for each number it has not met."""
+    """(n, H) of one expert. Many rows are rounded up: oneDNN compiles a GEMM for each number it has not met."""
     count = len(states)
     rows = F.pad(states, (0, 0, 0, -count % 16)) if count > 16 else states
     gate, up = project(rows, gate_up).chunk(2, dim=-1)  # (n, I)
@@ -179,9 +184,9 @@ def mla_prepare(
     slot_mapping: Tensor,
     eps: float,
     decoding: int,
-    laid_out: Mapping[Tensor, Strips] = _NONE,
+    packed: Mapping[Tensor, PackedWeight] = _NONE,
 ) -> tuple[Tensor, Tensor]:
-    """``laid_out`` are strips of some of the weights."""
+    """``packed`` has some of the weights packed."""
     heads, rank, nope = to_key.shape
     cos, sin = rope.unsqueeze(1).chunk(2, dim=-1)  # (T, 1, P)
     query, latent, key = joined.split((joined.shape[-1] - rank - cos.shape[-1], rank, cos.shape[-1]), dim=-1)
@@ -193,7 +198,7 @@ def mla_prepare(
     rotated = rotated[:, :-1]
     if not decoding:
         return joined.new_empty(0, heads, rank + cos.shape[-1]), rotated
-    absorbed = _per_head(query[:decoding, :, :nope], to_key, laid_out)  # (B, N, R)
+    absorbed = _per_head(query[:decoding, :, :nope], to_key, packed)  # (B, N, R)
     return torch.cat((absorbed, rotated[:decoding]), dim=-1), rotated[decoding:]
 
 
@@ -204,9 +209,9 @@ def mla_decode(
     scale: float,
     to_value: Tensor,
     splits: int = 0,
-    laid_out: Mapping[Tensor, Strips] = _NONE,
+    packed: Mapping[Tensor, PackedWeight] = _NONE,
 ) -> Tensor:
-    """``laid_out`` are strips of some of the weights. The cache is gathered for as many sequences at a time as
+    """``packed`` has some of the weights packed. The cache is gathered for as many sequences at a time as
     :attr:`kimi_vl.kernels.attention_metadata.DecodeMetadata.blocks` has in a block."""
     kv_cache, rank = kv_cache.flatten(0, 1), to_value.shape[-1]
     if len(decode.blocks) == 1:
@@ -215,11 +220,11 @@ def mla_decode(
         mixed = query.new_empty(*query.shape[:2], rank)  # (B, N, R)
         for block in decode.blocks:
             mixed[block.sequences] = _mixed(query[block.sequences], kv_cache, block, scale, rank)
-    return _per_head(mixed, to_value, laid_out)
+    return _per_head(mixed, to_value, packed)
 
 
 def _mixed(query: Tensor, kv_cache: Tensor, block: Block, scale: float, rank: int) -> Tensor:
-    """Sums (b, N, R) of the latents that the queries (b, N, R+P) of one block look at."""
+    """Weighted sums (b, N, R) of the latents that the queries (b, N, R+P) of one block attend to."""
     mask = block.mask
     if not block.slots.numel():
         return query.new_zeros(*query.shape[:2], rank)
@@ -228,9 +233,8 @@ def _mixed(query: Tensor, kv_cache: Tensor, block: Block, scale: float, rank: in
     if query.device.type == "cpu":  # heads as the queries of one head that sees all of them
         visible = None if mask is None else mask[:, None, None]  # (b, 1, 1, L)
         past = past.unsqueeze(1)
-        mixed = F.scaled_dot_product_attention(query.unsqueeze(1), past, past, visible, scale=scale)[
-            :, 0
-        ]  # (b, N, R+P)
+        mixed = F.scaled_dot_product_attention(query.unsqueeze(1), past, past, visible, scale=scale)
+        mixed = mixed[:, 0]  # (b, N, R+P)
     else:
         scores = (query @ past.transpose(1, 2)).float() * scale  # (b, N, L)
         if mask is not None:
@@ -240,7 +244,7 @@ def _mixed(query: Tensor, kv_cache: Tensor, block: Block, scale: float, rank: in
     return mixed if mask is None else mixed.masked_fill(block.empty[:, None, None], 0)
 
 
-def _per_head(states: Tensor, weight: Tensor, laid_out: Mapping[Tensor, Strips]) -> Tensor:
-    """:func:`kimi_vl.kernels.reference.per_head`, from strips where there is one sequence and they exist."""
-    strips = laid_out.get(weight) if len(states) == 1 else None
-    return reference.per_head(states, weight) if strips is None else strips.product(states[0]).unsqueeze(0)
+def _per_head(states: Tensor, weight: Tensor, packed: Mapping[Tensor, PackedWeight]) -> Tensor:
+    """:func:`kimi_vl.kernels.reference.per_head`, from the packed weight where there is one sequence and it exists."""
+    found = packed.get(weight) if len(states) == 1 else None
+    return reference.per_head(states, weight) if found is None else found.gemv(states[0]).unsqueeze(0)

@@ -140,9 +140,9 @@ def _prepare(
         query = tl.load(source + depth[None, :], mask=shown & (depth < nope)[None, :], other=0.0)
         place = head * key_head + columns * key_rank + depth[:, None] * key_nope
         weight = tl.load(to_key + place, mask=(depth < nope)[:, None] & (columns < RANK), other=0.0)
-        product = tl.dot(query, weight, input_precision="ieee")  # (BLOCK_T, BLOCK_C)
+        output = tl.dot(query, weight, input_precision="ieee")  # (BLOCK_T, BLOCK_C)
         target = absorbed + (token * heads + head) * (RANK + ROPE) + columns
-        tl.store(target, product.to(absorbed.dtype.element_ty), mask=shown & (columns < RANK))
+        tl.store(target, output.to(absorbed.dtype.element_ty), mask=shown & (columns < RANK))
 
 
 def mla_prepare(
@@ -163,8 +163,8 @@ def mla_prepare(
     absorbed = torch.empty(decoding, heads, rank + rope_dims, dtype=joined.dtype, device=joined.device)
     rotated = torch.empty(tokens - decoding, heads, rope_dims, dtype=joined.dtype, device=joined.device)
     if tokens:
-        products = heads * -(-rank // _ABSORBED) if decoding else 0
-        _prepare[(1 + heads + products, -(-tokens // _TOKENS))](
+        absorbing = heads * -(-rank // _ABSORBED) if decoding else 0
+        _prepare[(1 + heads + absorbing, -(-tokens // _TOKENS))](
             joined,
             to_key,
             norm_weight,
@@ -327,11 +327,11 @@ def _decode_values(
     place = columns[:, None] * value_column + ranks[None, :] * value_rank
     weight = tl.load(to_value + head * value_head + place, mask=inside[:, None] & in_rank[None, :], other=0.0)
     if BLOCK_B == 1:  # the matrix unit would take 16
-        product = tl.sum(weight.to(tl.float32) * latent.to(tl.float32), axis=1)[None, :]
+        output = tl.sum(weight.to(tl.float32) * latent.to(tl.float32), axis=1)[None, :]
     else:
-        product = tl.dot(latent, tl.trans(weight), input_precision="ieee")
+        output = tl.dot(latent, tl.trans(weight), input_precision="ieee")
     place = (row * heads + head)[:, None] * values + columns[None, :]
-    tl.store(out + place, product.to(out.dtype.element_ty), mask=real[:, None] & inside[None, :])
+    tl.store(out + place, output.to(out.dtype.element_ty), mask=real[:, None] & inside[None, :])
 
 
 @functools.cache

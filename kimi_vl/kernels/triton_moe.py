@@ -1,16 +1,16 @@
 """The mixture of experts at the speed of its weights.
 
 Every token has K routed experts and, where the shared ones are computed here too, those beside them: each such pair
-of a token and an expert is one row of the two matrix products. Two ways:
+of a token and an expert is one row of the two GEMMs. Two ways:
 
-- few pairs: a program takes one pair and a few columns, with the whole depth of the product in flight at once. Nothing
-  is sorted; the second product goes through a token's experts in their order and is also the weighted sum.
+- few pairs: a program takes one pair and a few columns, with the whole depth of the GEMV in flight at once. Nothing
+  is sorted; the second GEMV goes through a token's experts in their order and is also the weighted sum.
 - more: pairs are put in order by expert, each expert's share filled up to whole blocks of rows, and a program computes
   a tile of one block. The order is made in one launch without a host's help: the number of blocks is bounded by the
   shapes, and blocks past the last one end at once. Results are summed per token, again in order.
 
 Nothing is added atomically, so results do not depend on timing. Bytes, few tokens: 6 H I in bfloat16 for each expert
-that is met. For prefill, where the products are bound by arithmetic, torch's grouped_mm (rows sorted and copied first)
+that is met. For prefill, where the GEMMs are bound by arithmetic, torch's grouped_mm (rows sorted and copied first)
 may do better on some machines: `scripts/bench_kernels` shows both.
 """
 
@@ -29,7 +29,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tile:
-    """How one product is cut: result columns and depth a step of each program, its warps and pipeline stages."""
+    """How one GEMM is cut: result columns and depth a step of each program, its warps and pipeline stages."""
 
     columns: int
     depth: int
@@ -39,7 +39,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Plan:
-    """``rows`` pairs of one expert share a program; 0 takes pairs one by one, the first product in one step."""
+    """``rows`` pairs of one expert share a program; 0 takes pairs one by one, the first GEMV in one step."""
 
     rows: int
     gate_up: Tile
@@ -186,7 +186,7 @@ def _group(
     expert of each block, -1 past the last. Shared experts come first: who is among theirs needs no counting.
 
     Each program places CHUNK routed pairs. How many come before them it counts itself, from the first on: as much
-    work for all together as the square of the pairs, and far less than the products even in a long prefill.
+    work for all together as the square of the pairs, and far less than the GEMMs even in a long prefill.
     """
     chunk = tl.program_id(0)
     routed, nobody = tokens * top_k, tokens * slots

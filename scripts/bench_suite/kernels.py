@@ -240,12 +240,12 @@ def contenders(where: Machine) -> list[Ops]:
     return [TORCH, choose(where.device, "triton")] if where.triton else [TORCH]
 
 
-def laid_out(ops: Ops, call: Call) -> dict[str, Any]:
+def packed(ops: Ops, call: Call) -> dict[str, Any]:
     """What `moe` takes besides: on a CPU all calls have the same weights."""
     if call.op != "moe":
         return {}
-    made = ops.lay_out([], [call.arguments[3:]])
-    return {"laid_out": made} if made else {}
+    made = ops.prepack([], [call.arguments[3:]])
+    return {"packed": made} if made else {}
 
 
 def bench(
@@ -256,7 +256,7 @@ def bench(
         case = make()
         for ops in contenders(where):
             try:
-                report(measure(case, where, ops, budget, **laid_out(ops, case.calls[0])))
+                report(measure(case, where, ops, budget, **packed(ops, case.calls[0])))
             except Exception as error:
                 said = f"{type(error).__name__}: {error}".splitlines()[0]
                 report({"op": case.op, "size": case.size, "who": ops.name, "error": said[:200]})

@@ -31,9 +31,9 @@ from kimi_vl import kernels  # noqa: E402
 from kimi_vl.device import memory  # noqa: E402
 from kimi_vl.kernels import (  # noqa: E402
     attention_metadata,
+    packed_weights,
     plain,
     reference,
-    strips,
     triton_mla,
     triton_moe,
     triton_norm,
@@ -51,7 +51,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 ODD = Widths(
     hidden=88, experts=7, top_k=3, inner=24, shared=48, heads=3, rank=40, rope=12, nope=20, page_size=8, scaling=1.7
 )
-# A strip is some multiple of 16 wide, and has inputs for eight streams.
+# A panel is some multiple of 16 wide, and has inputs for eight streams.
 EVEN = dataclasses.replace(ODD, hidden=80)
 WIDE_RANK = Widths(hidden=64, heads=2, rank=136, rope=16, nope=40, page_size=32)
 WIDE_HEADS = Widths(hidden=64, heads=20, rank=64, rope=16, nope=16, page_size=32)
@@ -231,84 +231,86 @@ def test_how_a_gpu_computes_experts(
     assert plain._on_device(states, chosen, torch.empty(64, 16, 9)) is not plain._grouped
 
 
-@pytest.mark.parametrize("widest", [16, strips._WIDEST])
+@pytest.mark.parametrize("widest", [16, packed_weights._WIDEST])
 @pytest.mark.parametrize("matrices", [None, [1], [3, 0, 3, 4, 2, 2, 1]], ids=str)
-def test_products_from_strips(matrices: list[int] | None, widest: int, fences: Fences, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(strips, "_WIDEST", widest)
+def test_gemv_of_packed_weights(
+    matrices: list[int] | None, widest: int, fences: Fences, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(packed_weights, "_WIDEST", widest)
     inputs = Inputs(ODD, torch.bfloat16)
     weight = fences.copy(inputs.normal(48, 24) if matrices is None else inputs.normal(5, 48, 24))
     vectors = fences.copy(inputs.normal(len(matrices or [0]), 24))
     numbers = None if matrices is None else torch.tensor(matrices)
-    found = strips.Strips([weight] if numbers is None else [*weight]).product(vectors, numbers)
-    used = weight.unsqueeze(0) if numbers is None else weight[numbers]
-    right = (used.double() @ vectors.double().unsqueeze(-1)).squeeze(-1)
+    found = packed_weights.PackedWeight([weight] if numbers is None else [*weight]).gemv(vectors, numbers)
+    matrices_in_order = [weight.double()] if numbers is None else [*weight.double()]
+    right = packed_weights.naive_gemv(matrices_in_order, vectors.double(), numbers)
     assert (found - right).abs().max() <= 2**-8 * right.abs().max()
 
 
 @pytest.mark.parametrize(("tokens", "routing"), [(1, "random"), (2, "distinct"), (3, "random"), (7, "random")])
-def test_experts_from_strips(tokens: int, routing: str, fences: Fences, anything_is_laid_out: None):
-    """What an expert does for one token alone comes from its strips, the rest from its rows."""
+def test_experts_from_packed_weights(tokens: int, routing: str, fences: Fences, anything_is_packed: None):
+    """What an expert does for one token alone comes from its packed weights, the rest from the plain ones."""
     call = fenced(Inputs(EVEN, torch.bfloat16).moe(tokens, routing), fences)
     chosen, experts = call.arguments[1], call.arguments[3:]
-    found = apart(call, call.run(kernels.TORCH, laid_out=strips.lay_out([], [experts])), torch.bfloat16)
+    found = apart(call, call.run(kernels.TORCH, packed=packed_weights.prepack([], [experts])), torch.bfloat16)
     assert found <= 1, found
     unique, shares = chosen.unique(return_counts=True)
     for weight in experts[:2]:
 
-        def poisoned(which: Tensor | slice, in_strips: bool, weight: Tensor = weight) -> Tensor:
-            """The result with some experts' matrices poisoned in their strips or in their rows."""
-            kept, laid_out = weight.clone(), strips.lay_out([], [experts])
+        def poisoned(which: Tensor | slice, in_packed: bool, weight: Tensor = weight) -> Tensor:
+            """The result with some experts' matrices poisoned in their packed or in their plain form."""
+            kept, packed = weight.clone(), packed_weights.prepack([], [experts])
             weight[which] = torch.nan
-            if in_strips:
-                laid_out = strips.lay_out([], [experts])
+            if in_packed:
+                packed = packed_weights.prepack([], [experts])
                 weight.copy_(kept)
-            (result,) = call.run(kernels.TORCH, laid_out=laid_out)
+            (result,) = call.run(kernels.TORCH, packed=packed)
             weight.copy_(kept)
             return result
 
-        assert poisoned(unique[shares == 1].long(), in_strips=False).isfinite().all()
-        assert poisoned(unique[shares > 1].long(), in_strips=True).isfinite().all()
-        assert bool(poisoned(slice(None), in_strips=True).isnan().any()) == bool((shares == 1).any())
+        assert poisoned(unique[shares == 1].long(), in_packed=False).isfinite().all()
+        assert poisoned(unique[shares > 1].long(), in_packed=True).isfinite().all()
+        assert bool(poisoned(slice(None), in_packed=True).isnan().any()) == bool((shares == 1).any())
 
 
-def test_an_mlp_of_one_token_alone_is_from_strips(anything_is_laid_out: None):
+def test_an_mlp_of_one_token_alone_is_from_packed_weights(anything_is_packed: None):
     inputs = Inputs(EVEN, torch.bfloat16)
     weights = inputs.shared_experts()
-    laid_out = strips.lay_out(weights, [])
+    packed = packed_weights.prepack(weights, [])
     for tokens in (1, 2):
         states = inputs.normal(tokens, EVEN.hidden)
         right = reference.mlp(states.double(), *(weight.double() for weight in weights))
-        assert distance(strips.mlp(states, weights, laid_out), right) <= 2**-7
+        assert distance(packed_weights.mlp(states, weights, packed), right) <= 2**-7
     for weight in weights:
-        laid_out[weight] = strips.Strips([weight * torch.nan])
-    assert strips.mlp(states, weights, laid_out).isfinite().all()
-    assert strips.mlp(states[:1], weights, laid_out).isnan().all()
+        packed[weight] = packed_weights.PackedWeight([weight * torch.nan])
+    assert packed_weights.mlp(states, weights, packed).isfinite().all()
+    assert packed_weights.mlp(states[:1], weights, packed).isnan().all()
 
 
-def test_weights_are_laid_out_as_far_as_there_is_memory(monkeypatch: pytest.MonkeyPatch, anything_is_laid_out: None):
+def test_weights_are_packed_as_far_as_there_is_memory(monkeypatch: pytest.MonkeyPatch, anything_is_packed: None):
     weights = [Inputs(EVEN, torch.bfloat16).normal(32, 16) for _ in range(3)]
 
-    def laid_out(spare: int, these: list[Tensor] = weights) -> list[Tensor]:
+    def packed(spare: int, these: list[Tensor] = weights) -> list[Tensor]:
         monkeypatch.setattr(memory, "available", lambda: 3 * spare)
-        return list(strips.lay_out(these, []))
+        return list(packed_weights.prepack(these, []))
 
     one = weights[0].nbytes
-    assert [len(laid_out(spare)) for spare in (0, one - 1, one, 3 * one - 1, 3 * one)] == [0, 0, 1, 2, 3]
-    assert laid_out(one)[0] is weights[0]
-    assert laid_out(one, [torch.cat(weights), weights[1], weights[2]])[0] is weights[1], "the first does not fit"
-    assert laid_out(9 * one, [weights[0].float(), weights[1][:31], weights[1][:, :15], weights[2]]) == [weights[2]]
+    assert [len(packed(spare)) for spare in (0, one - 1, one, 3 * one - 1, 3 * one)] == [0, 0, 1, 2, 3]
+    assert packed(one)[0] is weights[0]
+    assert packed(one, [torch.cat(weights), weights[1], weights[2]])[0] is weights[1], "the first does not fit"
+    assert packed(9 * one, [weights[0].float(), weights[1][:31], weights[1][:, :15], weights[2]]) == [weights[2]]
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert laid_out(9 * one) == []
+    assert packed(9 * one) == []
 
 
-def test_both_matrices_of_experts_are_laid_out_or_none(monkeypatch: pytest.MonkeyPatch, anything_is_laid_out: None):
+def test_both_matrices_of_experts_are_packed_or_none(monkeypatch: pytest.MonkeyPatch, anything_is_packed: None):
     experts = Inputs(EVEN, torch.bfloat16).moe(1).arguments[3:]
     gate_up, down, shared = experts
     all_bytes = sum(weight.nbytes for weight in (gate_up, down, *shared))
     for spare, count in ((all_bytes - 1, 0), (all_bytes, 2)):
         monkeypatch.setattr(memory, "available", lambda spare=spare: 3 * spare)
-        assert len(strips.lay_out([], [experts])) == count
-    assert strips.lay_out([], [(gate_up, down[..., :15], None)]) == {}
+        assert len(packed_weights.prepack([], [experts])) == count
+    assert packed_weights.prepack([], [(gate_up, down[..., :15], None)]) == {}
 
 
 @pytest.mark.parametrize(("tokens", "plan"), [(33, "blocks of 16"), (70, "blocks of 64")])
@@ -402,14 +404,14 @@ def test_a_spoilt_token_spoils_only_itself(plan: str):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("laid_out", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("tokens", "routing"), [(4, "same"), (4, "random"), (20, "random")])
 def test_a_spoilt_token_spoils_only_itself_without_kernels(
-    tokens: int, routing: str, laid_out: bool, dtype: torch.dtype, anything_is_laid_out: None
+    tokens: int, routing: str, packed: bool, dtype: torch.dtype, anything_is_packed: None
 ):
     call = Inputs(EVEN, dtype).moe(tokens, routing)
     experts = call.arguments[3:]
-    options = {"laid_out": strips.lay_out([], [experts])} if laid_out else {}
+    options = {"packed": packed_weights.prepack([], [experts])} if packed else {}
     (clean,) = call.run(kernels.TORCH, **options)
     call.arguments[0][1] = float("nan")
     (spoilt,) = call.run(kernels.TORCH, **options)

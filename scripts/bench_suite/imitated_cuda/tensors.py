@@ -327,7 +327,7 @@ def _judge(machine: Machine, facts: _Facts, args: Any, tensors: Sequence[Tensor]
 
 
 def _judge_groups(machine: Machine, args: Any, index: int) -> None:
-    """What torch's grouped product asks of its arguments, and where it is one launch."""
+    """What torch's grouped GEMM asks of its arguments, and where it is one launch."""
     states, weight, ends = args[:3]
     for value in (states, weight):
         last, other, itemsize = value.stride(-1), value.stride(-2), value.element_size()
@@ -339,7 +339,7 @@ def _judge_groups(machine: Machine, args: Any, index: int) -> None:
     if ends is None or ends.dtype != torch.int32 or weight.shape[0] >= 1024:
         machine.report("kernel", "grouped_mm takes int32 ends of fewer than 1024 groups")
     if machine.devices[index].card.capability not in ((9, 0), (10, 0)):
-        machine.wait("grouped_mm asks the device for its groups, and launches a product each", [machine.stream(index)])
+        machine.wait("grouped_mm asks the device for its groups, and launches a GEMM each", [machine.stream(index)])
         machine.counts.launches += weight.shape[0]
 
 

@@ -1,0 +1,134 @@
+"""Weights packed for GEMV on a CPU, whose speed is that of reading them.
+
+A core reads memory half as fast again from eight streams as from one. So a matrix (O, I) is cut into panels of some of
+its rows, and a panel has one line of these for each input, in eight streams: input i is in stream i % 8. A panel's part
+of the result is the sum of its lines, weighted by the vector, and one call of torch's ``embedding_bag`` computes all
+such sums, of several matrices too. Knows matrices and vectors alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..device import memory
+from ..model import language
+
+# Shapes: E matrices of O rows and I inputs, each in S panels; n vectors.
+
+STREAMS = 8
+_WIDEST = 384  # as many sums stay in registers
+
+
+class PackedWeight:
+    """Some ``matrices`` (O, I), panel by panel."""
+
+    @torch.no_grad()
+    def __init__(self, matrices: Sequence[Tensor]):
+        outputs, self._inputs = matrices[0].shape
+        width = _width(outputs, self._inputs)
+        assert width
+        self.count, self._panels = len(matrices), outputs // width
+        shape = (self.count, self._panels, STREAMS, self._inputs // STREAMS, width)
+        lines = memory.empty(shape, matrices[0].dtype, matrices[0].device)
+        for panels, matrix in zip(lines, matrices, strict=True):
+            parts = matrix.unflatten(1, (-1, STREAMS)).unflatten(0, (-1, width))  # (S, width, I/8, 8)
+            panels.copy_(parts.permute(0, 3, 2, 1))
+        self._lines = lines.flatten(0, 3)  # (E S I, width)
+
+    def gemv(self, vectors: Tensor, matrices: Tensor | None = None) -> Tensor:
+        """(n, O) of ``vectors`` (n, I), each by one of ``matrices`` (n), their numbers; None: by all, in order.
+
+        :func:`naive_gemv` says what it computes.
+        """
+        if matrices is None:
+            numbers = _stream_order(self.count * self._panels, self._inputs)
+        else:
+            own = _stream_order(self._panels, self._inputs)
+            numbers = (matrices.int().unsqueeze(1) * len(own) + own).flatten()  # (n S I)
+        weights = vectors.unsqueeze(1).expand(-1, self._panels, -1).reshape(-1)  # (n S I)
+        offsets = _offsets(len(vectors) * self._panels, self._inputs)
+        # torch.nn.functional's would check again what is right here, for as long as a small operation takes
+        sums = torch.embedding_bag(self._lines, numbers, offsets, mode=0, per_sample_weights=weights)[0]
+        return sums.view(len(vectors), -1)
+
+
+def naive_gemv(weights: Sequence[Tensor], vectors: Tensor, matrices: Tensor | None = None) -> Tensor:
+    """What :meth:`PackedWeight.gemv` computes, one product after another."""
+    numbers = range(len(weights)) if matrices is None else matrices.tolist()
+    return torch.stack([weights[number] @ vector for number, vector in zip(numbers, vectors, strict=True)])
+
+
+Experts = tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]
+"""What ``moe`` is given: ``gate_up``, ``down``, ``shared``."""
+
+
+def prepack(weights: Sequence[Tensor], experts: Sequence[Experts]) -> dict[Tensor, PackedWeight]:
+    """Pack, in the order given, what takes no more than a third of the memory that is free.
+
+    Each of ``weights`` (O, I) or (E, O, I) is found under itself. Those of ``experts`` are found under ``gate_up`` and
+    ``down``; the shared experts follow the routed ones, as so many of the same width, so that one call computes all of
+    them. Packed weights are for bfloat16 on a CPU that has AVX-512, which torch's sums are made for.
+    """
+    spare, made = memory.available() // 3, {}
+    for group in _groups(weights, experts):
+        nbytes = sum(matrix.nbytes for matrices in group.values() for matrix in matrices)
+        if nbytes <= spare:
+            spare -= nbytes
+            made |= {weight: PackedWeight(matrices) for weight, matrices in group.items()}
+    return made
+
+
+def _groups(weights: Sequence[Tensor], experts: Sequence[Experts]) -> Iterator[dict[Tensor, list[Tensor]]]:
+    """What is of use together only: matrices to be packed into one, by the weight under which they are found."""
+    for weight in filter(_usable, weights):
+        yield {weight: [weight] if weight.dim() == 2 else [*weight]}
+    for gate_up, down, shared in experts:
+        if _usable(gate_up) and _usable(down):
+            width = down.shape[-1]
+            both = zip(*(weight.split(width) for weight in shared[:2]), strict=True) if shared else ()
+            others = shared[2].split(width, dim=1) if shared else ()
+            yield {gate_up: [*gate_up, *map(torch.cat, both)], down: [*down, *others]}
+
+
+def project(states: Tensor, weight: Tensor, packed: Mapping[Tensor, PackedWeight]) -> Tensor:
+    """:func:`kimi_vl.model.language.project` of ``states`` (T, I); one token takes the packed weight, if there is one."""
+    found = packed.get(weight) if len(states) == 1 else None
+    return language.project(states, weight) if found is None else found.gemv(states)
+
+
+def mlp(states: Tensor, weights: tuple[Tensor, Tensor, Tensor], packed: Mapping[Tensor, PackedWeight]) -> Tensor:
+    """down(silu(gate x) * up x) of ``states`` (T, H); ``weights`` are those of gate, up and down."""
+    gate, up, down = weights
+    inner = F.silu(project(states, gate, packed)) * project(states, up, packed)
+    return project(inner, down, packed)
+
+
+def _usable(weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return False
+    outputs, inputs = weight.shape[-2:]
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and _width(outputs, inputs) > 0
+
+
+def _width(outputs: int, inputs: int) -> int:
+    """Of panels: the greatest that fits, in whole registers; 0 where none does."""
+    fitting = [width for width in range(16, _WIDEST + 1, 16) if outputs % width == 0]
+    return max(fitting, default=0) if inputs % STREAMS == 0 else 0
+
+
+@functools.cache
+def _stream_order(panels: int, inputs: int) -> Tensor:
+    """Numbers of the lines of some panels, input after input, and so from one stream after another."""
+    own = torch.arange(inputs, dtype=torch.int32).view(STREAMS, -1).t().flatten()
+    return (_offsets(panels, inputs).unsqueeze(1) + own).flatten()
+
+
+@functools.cache
+def _offsets(count: int, size: int) -> Tensor:
+    """Where each of ``count`` sums of ``size`` lines begins."""
+    return torch.arange(0, count * size, size, dtype=torch.int32)
