@@ -220,8 +220,8 @@ def _watching(model: KimiVL, caught: dict[str, Tensor]) -> Iterator[None]:
         stack.enter_context(mock.patch.object(kimi_vl.model.language, "apply_rope", text_rope))
         yield
     for name in [name for name in caught if name.endswith(".gate")]:
-        chosen, weights = caught.pop(name)
-        caught[f"{name}.topk_idx"], caught[f"{name}.topk_weight"] = chosen, weights
+        topk_ids, topk_weights = caught.pop(name)
+        caught[f"{name}.topk_idx"], caught[f"{name}.topk_weight"] = topk_ids, topk_weights
 
 
 class HuggingFace:

@@ -45,16 +45,16 @@ OPTIONS = EngineOptions(page_size=8, max_num_seqs=4, max_num_batched_tokens=24, 
 
 def _moe(
     states: Tensor,
-    chosen: Tensor,
-    weights: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
     gate_up: Tensor,
     down: Tensor,
     shared: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Every expert for every token; those that were not chosen weigh nothing."""
+    """Every expert for every token; those that are not in ``topk_ids`` weigh nothing."""
     mixed = torch.zeros_like(states)
     for expert, (both, last) in enumerate(zip(gate_up, down, strict=True)):
-        weight = (weights * (chosen == expert)).sum(-1, keepdim=True)  # (T, 1)
+        weight = (topk_weights * (topk_ids == expert)).sum(-1, keepdim=True)  # (T, 1)
         gate, up = both.chunk(2)
         mixed = mixed + reference.mlp(states, gate, up, last) * weight
     return mixed if shared is None else mixed + reference.mlp(states, *shared)

@@ -63,11 +63,11 @@ class FusedDecoder:
             norm = layer.post_attention_layernorm
             if isinstance(layer.mlp, MoE):
                 gate = layer.mlp.gate
-                residual, normed, chosen, weights = ops.norm_router(
+                residual, normed, topk_ids, topk_weights = ops.norm_router(
                     residual, delta, norm.weight, norm.eps,
                     gate.weight, gate.e_score_correction_bias, gate.top_k, gate.scaling,
                 )  # fmt: skip
-                delta = ops.moe(normed, chosen, weights, *_experts(layer.mlp), **self._besides)
+                delta = ops.moe(normed, topk_ids, topk_weights, *_experts(layer.mlp), **self._besides)
             else:
                 residual, normed = ops.add_rms_norm(residual, delta, norm.weight, norm.eps)
                 delta = mlp(normed, layer.mlp.weights, self._packed)

@@ -129,27 +129,27 @@ def apart(
         return max(distances(results, twin)) / call.tolerance(dtype)
     stored = max(distances(results[:2], twin[:2])) / call.tolerance(dtype)
     router = results[1].double(), *_doubled(call.arguments[4:])
-    chosen = routed_alike(router, results[2:]) if ties else max(distances(results[2:], reference.router(*router)))
-    return max(stored, chosen / ROUNDING[torch.float32])
+    routed = routed_alike(router, results[2:]) if ties else max(distances(results[2:], reference.router(*router)))
+    return max(stored, routed / ROUNDING[torch.float32])
 
 
 def routed_alike(router: tuple[Any, ...], results: Sequence[Tensor]) -> float:
     """How far a choice is from that of a router's arguments in float64, whose scores may nearly tie.
 
-    The larger of two: how much worse the chosen experts score than the best ones, and how far the weights are from
-    those that belong to the experts that were chosen.
+    The larger of two: how much worse the selected experts score than the best ones, and how far the weights are from
+    those that belong to the experts that were selected.
     """
-    chosen, weights = results
+    topk_ids, topk_weights = results
     states, weight, bias, top_k, scaling = router
     scores = (states @ weight.T).sigmoid()
     biased = scores + bias
-    if not bool(((chosen >= 0) & (chosen < len(weight))).all()) or bool(
-        (chosen.sort(-1).values.diff(dim=-1) == 0).any()
+    if not bool(((topk_ids >= 0) & (topk_ids < len(weight))).all()) or bool(
+        (topk_ids.sort(-1).values.diff(dim=-1) == 0).any()
     ):
         return float("inf")
-    worse = float((biased.topk(top_k, dim=-1).values - biased.gather(-1, chosen.long())).abs().max())
-    own = scores.gather(-1, chosen.long())
-    return max(worse, distance(weights, own / own.sum(-1, keepdim=True) * scaling))
+    worse = float((biased.topk(top_k, dim=-1).values - biased.gather(-1, topk_ids.long())).abs().max())
+    own = scores.gather(-1, topk_ids.long())
+    return max(worse, distance(topk_weights, own / own.sum(-1, keepdim=True) * scaling))
 
 
 class Inputs:
@@ -190,17 +190,18 @@ class Inputs:
         return Call("norm_router", (*states, weight, bias, widths.top_k, widths.scaling), roundings=3)
 
     def choices(self, tokens: int, routing: str = "random") -> tuple[Tensor, Tensor]:
-        """Experts (T, K) and weights: at random, all tokens the ``same``, or as many ``distinct`` ones as there are."""
+        """``topk_ids`` and ``topk_weights`` (T, K): at random, all tokens the ``same``, or as many ``distinct`` ones as
+        there are."""
         experts, top_k = self.widths.experts, self.widths.top_k
         if routing == "random":
             drawn = torch.rand(tokens, experts, generator=self._generator, device=self.device)
-            chosen = drawn.topk(top_k, dim=-1).indices
+            topk_ids = drawn.topk(top_k, dim=-1).indices
         elif routing == "same":
-            chosen = self.shuffled(experts)[:top_k].expand(tokens, -1)
+            topk_ids = self.shuffled(experts)[:top_k].expand(tokens, -1)
         else:
-            chosen = torch.arange(tokens * top_k, device=self.device).view(tokens, top_k) % experts
-        weights = torch.rand(tokens, top_k, generator=self._generator, device=self.device) + 0.1
-        return chosen.int().contiguous(), weights
+            topk_ids = torch.arange(tokens * top_k, device=self.device).view(tokens, top_k) % experts
+        topk_weights = torch.rand(tokens, top_k, generator=self._generator, device=self.device) + 0.1
+        return topk_ids.int().contiguous(), topk_weights
 
     def experts(self) -> tuple[Tensor, Tensor]:
         widths = self.widths

@@ -29,8 +29,8 @@ _NONE: Mapping[Tensor, PackedWeight] = MappingProxyType({})
 
 def moe(
     states: Tensor,
-    chosen: Tensor,
-    weights: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
     gate_up: Tensor,
     down: Tensor,
     shared: tuple[Tensor, Tensor, Tensor] | None = None,
@@ -38,18 +38,18 @@ def moe(
 ) -> Tensor:
     """``packed`` has some of the weights packed; see :func:`kimi_vl.kernels.packed_weights.prepack`."""
     if len(states) == 1 and gate_up in packed:
-        return _of_one(states, chosen, weights, packed[gate_up], packed[down], len(down))
+        return _of_one(states, topk_ids, topk_weights, packed[gate_up], packed[down], len(down))
     if states.device.type != "cpu":
-        outputs = _on_device(states, chosen, down)(states, chosen, gate_up, down)
+        outputs = _on_device(states, topk_ids, down)(states, topk_ids, gate_up, down)
     elif 1 < len(states) <= _FEW and states.dtype == torch.bfloat16:
-        outputs = _of_few(states, chosen, gate_up, down, packed)
+        outputs = _of_few(states, topk_ids, gate_up, down, packed)
     else:
-        outputs = _by_expert(states, chosen, gate_up, down)
-    routed = torch.bmm(weights.unsqueeze(1), outputs.to(weights.dtype)).squeeze(1).to(states.dtype)  # (T, H)
+        outputs = _by_expert(states, topk_ids, gate_up, down)
+    routed = torch.bmm(topk_weights.unsqueeze(1), outputs.to(topk_weights.dtype)).squeeze(1).to(states.dtype)  # (T, H)
     return routed if shared is None else routed + mlp(states, shared, packed)
 
 
-def _on_device(states: Tensor, chosen: Tensor, down: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def _on_device(states: Tensor, topk_ids: Tensor, down: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """How a device computes the experts' outputs (T, K, H), by what is read and written and by who has to wait.
 
     Without a grouped GEMM, gathering moves three times the weights of T K experts, GEMMs with all experts those of E.
@@ -58,44 +58,45 @@ def _on_device(states: Tensor, chosen: Tensor, down: Tensor) -> Callable[[Tensor
     """
     if _groupable(states, down):
         return _grouped
-    if 3 * chosen.numel() < len(down):
+    if 3 * topk_ids.numel() < len(down):
         return _of_gathered
     return _of_all if len(states) <= _HIDDEN else _by_expert
 
 
 def _of_one(
-    states: Tensor, chosen: Tensor, weights: Tensor, gate_up: PackedWeight, down: PackedWeight, routed: int
+    states: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: PackedWeight, down: PackedWeight, routed: int
 ) -> Tensor:
-    """All of it for one token, to whom the shared experts, behind ``routed`` others, are as those that it chose."""
-    shared = torch.arange(routed, down.count, dtype=chosen.dtype)
-    experts, weights = torch.cat((chosen[0], shared)), F.pad(weights[0], (0, len(shared)), value=1.0)  # (n)
+    """All of it for one token, to whom the shared experts, behind ``routed`` others, are as those in its
+    ``topk_ids``."""
+    shared = torch.arange(routed, down.count, dtype=topk_ids.dtype)
+    experts, topk_weights = torch.cat((topk_ids[0], shared)), F.pad(topk_weights[0], (0, len(shared)), value=1.0)  # (n)
     outputs = _from_packed(states.expand(len(experts), -1), experts, gate_up, down)  # (n, H)
-    return (weights @ outputs.to(weights.dtype)).unsqueeze(0).to(states.dtype)
+    return (topk_weights @ outputs.to(topk_weights.dtype)).unsqueeze(0).to(states.dtype)
 
 
 def _of_few(
-    states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor, packed: Mapping[Tensor, PackedWeight]
+    states: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor, packed: Mapping[Tensor, PackedWeight]
 ) -> Tensor:
     """Outputs (T, K, H) of the experts; tokens stay columns, as in the W·xᵀ layout of
     :func:`kimi_vl.model.language.project`.
 
     What experts have to do for one token alone takes packed weights where they exist, in one call for all of these.
     """
-    places: dict[int, list[int]] = {}  # of experts in ``chosen``, read row by row
-    for place, expert in enumerate(chosen.flatten().tolist()):
+    places: dict[int, list[int]] = {}  # of experts in ``topk_ids``, read row by row
+    for place, expert in enumerate(topk_ids.flatten().tolist()):
         places.setdefault(expert, []).append(place)
     alone = {expert: own for expert, own in places.items() if len(own) == 1 and gate_up in packed}
     several = {expert: own for expert, own in places.items() if expert not in alone}
     order = torch.tensor([*itertools.chain(*several.values(), *alone.values())])  # (T K), those of ``several`` first
-    tokens = states[order // chosen.shape[1]]  # (T K, H)
+    tokens = states[order // topk_ids.shape[1]]  # (T K, H)
     count = len(order) - len(alone)
     gate, up = _each(tokens[:count].t(), several, gate_up).chunk(2)  # (I, n)
     outputs = _each(F.silu(gate) * up, several, down)  # (H, n)
     if alone:
-        experts = chosen.flatten()[order[count:]]
+        experts = topk_ids.flatten()[order[count:]]
         others = _from_packed(tokens[count:], experts, packed[gate_up], packed[down])
         outputs = torch.cat((outputs, others.t()), dim=1)
-    return outputs.t()[order.argsort()].unflatten(0, chosen.shape)
+    return outputs.t()[order.argsort()].unflatten(0, topk_ids.shape)
 
 
 def _each(columns: Tensor, places: Mapping[int, list[int]], weight: Tensor) -> Tensor:
@@ -127,10 +128,10 @@ def _groupable(states: Tensor, down: Tensor) -> bool:
     return torch.cuda.get_device_capability(states.device) in _GROUPED
 
 
-def _grouped(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def _grouped(states: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Outputs (T, K, H) of the experts, which the device finds by itself: the host does not wait."""
-    count, choices = chosen.shape
-    experts, order = chosen.flatten().sort(stable=True)  # (T K), expert by expert
+    count, choices = topk_ids.shape
+    experts, order = topk_ids.flatten().sort(stable=True)  # (T K), expert by expert
     numbers = torch.arange(len(down), device=experts.device, dtype=experts.dtype)
     ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)  # (E)
     gate, up = F.grouped_mm(states[order // choices], gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)  # (T K, I)
@@ -138,33 +139,33 @@ def _grouped(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> T
     return outputs[order.argsort()].view(count, choices, -1)
 
 
-def _of_gathered(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The same from a copy of the chosen experts' weights, a GEMV for each pair of a token and an expert. The host
+def _of_gathered(states: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The same from a copy of the selected experts' weights, a GEMV for each pair of a token and an expert. The host
     does not wait; each weight is read, written and read again."""
-    count, choices = chosen.shape
-    experts = chosen.flatten()  # (T K)
+    count, choices = topk_ids.shape
+    experts = topk_ids.flatten()  # (T K)
     tokens = states.unsqueeze(1).expand(-1, choices, -1).reshape(len(experts), 1, -1)  # (T K, 1, H)
     gate, up = torch.bmm(tokens, gate_up[experts].transpose(1, 2)).chunk(2, dim=-1)  # (T K, 1, I)
     return torch.bmm(F.silu(gate) * up, down[experts].transpose(1, 2)).view(count, choices, -1)
 
 
-def _of_all(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The same from the outputs of all experts for all tokens, of which the chosen ones are taken. The host does not
-    wait; each weight is read once, whoever has chosen it."""
+def _of_all(states: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The same from the outputs of all experts for all tokens, of which those in ``topk_ids`` are taken. The host does
+    not wait; each weight is read once, however many tokens take it."""
     gate, up = torch.matmul(states, gate_up.transpose(1, 2)).chunk(2, dim=-1)  # (E, T, I)
     outputs = torch.bmm(F.silu(gate) * up, down.transpose(1, 2))  # (E, T, H)
-    return outputs[chosen.long(), torch.arange(len(states), device=states.device).unsqueeze(1)]
+    return outputs[topk_ids.long(), torch.arange(len(states), device=states.device).unsqueeze(1)]
 
 
-def _by_expert(states: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def _by_expert(states: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """The same expert by expert, after the host has waited to learn which are in use, for any number of tokens."""
     if len(states) == 1:  # there is nothing to sort
-        return torch.stack([_expert(states, gate_up[number], down[number]) for number in chosen[0].tolist()], dim=1)
-    experts, order = chosen.flatten().sort(stable=True)  # (T K)
+        return torch.stack([_expert(states, gate_up[number], down[number]) for number in topk_ids[0].tolist()], dim=1)
+    experts, order = topk_ids.flatten().sort(stable=True)  # (T K)
     numbers, shares = (part.tolist() for part in experts.unique_consecutive(return_counts=True))
-    groups = states[order // chosen.shape[1]].split(shares)
+    groups = states[order // topk_ids.shape[1]].split(shares)
     outputs = [_expert(group, gate_up[number], down[number]) for group, number in zip(groups, numbers, strict=True)]
-    return torch.cat(outputs)[order.argsort()].view(*chosen.shape, -1)
+    return torch.cat(outputs)[order.argsort()].view(*topk_ids.shape, -1)
 
 
 def _expert(states: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -36,15 +36,15 @@ def add_rms_norm(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: fl
 
 
 def router(states: Tensor, weight: Tensor, bias: Tensor, top_k: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """The experts of each token, int32 (T, K), best first, and their float32 weights (T, K).
+    """``topk_ids``, the experts of each token, int32 (T, K), best first, and ``topk_weights``, float32 (T, K).
 
     ``states`` (T, H), ``weight`` (E, H), ``bias`` (E). Sigmoid scores are taken in float32; the bias has a say in the
     choice and none in the weights (DeepSeek-V3 report, section 2.1.2).
     """
     scores = F.linear(_wide(states), _wide(weight)).sigmoid()  # (T, E)
-    chosen = (scores + _wide(bias)).topk(top_k, dim=-1).indices
-    weights = scores.gather(-1, chosen)
-    return chosen.int(), weights / (weights.sum(-1, keepdim=True) + 1e-20) * scaling
+    topk_ids = (scores + _wide(bias)).topk(top_k, dim=-1).indices
+    topk_weights = scores.gather(-1, topk_ids)
+    return topk_ids.int(), topk_weights / (topk_weights.sum(-1, keepdim=True) + 1e-20) * scaling
 
 
 def mlp(states: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -54,24 +54,24 @@ def mlp(states: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 def moe(
     states: Tensor,
-    chosen: Tensor,
-    weights: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
     gate_up: Tensor,
     down: Tensor,
     shared: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The weighted sum (T, H) over each token's experts, taken in float32 and cast at the end.
 
-    ``states`` (T, H), ``chosen`` and ``weights`` (T, K), ``gate_up`` (E, 2I, H) with the rows of the gate first,
+    ``states`` (T, H), ``topk_ids`` and ``topk_weights`` (T, K), ``gate_up`` (E, 2I, H) with the rows of the gate first,
     ``down`` (E, H, I). ``shared`` are the weights of an :func:`mlp` that every token passes through and whose result
     is added (DeepSeekMoE, section 3).
     """
     mixed = torch.zeros_like(_wide(states))
-    for expert in chosen.unique().tolist():
-        tokens, slots = (chosen == expert).nonzero(as_tuple=True)
+    for expert in topk_ids.unique().tolist():
+        tokens, slots = (topk_ids == expert).nonzero(as_tuple=True)
         gate, up = gate_up[expert].chunk(2)
         output = mlp(states[tokens], gate, up, down[expert])  # (t, H)
-        mixed.index_add_(0, tokens, _wide(output) * weights[tokens, slots].unsqueeze(-1))
+        mixed.index_add_(0, tokens, _wide(output) * topk_weights[tokens, slots].unsqueeze(-1))
     routed = mixed.to(states.dtype)
     return routed if shared is None else routed + mlp(states, *shared)
 

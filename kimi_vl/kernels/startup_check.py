@@ -80,7 +80,7 @@ class Calls:
         yield self._inputs.mla_prepare(self._use.max_num_batched_tokens, decoding, unwritten=1)
 
     def mla_decode(self) -> Iterator[Call]:
-        """Short contexts, which one program goes through, and longer ones, which several share."""
+        """Short contexts, which one program goes through, and longer ones, which are split."""
         for count in token_counts(self._use.max_num_seqs):
             yield self._inputs.mla_decode([3] * count)
             yield self._inputs.mla_decode(

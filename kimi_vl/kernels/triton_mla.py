@@ -1,13 +1,13 @@
-"""Latent attention over pages in three launches: what a step's tokens need before, the shares, and what comes after.
+"""Latent attention over a paged KV cache in three launches: prepare, split-KV decode, combine.
 
 The first writes the new tokens to the KV cache (norm and rotary embedding), rotates the queries and takes them into the
-latent space. A sequence's cached tokens are then split among programs (flash decoding): each goes through its share
-once, all heads in one tile, since they read the same latents. The last joins the shares and takes the result out of the
-latent space. How many programs there are follows from shapes alone, so a captured graph stays valid while sequences
-grow; how far each goes is decided from the lengths on the device, so only pages in use cost anything. Joining goes in
-the order of the shares: the same lengths give the same bits.
+latent space. A sequence's cached tokens are then split among programs (split-KV, as in flash decoding): each goes
+through its split once, all heads in one tile, since they read the same latents. The last combines the splits and takes
+the result out of the latent space. How many programs there are follows from shapes alone, so a captured graph stays
+valid while sequences grow; how far each goes is decided from ``seq_lens`` on the device, so only pages in use cost
+anything. Splits are combined in order: the same lengths give the same bits.
 
-Bytes of a decode step: 2 (R + P) a token in bfloat16, 2 N R (Q + V) for both halves of the weight, and 8 N R a share
+Bytes of a decode step: 2 (R + P) a token in bfloat16, 2 N R (Q + V) for both halves of the weight, and 8 N R a split
 for the partial sums, written and read.
 """
 
@@ -28,18 +28,18 @@ from torch import Tensor
 from .attention_metadata import DecodeMetadata
 
 # Cached tokens a program reads at least; fewer would cost more in partial sums than in reading them.
-LEAST_SHARE = 64
+MIN_SPLIT_LEN = 64
 _PROGRAMS = 2  # for each multiprocessor
 _TOKENS = 16  # the least that tl.dot takes
 _ABSORBED = 64  # columns of a head's absorbed query that one program computes: 128 programs at the published widths
-_ONE_BY_ONE = 4  # sequences up to which each is joined by programs of its own
+_ONE_BY_ONE = 4  # sequences up to which each is combined by programs of its own
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a share is gone through: cached tokens a step, warps and pipeline stages."""
+    """How a split is gone through: cached tokens a step, warps and pipeline stages."""
 
-    tokens: int
+    block_n: int
     warps: int
     stages: int
 
@@ -52,7 +52,7 @@ FLOAT32 = Tile(16, 4, 3)
 
 @triton.jit
 def _rotated(even, odd, table, pairs, inside, HALF: tl.constexpr):
-    """Pairs of the last dimension turned by the row of a table: what takes the place of the even ones, and of the odd.
+    """Pairs of the last dimension rotated by a row of a table: what takes the place of the even ones, and of the odd.
 
     ``table`` (…, 1) points to cosines, then sines, of a token: one half of each for the even ones, one for the odd.
     """
@@ -84,16 +84,16 @@ def _prepare(
     eps,
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """A program has one of three tasks for a block of tokens: their latents and keys, a head's rotary part, or some
     columns of a head's absorbed query. The first come first, since there are always some of them."""
     task = tl.program_id(0)
-    rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     real = rows < tokens
     token = rows.to(tl.int64)[:, None]
     HALF: tl.constexpr = ROPE // 2
@@ -104,7 +104,7 @@ def _prepare(
         slot = tl.load(slot_mapping + rows, mask=real, other=-1).to(tl.int64)[:, None]
         ranks = tl.arange(0, BLOCK_R)[None, :]
         source = joined + token * joined_token + heads * (nope + ROPE)
-        latent = tl.load(source + ranks, mask=real[:, None] & (ranks < RANK), other=0.0)  # (BLOCK_T, BLOCK_R)
+        latent = tl.load(source + ranks, mask=real[:, None] & (ranks < RANK), other=0.0)  # (BLOCK_M, BLOCK_R)
         wide = latent.to(tl.float32)
         scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / RANK + eps)[:, None]
         factor = tl.load(norm_weight + ranks, mask=ranks < RANK, other=0.0).to(tl.float32)
@@ -130,17 +130,17 @@ def _prepare(
         target = rotated + ((token - decoding) * heads + head) * ROPE
         tl.store(target + pairs, first, mask=inside & (token >= decoding))
         tl.store(target + HALF + pairs, second, mask=inside & (token >= decoding))
-    elif tl.program_id(1) * BLOCK_T < decoding:
-        blocks = tl.cdiv(RANK, BLOCK_C)
+    elif tl.program_id(1) * BLOCK_M < decoding:
+        blocks = tl.cdiv(RANK, BLOCK_N)
         head = (task - heads - 1) // blocks
-        columns = (task - heads - 1) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-        depth = tl.arange(0, BLOCK_Q)
+        columns = (task - heads - 1) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        depth = tl.arange(0, BLOCK_K)
         shown = (rows < decoding)[:, None]
         source = joined + token * joined_token + head * (nope + ROPE)
         query = tl.load(source + depth[None, :], mask=shown & (depth < nope)[None, :], other=0.0)
         place = head * key_head + columns * key_rank + depth[:, None] * key_nope
         weight = tl.load(to_key + place, mask=(depth < nope)[:, None] & (columns < RANK), other=0.0)
-        output = tl.dot(query, weight, input_precision="ieee")  # (BLOCK_T, BLOCK_C)
+        output = tl.dot(query, weight, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         target = absorbed + (token * heads + head) * (RANK + ROPE) + columns
         tl.store(target, output.to(absorbed.dtype.element_ty), mask=shown & (columns < RANK))
 
@@ -182,9 +182,9 @@ def mla_prepare(
             eps,
             RANK=rank,
             ROPE=rope_dims,
-            BLOCK_T=_TOKENS,
-            BLOCK_Q=max(16, triton.next_power_of_2(nope)),
-            BLOCK_C=_ABSORBED,
+            BLOCK_M=_TOKENS,
+            BLOCK_K=max(16, triton.next_power_of_2(nope)),
+            BLOCK_N=_ABSORBED,
             BLOCK_R=triton.next_power_of_2(rank),
             BLOCK_P=triton.next_power_of_2(rope_dims // 2),
             num_warps=4,
@@ -193,88 +193,88 @@ def mla_prepare(
 
 
 @triton.jit
-def _share(length, splits, LEAST: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Entries of one program: all shares of a row together cover its length, in whole blocks."""
-    return tl.maximum(tl.cdiv(tl.cdiv(length, splits), BLOCK_L) * BLOCK_L, LEAST)
+def _split_len(length, splits, MIN_SPLIT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tokens of one program: all splits of a sequence together cover its length, in whole blocks."""
+    return tl.maximum(tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N, MIN_SPLIT)
 
 
-@triton.jit(do_not_specialize=["page_table_row", "splits"])
-def _decode_shares(
+@triton.jit(do_not_specialize=["page_table_seq", "splits"])
+def _decode_split_kv(
     query,
     kv_cache,
     page_table,
     seq_lens,
     partial,
-    logsum,
+    lse,
     heads,
-    query_row,
+    query_seq,
     query_head,
-    page_table_row,
+    page_table_seq,
     splits,
     scale,
     PAGE: tl.constexpr,
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    LEAST: tl.constexpr,
-    ALONE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    SINGLE_SPLIT: tl.constexpr,
 ):
-    row, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
-    head = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    length = tl.load(seq_lens + row)
-    share = _share(length, splits, LEAST, BLOCK_L)
-    begin = split * share
-    end = tl.minimum(begin + share, length)
-    # a share without tokens leaves its partial sums as they are: nobody reads them
-    if (begin < end) | ALONE:
+    seq, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    length = tl.load(seq_lens + seq)
+    split_len = _split_len(length, splits, MIN_SPLIT, BLOCK_N)
+    begin = split * split_len
+    end = tl.minimum(begin + split_len, length)
+    # a split without tokens leaves its partial sums as they are: nobody reads them
+    if (begin < end) | SINGLE_SPLIT:
         ranks, turns = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
         in_rank, in_rope, real = ranks < RANK, turns < ROPE, head < heads
-        first = query + row * query_row + head[:, None] * query_head
+        first = query + seq * query_seq + head[:, None] * query_head
         query_latent = tl.load(first + ranks[None, :], mask=real[:, None] & in_rank[None, :], other=0.0)
         query_rope = tl.load(first + RANK + turns[None, :], mask=real[:, None] & in_rope[None, :], other=0.0)
-        m_i = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
-        l_i = tl.zeros((BLOCK_N,), dtype=tl.float32)
-        acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
-        for start in range(begin, end, BLOCK_L):
-            at = start + tl.arange(0, BLOCK_L)
+        m_i = tl.full((BLOCK_H,), float("-inf"), dtype=tl.float32)
+        l_i = tl.zeros((BLOCK_H,), dtype=tl.float32)
+        acc = tl.zeros((BLOCK_H, BLOCK_R), dtype=tl.float32)
+        for start in range(begin, end, BLOCK_N):
+            at = start + tl.arange(0, BLOCK_N)
             seen = at < end
-            if PAGE % BLOCK_L == 0:  # a block never crosses pages, since shares are whole blocks
-                page = tl.load(page_table + row * page_table_row + start // PAGE).to(tl.int64)
+            if PAGE % BLOCK_N == 0:  # a block never crosses pages, since splits are whole blocks
+                page = tl.load(page_table + seq * page_table_seq + start // PAGE).to(tl.int64)
             else:
-                page = tl.load(page_table + row * page_table_row + at // PAGE, mask=seen, other=0).to(tl.int64)
+                page = tl.load(page_table + seq * page_table_seq + at // PAGE, mask=seen, other=0).to(tl.int64)
             cached = kv_cache + (page * PAGE + at % PAGE) * (RANK + ROPE)
             latent = tl.load(
                 cached[:, None] + ranks[None, :], mask=seen[:, None] & in_rank[None, :], other=0.0
-            )  # (BLOCK_L, BLOCK_R): keys and values at once
+            )  # (BLOCK_N, BLOCK_R): keys and values at once
             key = tl.load(cached[:, None] + RANK + turns[None, :], mask=seen[:, None] & in_rope[None, :], other=0.0)
             scores = tl.dot(query_rope, tl.trans(key), input_precision="ieee")
             scores = tl.dot(query_latent, tl.trans(latent), scores, input_precision="ieee")
-            scores = tl.where(seen[None, :], scores * scale, float("-inf"))  # (BLOCK_N, BLOCK_L), in powers of two
+            scores = tl.where(seen[None, :], scores * scale, float("-inf"))  # (BLOCK_H, BLOCK_N), in powers of two
             m_new = tl.maximum(m_i, tl.max(scores, axis=1))
             alpha = tl.exp2(m_i - m_new)
             p = tl.exp2(scores - m_new[:, None])
             l_i = l_i * alpha + tl.sum(p, axis=1)
             acc = tl.dot(p.to(latent.dtype), latent, acc * alpha[:, None], input_precision="ieee")
             m_i = m_new
-        # nothing was seen only in a row of length 0
+        # nothing was seen only in a sequence of length 0
         acc = acc / tl.where(end > begin, l_i, 1.0)[:, None]
         kept = real[:, None] & in_rank[None, :]
-        if ALONE:
-            place = (row * heads + head)[:, None] * RANK + ranks[None, :]
+        if SINGLE_SPLIT:
+            place = (seq * heads + head)[:, None] * RANK + ranks[None, :]
             tl.store(partial + place, acc.to(partial.dtype.element_ty), mask=kept)
         else:
-            place = (row * splits + split) * heads + head
+            place = (seq * splits + split) * heads + head
             tl.store(partial + place[:, None] * RANK + ranks[None, :], acc, mask=kept)
-            tl.store(logsum + place, m_i + tl.log2(l_i), mask=real)
+            tl.store(lse + place, m_i + tl.log2(l_i), mask=real)
 
 
 @triton.jit(do_not_specialize=["batch", "splits"])
-def _decode_values(
+def _decode_combine(
     partial,
-    logsum,
+    lse,
     seq_lens,
     to_value,
     out,
@@ -289,31 +289,31 @@ def _decode_values(
     BLOCK_B: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    LEAST: tl.constexpr,
-    ALONE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    SINGLE_SPLIT: tl.constexpr,
 ):
-    """Joins the shares of some sequences and one head, and takes the result out of the latent space."""
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    """Combines the splits of some sequences and one head, and takes the result out of the latent space."""
+    seqs = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     head = tl.program_id(1)
     columns = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     ranks = tl.arange(0, BLOCK_R)
-    real, in_rank, inside = rows < batch, ranks < RANK, columns < values
-    row = rows.to(tl.int64)
-    if ALONE:
-        place = (row * heads + head)[:, None] * RANK + ranks[None, :]
+    real, in_rank, inside = seqs < batch, ranks < RANK, columns < values
+    seq = seqs.to(tl.int64)
+    if SINGLE_SPLIT:
+        place = (seq * heads + head)[:, None] * RANK + ranks[None, :]
         latent = tl.load(partial + place, mask=real[:, None] & in_rank[None, :], other=0.0)
     else:
-        length = tl.load(seq_lens + rows, mask=real, other=0)
-        used = tl.cdiv(length, _share(length, splits, LEAST, BLOCK_L))  # (BLOCK_B)
+        length = tl.load(seq_lens + seqs, mask=real, other=0)
+        used = tl.cdiv(length, _split_len(length, splits, MIN_SPLIT, BLOCK_N))  # (BLOCK_B)
         m_i = tl.full((BLOCK_B,), float("-inf"), dtype=tl.float32)
         l_i = tl.zeros((BLOCK_B,), dtype=tl.float32)
         acc = tl.zeros((BLOCK_B, BLOCK_R), dtype=tl.float32)
         for split in range(0, tl.max(used, axis=0)):
             there = split < used
-            place = (row * splits + split) * heads + head
-            # a share that does not exist has no part in it, not even a maximum of its own
-            log = tl.load(logsum + place, mask=there, other=float("-inf"))
+            place = (seq * splits + split) * heads + head
+            # a split that does not exist has no part in it, not even a maximum of its own
+            log = tl.load(lse + place, mask=there, other=float("-inf"))
             part = tl.load(
                 partial + place[:, None] * RANK + ranks[None, :], mask=there[:, None] & in_rank[None, :], other=0.0
             )  # (BLOCK_B, BLOCK_R)
@@ -330,7 +330,7 @@ def _decode_values(
         output = tl.sum(weight.to(tl.float32) * latent.to(tl.float32), axis=1)[None, :]
     else:
         output = tl.dot(latent, tl.trans(weight), input_precision="ieee")
-    place = (row * heads + head)[:, None] * values + columns[None, :]
+    place = (seq * heads + head)[:, None] * values + columns[None, :]
     tl.store(out + place, output.to(out.dtype.element_ty), mask=real[:, None] & inside[None, :])
 
 
@@ -340,10 +340,11 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def default_splits(rows: int, head_blocks: int, capacity: int, multiprocessors: int) -> int:
-    """Shares of each row: enough programs to fill the machine, none with fewer than LEAST_SHARE of ``capacity``."""
-    wanted = max(1, _PROGRAMS * multiprocessors // (rows * head_blocks))
-    return max(1, min(wanted, -(-capacity // LEAST_SHARE)))
+def default_splits(sequences: int, head_blocks: int, capacity: int, multiprocessors: int) -> int:
+    """Splits of each sequence: enough programs to fill the machine, none with fewer than MIN_SPLIT_LEN of
+    ``capacity``."""
+    wanted = max(1, _PROGRAMS * multiprocessors // (sequences * head_blocks))
+    return max(1, min(wanted, -(-capacity // MIN_SPLIT_LEN)))
 
 
 def mla_decode(
@@ -357,8 +358,8 @@ def mla_decode(
 ) -> Tensor:
     """See :func:`kimi_vl.kernels.reference.mla_decode`.
 
-    ``splits`` is how many programs share a row at most, 0 a number that suits the shapes; results differ with it by
-    rounding.
+    ``splits`` is how many programs share a sequence at most, 0 a number that suits the shapes; results differ with it
+    by rounding.
     """
     page_table, seq_lens = decode.page_table, decode.seq_lens
     (batch, heads, width), (values, rank) = query.shape, to_value.shape[1:]
@@ -368,25 +369,25 @@ def mla_decode(
     out = torch.empty(batch, heads, values, dtype=query.dtype, device=query.device)
     if not batch:
         return out
-    block_n = 16  # the least that tl.dot takes, and the heads of the published model
-    head_blocks = -(-heads // block_n)
+    block_h = 16  # the least that tl.dot takes, and the heads of the published model
+    head_blocks = -(-heads // block_h)
     tile = tile or (BFLOAT16 if query.itemsize == 2 else FLOAT32)
     if not splits:
         splits = default_splits(batch, head_blocks, page_table.shape[1] * page_size, _multiprocessors(query.device))
-    alone = splits == 1
-    # what the shares leave to be joined, or, where there is only one, what it has found
+    single = splits == 1
+    # what the splits leave to be combined, or, where there is only one, its result
     partial = torch.empty(
-        (batch, splits, heads, rank), dtype=query.dtype if alone else torch.float32, device=query.device
+        (batch, splits, heads, rank), dtype=query.dtype if single else torch.float32, device=query.device
     )
-    logsum = partial if alone else torch.empty(batch, splits, heads, dtype=torch.float32, device=query.device)
+    lse = partial if single else torch.empty(batch, splits, heads, dtype=torch.float32, device=query.device)
     block_r = max(16, triton.next_power_of_2(rank))
-    _decode_shares[(batch, head_blocks, splits)](
+    _decode_split_kv[(batch, head_blocks, splits)](
         query,
         kv_cache,
         page_table,
         seq_lens,
         partial,
-        logsum,
+        lse,
         heads,
         query.stride(0),
         query.stride(1),
@@ -396,20 +397,20 @@ def mla_decode(
         PAGE=page_size,
         RANK=rank,
         ROPE=rope,
-        BLOCK_N=block_n,
+        BLOCK_H=block_h,
         BLOCK_R=block_r,
         BLOCK_P=max(16, triton.next_power_of_2(rope)),
-        BLOCK_L=tile.tokens,
-        LEAST=LEAST_SHARE,
-        ALONE=alone,
+        BLOCK_N=tile.block_n,
+        MIN_SPLIT=MIN_SPLIT_LEN,
+        SINGLE_SPLIT=single,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
     block_b = 1 if batch <= _ONE_BY_ONE else 16
     block_v = 64 // query.itemsize
-    _decode_values[(-(-batch // block_b), heads, -(-values // block_v))](
+    _decode_combine[(-(-batch // block_b), heads, -(-values // block_v))](
         partial,
-        logsum,
+        lse,
         seq_lens,
         to_value,
         out,
@@ -422,9 +423,9 @@ def mla_decode(
         BLOCK_B=block_b,
         BLOCK_R=block_r,
         BLOCK_V=block_v,
-        BLOCK_L=tile.tokens,
-        LEAST=LEAST_SHARE,
-        ALONE=alone,
+        BLOCK_N=tile.block_n,
+        MIN_SPLIT=MIN_SPLIT_LEN,
+        SINGLE_SPLIT=single,
         num_warps=4,
     )
     return out

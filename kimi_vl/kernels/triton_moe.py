@@ -31,17 +31,17 @@ from torch import Tensor
 class Tile:
     """How one GEMM is cut: result columns and depth a step of each program, its warps and pipeline stages."""
 
-    columns: int
-    depth: int
+    block_n: int
+    block_k: int
     warps: int
     stages: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """``rows`` pairs of one expert share a program; 0 takes pairs one by one, the first GEMV in one step."""
+    """``block_m`` pairs of one expert share a program; 0 takes pairs one by one, the first GEMV in one step."""
 
-    rows: int
+    block_m: int
     gate_up: Tile
     down: Tile
 
@@ -87,7 +87,7 @@ def _silu(values):
 @triton.jit
 def _pair_gate_up(
     states,
-    chosen,
+    topk_ids,
     gate_up,
     shared_gate,
     shared_up,
@@ -98,33 +98,33 @@ def _pair_gate_up(
     width,
     inner,
     SHARED: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     pair = tl.program_id(1)
     token, slot = pair // slots, pair % slots
-    expert = tl.load(chosen + token * top_k + slot, mask=slot < top_k, other=0)
+    expert = tl.load(topk_ids + token * top_k + slot, mask=slot < top_k, other=0)
     expert = tl.where(slot < top_k, expert, experts + slot - top_k).to(tl.int64)
     gate, up = _gate_and_up(expert, gate_up, shared_gate, shared_up, inner * width, experts, SHARED)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    at = tl.arange(0, DEPTH)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    at = tl.arange(0, BLOCK_K)
     within = at < width
     mask = (columns < inner)[:, None] & within[None, :]
     place = columns[:, None] * width + at[None, :]
-    gates = tl.load(gate + place, mask=mask, other=0.0)  # (COLUMNS, DEPTH)
+    gates = tl.load(gate + place, mask=mask, other=0.0)  # (BLOCK_N, BLOCK_K)
     ups = tl.load(up + place, mask=mask, other=0.0)
     state = tl.load(states + token * width + at, mask=within, other=0.0).to(tl.float32)[None, :]
-    gated = tl.sum(gates.to(tl.float32) * state, axis=1)
-    raised = tl.sum(ups.to(tl.float32) * state, axis=1)
-    result = _silu(gated) * raised
+    acc_gate = tl.sum(gates.to(tl.float32) * state, axis=1)
+    acc_up = tl.sum(ups.to(tl.float32) * state, axis=1)
+    result = _silu(acc_gate) * acc_up
     tl.store(hidden + pair * inner + columns, result.to(hidden.dtype.element_ty), mask=columns < inner)
 
 
 @triton.jit
 def _pair_down(
     hidden,
-    chosen,
-    weights,
+    topk_ids,
+    topk_weights,
     down,
     shared_down,
     out,
@@ -134,34 +134,34 @@ def _pair_down(
     inner,
     shared_inner,
     SHARED: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     token = tl.program_id(1)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < width
-    depth = tl.arange(0, DEPTH)
-    steps = tl.cdiv(inner, DEPTH)  # of each expert
-    total = tl.zeros((COLUMNS, DEPTH), dtype=tl.float32)
+    depth = tl.arange(0, BLOCK_K)
+    steps = tl.cdiv(inner, BLOCK_K)  # of each expert
+    acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     for step in tl.range(0, top_k * steps, num_stages=STAGES):
-        slot, at = step // steps, step % steps * DEPTH + depth
-        expert = tl.load(chosen + token * top_k + slot).to(tl.int64)
-        weight = tl.load(weights + token * top_k + slot)
+        slot, at = step // steps, step % steps * BLOCK_K + depth
+        expert = tl.load(topk_ids + token * top_k + slot).to(tl.int64)
+        weight = tl.load(topk_weights + token * top_k + slot)
         place = columns[:, None] * inner + at[None, :]
         mask = inside[:, None] & (at < inner)[None, :]
         row = tl.load(hidden + (token * slots + slot) * inner + at, mask=at < inner, other=0.0).to(tl.float32)
-        matrix = tl.load(down + expert * width * inner + place, mask=mask, other=0.0)  # (COLUMNS, DEPTH)
-        total += matrix.to(tl.float32) * (row * weight)[None, :]
+        matrix = tl.load(down + expert * width * inner + place, mask=mask, other=0.0)  # (BLOCK_N, BLOCK_K)
+        acc += matrix.to(tl.float32) * (row * weight)[None, :]
     if SHARED:
         for step in tl.range(0, (slots - top_k) * steps, num_stages=STAGES):
-            slot, at = step // steps, step % steps * DEPTH + depth
+            slot, at = step // steps, step % steps * BLOCK_K + depth
             place = columns[:, None] * shared_inner + slot * inner + at[None, :]
             mask = inside[:, None] & (at < inner)[None, :]
             row = tl.load(hidden + (token * slots + top_k + slot) * inner + at, mask=at < inner, other=0.0)
             matrix = tl.load(shared_down + place, mask=mask, other=0.0)
-            total += matrix.to(tl.float32) * row.to(tl.float32)[None, :]
-    result = tl.sum(total, axis=1)
+            acc += matrix.to(tl.float32) * row.to(tl.float32)[None, :]
+    result = tl.sum(acc, axis=1)
     tl.store(out + token * width + columns, result.to(out.dtype.element_ty), mask=inside)
 
 
@@ -170,9 +170,9 @@ def _pair_down(
 
 @triton.jit(do_not_specialize=["tokens", "blocks"])
 def _group(
-    chosen,
-    order,
-    owner,
+    topk_ids,
+    sorted_pairs,
+    expert_ids,
     tokens,
     top_k,
     slots,
@@ -182,8 +182,9 @@ def _group(
     BLOCK_E: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """``order``: the pairs of each block of rows, those past an expert's last one ``tokens * slots``; ``owner``: the
-    expert of each block, -1 past the last. Shared experts come first: who is among theirs needs no counting.
+    """``sorted_pairs``: the pairs of each block of rows, those past an expert's last one ``tokens * slots``;
+    ``expert_ids``: the expert of each block, -1 past the last. Shared experts come first: who is among theirs needs no
+    counting.
 
     Each program places CHUNK routed pairs. How many come before them it counts itself, from the first on: as much
     work for all together as the square of the pairs, and far less than the GEMMs even in a long prefill.
@@ -194,7 +195,7 @@ def _group(
     before = tl.zeros((BLOCK_E,), dtype=tl.int32)
     counts = tl.zeros((BLOCK_E,), dtype=tl.int32)
     for begin in range(0, routed, CHUNK):
-        expert = tl.load(chosen + begin + here, mask=begin + here < routed, other=-1)
+        expert = tl.load(topk_ids + begin + here, mask=begin + here < routed, other=-1)
         found = tl.sum((expert[:, None] == ids[None, :]).to(tl.int32), axis=0)
         before += tl.where(begin < chunk * CHUNK, found, 0)
         counts += found
@@ -205,35 +206,35 @@ def _group(
     start = end - room
 
     mine = chunk * CHUNK + here
-    expert = tl.load(chosen + mine, mask=mine < routed, other=-1)
+    expert = tl.load(topk_ids + mine, mask=mine < routed, other=-1)
     earlier = (expert[None, :] == expert[:, None]) & (here[None, :] < here[:, None])
     rank = tl.sum(earlier.to(tl.int32), axis=1)
     first = tl.sum(tl.where(expert[:, None] == ids[None, :], (start + before)[None, :], 0), axis=1)
     pair = mine // top_k * slots + mine % top_k
-    tl.store(order + first + rank, pair, mask=mine < routed)
+    tl.store(sorted_pairs + first + rank, pair, mask=mine < routed)
 
     token = mine % (shared_blocks * BLOCK_M)
     slot = top_k + mine // (shared_blocks * BLOCK_M)
-    tl.store(order + mine, tl.where(token < tokens, token * slots + slot, nobody), mask=mine < shared_rows)
+    tl.store(sorted_pairs + mine, tl.where(token < tokens, token * slots + slot, nobody), mask=mine < shared_rows)
 
     if chunk == 0:
         rows = tl.arange(0, BLOCK_M)
         spare = (start + counts)[:, None] + rows[None, :]  # (BLOCK_E, BLOCK_M)
-        tl.store(order + spare, tl.zeros((BLOCK_E, BLOCK_M), dtype=tl.int32) + nobody, mask=spare < end[:, None])
+        tl.store(sorted_pairs + spare, tl.zeros((BLOCK_E, BLOCK_M), dtype=tl.int32) + nobody, mask=spare < end[:, None])
         for begin in range(0, blocks, CHUNK):
             block = begin + here
             row = block * BLOCK_M
             passed = tl.sum((end[None, :] <= row[:, None]).to(tl.int32), axis=1)
             expert = tl.where(row < shared_rows, experts + block // shared_blocks, passed)
             expert = tl.where(row < shared_rows + tl.sum(room, axis=0), expert, -1)
-            tl.store(owner + block, expert, mask=block < blocks)
+            tl.store(expert_ids + block, expert, mask=block < blocks)
 
 
 @triton.jit(do_not_specialize=["nobody"])
 def _block_gate_up(
     states,
-    order,
-    owner,
+    sorted_pairs,
+    expert_ids,
     gate_up,
     shared_gate,
     shared_up,
@@ -245,32 +246,32 @@ def _block_gate_up(
     inner,
     SHARED: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     block = tl.program_id(0)
-    expert = tl.load(owner + block).to(tl.int64)
+    expert = tl.load(expert_ids + block).to(tl.int64)
     if expert < 0:
         return
     gate, up = _gate_and_up(expert, gate_up, shared_gate, shared_up, inner * width, experts, SHARED)
-    pair = tl.load(order + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    pair = tl.load(sorted_pairs + block * BLOCK_M + tl.arange(0, BLOCK_M))
     real = pair < nobody
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < inner
-    depth = tl.arange(0, DEPTH)
+    depth = tl.arange(0, BLOCK_K)
     state_place = (pair // slots).to(tl.int64)[:, None] * width + depth[None, :]
     place = columns[None, :] * width + depth[:, None]
-    gated = tl.zeros((BLOCK_M, COLUMNS), dtype=tl.float32)
-    raised = tl.zeros((BLOCK_M, COLUMNS), dtype=tl.float32)
-    for begin in range(0, width, DEPTH):
+    acc_gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc_up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for begin in range(0, width, BLOCK_K):
         within = begin + depth < width
         mask = within[:, None] & inside[None, :]
         state = tl.load(states + begin + state_place, mask=real[:, None] & within[None, :], other=0.0)
-        gates = tl.load(gate + begin + place, mask=mask, other=0.0)  # (DEPTH, COLUMNS)
+        gates = tl.load(gate + begin + place, mask=mask, other=0.0)  # (BLOCK_K, BLOCK_N)
         ups = tl.load(up + begin + place, mask=mask, other=0.0)
-        gated = tl.dot(state, gates, gated, input_precision="ieee")
-        raised = tl.dot(state, ups, raised, input_precision="ieee")
-    result = (_silu(gated) * raised).to(hidden.dtype.element_ty)
+        acc_gate = tl.dot(state, gates, acc_gate, input_precision="ieee")
+        acc_up = tl.dot(state, ups, acc_up, input_precision="ieee")
+    result = (_silu(acc_gate) * acc_up).to(hidden.dtype.element_ty)
     target = hidden + pair.to(tl.int64)[:, None] * inner + columns[None, :]
     tl.store(target, result, mask=real[:, None] & inside[None, :])
 
@@ -278,8 +279,8 @@ def _block_gate_up(
 @triton.jit(do_not_specialize=["nobody"])
 def _block_down(
     hidden,
-    order,
-    owner,
+    sorted_pairs,
+    expert_ids,
     down,
     shared_down,
     outputs,
@@ -290,44 +291,46 @@ def _block_down(
     shared_inner,
     SHARED: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     block = tl.program_id(0)
-    expert = tl.load(owner + block).to(tl.int64)
+    expert = tl.load(expert_ids + block).to(tl.int64)
     if expert < 0:
         return
     matrix, stride = down + expert * width * inner, inner
     if SHARED and expert >= experts:
         matrix, stride = shared_down + (expert - experts) * inner, shared_inner
-    pair = tl.load(order + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    pair = tl.load(sorted_pairs + block * BLOCK_M + tl.arange(0, BLOCK_M))
     real = pair < nobody
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < width
-    depth = tl.arange(0, DEPTH)
+    depth = tl.arange(0, BLOCK_K)
     row_place = pair.to(tl.int64)[:, None] * inner + depth[None, :]
     place = columns[None, :] * stride + depth[:, None]
-    total = tl.zeros((BLOCK_M, COLUMNS), dtype=tl.float32)
-    for begin in range(0, inner, DEPTH):
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for begin in range(0, inner, BLOCK_K):
         within = begin + depth < inner
         rows = tl.load(hidden + begin + row_place, mask=real[:, None] & within[None, :], other=0.0)
         values = tl.load(matrix + begin + place, mask=within[:, None] & inside[None, :], other=0.0)
-        total = tl.dot(rows, values, total, input_precision="ieee")
+        acc = tl.dot(rows, values, acc, input_precision="ieee")
     target = outputs + pair.to(tl.int64)[:, None] * width + columns[None, :]
-    tl.store(target, total.to(outputs.dtype.element_ty), mask=real[:, None] & inside[None, :])
+    tl.store(target, acc.to(outputs.dtype.element_ty), mask=real[:, None] & inside[None, :])
 
 
 @triton.jit
-def _combine(outputs, weights, out, top_k, slots, width, COLUMNS: tl.constexpr):
+def _combine(outputs, topk_weights, out, top_k, slots, width, BLOCK_N: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < width
-    total = tl.zeros((COLUMNS,), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for slot in range(0, slots):
-        weight = tl.load(weights + token * top_k + slot, mask=slot < top_k, other=1.0)  # shared experts are not scaled
+        weight = tl.load(
+            topk_weights + token * top_k + slot, mask=slot < top_k, other=1.0
+        )  # shared experts are not scaled
         output = tl.load(outputs + (token * slots + slot) * width + columns, mask=inside, other=0.0)
-        total += output.to(tl.float32) * weight
-    tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask=inside)
+        acc += output.to(tl.float32) * weight
+    tl.store(out + token * width + columns, acc.to(out.dtype.element_ty), mask=inside)
 
 
 def most_blocks(tokens: int, top_k: int, experts: int, shared: int, rows: int) -> int:
@@ -337,39 +340,40 @@ def most_blocks(tokens: int, top_k: int, experts: int, shared: int, rows: int) -
     return met + (pairs - met) // rows + shared * -(-tokens // rows)
 
 
-def group(chosen: Tensor, order: Tensor, owner: Tensor, experts: int, shared: int, rows: int) -> None:
-    """Fill ``order`` and ``owner``, which hold as many blocks as :func:`most_blocks` says; see the kernel."""
-    tokens, top_k = chosen.shape
+def group(topk_ids: Tensor, sorted_pairs: Tensor, expert_ids: Tensor, experts: int, shared: int, rows: int) -> None:
+    """Fill ``sorted_pairs`` and ``expert_ids``, which hold as many blocks as :func:`most_blocks` says; see the
+    kernel."""
+    tokens, top_k = topk_ids.shape
     chunk = 64
     placed = max(tokens * top_k, shared * -(-tokens // rows) * rows)
     _group[(-(-placed // chunk),)](
-        chosen, order, owner, tokens, top_k, top_k + shared, experts, owner.numel(),
+        topk_ids, sorted_pairs, expert_ids, tokens, top_k, top_k + shared, experts, expert_ids.numel(),
         BLOCK_M=rows, BLOCK_E=triton.next_power_of_2(experts), CHUNK=chunk, num_warps=4,
     )  # fmt: skip
 
 
 def moe(
     states: Tensor,
-    chosen: Tensor,
-    weights: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
     gate_up: Tensor,
     down: Tensor,
     shared: tuple[Tensor, Tensor, Tensor] | None = None,
     plan: Plan | None = None,
 ) -> Tensor:
-    """See :func:`kimi_vl.kernels.reference.moe`; ``chosen`` is int32, ``weights`` float32.
+    """See :func:`kimi_vl.kernels.reference.moe`; ``topk_ids`` is int32, ``topk_weights`` float32.
 
     ``shared`` are taken as experts that every token meets, so their width is a multiple of a routed one's. Shared
     experts are part of the float32 sum here.
     """
     tokens, width = states.shape
     experts, _, inner = down.shape
-    top_k = chosen.shape[1]
+    top_k = topk_ids.shape[1]
     gate, up, shared_down = shared or (gate_up, gate_up, down)
     shared_inner = shared_down.shape[1] if shared else 0
     if shared_inner % inner:
         raise ValueError(f"the shared experts' width {shared_inner} is no multiple of {inner}, a routed expert's")
-    if not all(each.is_contiguous() for each in (chosen, weights, gate_up, down, gate, up, shared_down)):
+    if not all(each.is_contiguous() for each in (topk_ids, topk_weights, gate_up, down, gate, up, shared_down)):
         raise ValueError("choices and weights must be contiguous")
     states = states.contiguous()
     out = torch.empty_like(states)
@@ -379,33 +383,35 @@ def moe(
     plan = plan or choose_plan(tokens, top_k, experts, states.itemsize)
     hidden = torch.empty(tokens * slots, inner, dtype=states.dtype, device=states.device)
     common = {"SHARED": shared is not None}
-    if plan.rows == 0:
-        _pair_gate_up[(-(-inner // plan.gate_up.columns), tokens * slots)](
-            states, chosen, gate_up, gate, up, hidden, top_k, slots, experts, width, inner,
-            COLUMNS=plan.gate_up.columns, DEPTH=triton.next_power_of_2(width), num_warps=plan.gate_up.warps, **common,
+    if plan.block_m == 0:
+        _pair_gate_up[(-(-inner // plan.gate_up.block_n), tokens * slots)](
+            states, topk_ids, gate_up, gate, up, hidden, top_k, slots, experts, width, inner,
+            BLOCK_N=plan.gate_up.block_n, BLOCK_K=triton.next_power_of_2(width), num_warps=plan.gate_up.warps, **common,
         )  # fmt: skip
-        _pair_down[(-(-width // plan.down.columns), tokens)](
-            hidden, chosen, weights, down, shared_down, out, top_k, slots, width, inner, shared_inner,
-            COLUMNS=plan.down.columns, DEPTH=min(plan.down.depth, triton.next_power_of_2(inner)),
+        _pair_down[(-(-width // plan.down.block_n), tokens)](
+            hidden, topk_ids, topk_weights, down, shared_down, out, top_k, slots, width, inner, shared_inner,
+            BLOCK_N=plan.down.block_n, BLOCK_K=min(plan.down.block_k, triton.next_power_of_2(inner)),
             STAGES=plan.down.stages, num_warps=plan.down.warps, **common,
         )  # fmt: skip
         return out
-    rows = plan.rows
+    rows = plan.block_m
     blocks = most_blocks(tokens, top_k, experts, slots - top_k, rows)
-    order = torch.empty(blocks * rows, dtype=torch.int32, device=states.device)
-    owner = torch.empty(blocks, dtype=torch.int32, device=states.device)
-    group(chosen, order, owner, experts, slots - top_k, rows)
-    _block_gate_up[(blocks, -(-inner // plan.gate_up.columns))](
-        states, order, owner, gate_up, gate, up, hidden, tokens * slots, slots, experts, width, inner,
-        BLOCK_M=rows, COLUMNS=plan.gate_up.columns, DEPTH=plan.gate_up.depth,
+    sorted_pairs = torch.empty(blocks * rows, dtype=torch.int32, device=states.device)
+    expert_ids = torch.empty(blocks, dtype=torch.int32, device=states.device)
+    group(topk_ids, sorted_pairs, expert_ids, experts, slots - top_k, rows)
+    _block_gate_up[(blocks, -(-inner // plan.gate_up.block_n))](
+        states, sorted_pairs, expert_ids, gate_up, gate, up, hidden, tokens * slots, slots, experts, width, inner,
+        BLOCK_M=rows, BLOCK_N=plan.gate_up.block_n, BLOCK_K=plan.gate_up.block_k,
         num_warps=plan.gate_up.warps, num_stages=plan.gate_up.stages, **common,
     )  # fmt: skip
     outputs = torch.empty(tokens * slots, width, dtype=states.dtype, device=states.device)
-    _block_down[(blocks, -(-width // plan.down.columns))](
-        hidden, order, owner, down, shared_down, outputs, tokens * slots, experts, width, inner, shared_inner,
-        BLOCK_M=rows, COLUMNS=plan.down.columns, DEPTH=plan.down.depth,
-        num_warps=plan.down.warps, num_stages=plan.down.stages, **common,
+    _block_down[(blocks, -(-width // plan.down.block_n))](
+        hidden, sorted_pairs, expert_ids, down, shared_down, outputs, tokens * slots, experts, width, inner,
+        shared_inner, BLOCK_M=rows, BLOCK_N=plan.down.block_n, BLOCK_K=plan.down.block_k, num_warps=plan.down.warps,
+        num_stages=plan.down.stages, **common,
     )  # fmt: skip
     columns = min(1024, triton.next_power_of_2(width))
-    _combine[(tokens, -(-width // columns))](outputs, weights, out, top_k, slots, width, COLUMNS=columns, num_warps=4)
+    _combine[(tokens, -(-width // columns))](
+        outputs, topk_weights, out, top_k, slots, width, BLOCK_N=columns, num_warps=4
+    )
     return out

@@ -34,34 +34,34 @@ def _norm_router(
     bias,
     total,
     normed,
-    chosen,
-    weights,
+    topk_ids,
+    topk_weights,
     tokens,
     width,
     experts,
     eps,
     scaling,
     TOP_K: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_TOPK: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    ids = tl.arange(0, BLOCK_E)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ids = tl.arange(0, BLOCK_N)
     real, known = rows < tokens, ids < experts
     first = rows.to(tl.int64)[:, None] * width
-    squares = tl.zeros((BLOCK_T, BLOCK_H), dtype=tl.float32)
-    for begin in range(0, width, BLOCK_H):
-        at = begin + tl.arange(0, BLOCK_H)
+    squares = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    for begin in range(0, width, BLOCK_K):
+        at = begin + tl.arange(0, BLOCK_K)
         mask = real[:, None] & (at < width)[None, :]
         value = _added(residual, delta, first + at[None, :], mask)
         tl.store(total + first + at[None, :], value, mask=mask)
         squares += value.to(tl.float32) * value.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(squares, axis=1) / width + eps)  # (BLOCK_T)
-    logits = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.float32)
-    for begin in range(0, width, BLOCK_H):
-        at = begin + tl.arange(0, BLOCK_H)
+    scale = tl.rsqrt(tl.sum(squares, axis=1) / width + eps)  # (BLOCK_M)
+    logits = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for begin in range(0, width, BLOCK_K):
+        at = begin + tl.arange(0, BLOCK_K)
         within = at < width
         mask = real[:, None] & within[None, :]
         value = _added(residual, delta, first + at[None, :], mask)
@@ -71,7 +71,7 @@ def _norm_router(
         tl.store(normed + first + at[None, :], state, mask=mask)
         row = tl.load(
             weight + ids[None, :] * width + at[:, None], mask=known[None, :] & within[:, None], other=0.0
-        )  # (BLOCK_H, BLOCK_E)
+        )  # (BLOCK_K, BLOCK_N)
         if state.dtype != row.dtype:
             state, row = state.to(tl.float32), row.to(tl.float32)
         # bfloat16 products are exact in float32; float32 ones must not be cut to tf32, which would change choices
@@ -81,11 +81,11 @@ def _norm_router(
     # a score that is not a number is chosen last, and an expert that does not exist never: of equals the first is
     # taken, and those stand at the end
     choice = tl.where(known[None, :] & (choice == choice), choice, float("-inf"))
-    slots = tl.arange(0, BLOCK_K)
-    best_ids = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.int32)
-    best = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
+    slots = tl.arange(0, BLOCK_TOPK)
+    best_ids = tl.zeros((BLOCK_M, BLOCK_TOPK), dtype=tl.int32)
+    best = tl.zeros((BLOCK_M, BLOCK_TOPK), dtype=tl.float32)
     for slot in tl.static_range(TOP_K):
-        winner = tl.argmax(choice, axis=1)  # (BLOCK_T)
+        winner = tl.argmax(choice, axis=1)  # (BLOCK_M)
         hit = ids[None, :] == winner[:, None]
         score = tl.sum(tl.where(hit, scores, 0.0), axis=1)
         here = slots[None, :] == slot
@@ -95,8 +95,8 @@ def _norm_router(
     best = best / (tl.sum(best, axis=1)[:, None] + 1e-20) * scaling
     place = rows[:, None] * TOP_K + slots[None, :]
     kept = real[:, None] & (slots < TOP_K)[None, :]
-    tl.store(chosen + place, best_ids, mask=kept)
-    tl.store(weights + place, best, mask=kept)
+    tl.store(topk_ids + place, best_ids, mask=kept)
+    tl.store(topk_weights + place, best, mask=kept)
 
 
 def norm_router(
@@ -113,8 +113,8 @@ def norm_router(
     tokens, width = residual.shape
     residual, delta = residual.contiguous(), delta.contiguous()
     total, normed = torch.empty_like(residual), torch.empty_like(residual)
-    chosen = torch.empty(tokens, top_k, dtype=torch.int32, device=residual.device)
-    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=residual.device)
+    topk_ids = torch.empty(tokens, top_k, dtype=torch.int32, device=residual.device)
+    topk_weights = torch.empty(tokens, top_k, dtype=torch.float32, device=residual.device)
     if tokens:
         _norm_router[(-(-tokens // _TOKENS),)](
             residual,
@@ -124,20 +124,20 @@ def norm_router(
             bias,
             total,
             normed,
-            chosen,
-            weights,
+            topk_ids,
+            topk_weights,
             tokens,
             width,
             weight.shape[0],
             eps,
             scaling,
             TOP_K=top_k,
-            BLOCK_T=_TOKENS,
-            BLOCK_E=max(16, triton.next_power_of_2(weight.shape[0])),
+            BLOCK_M=_TOKENS,
+            BLOCK_N=max(16, triton.next_power_of_2(weight.shape[0])),
             # 256 bytes of each row a step: with three steps under way one program has 48 KB in flight
-            BLOCK_H=256 // weight.itemsize,
-            BLOCK_K=triton.next_power_of_2(top_k),
+            BLOCK_K=256 // weight.itemsize,
+            BLOCK_TOPK=triton.next_power_of_2(top_k),
             num_warps=4,
             num_stages=4,
         )
-    return total, normed, chosen, weights
+    return total, normed, topk_ids, topk_weights

@@ -186,11 +186,11 @@ class Gate(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Expert indices (T, K), best first, and float32 weights (T, K) of tokens (T, H)."""
+        """``topk_ids`` (T, K), best first, and ``topk_weights`` (T, K), float32, of tokens (T, H)."""
         scores = F.linear(states.float(), self.weight.float()).sigmoid()  # (T, E)
-        chosen = (scores + self.e_score_correction_bias.float()).topk(self.top_k, dim=-1).indices
-        weights = scores.gather(-1, chosen)
-        return chosen, weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.scaling
+        topk_ids = (scores + self.e_score_correction_bias.float()).topk(self.top_k, dim=-1).indices
+        topk_weights = scores.gather(-1, topk_ids)
+        return topk_ids, topk_weights / (topk_weights.sum(-1, keepdim=True) + 1e-20) * self.scaling
 
 
 class Experts(nn.Module):
@@ -204,14 +204,15 @@ class Experts(nn.Module):
         nn.init.normal_(self.gate_up_proj, std=0.02)
         nn.init.normal_(self.down_proj, std=0.02)
 
-    def forward(self, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Weighted sum over each token's experts: tokens (T, H), choices and weights (T, K), result (T, H)."""
-        mixed = torch.zeros_like(states, dtype=weights.dtype)
-        for expert in chosen.unique().tolist():
-            tokens, places = (chosen == expert).nonzero(as_tuple=True)  # (t)
+    def forward(self, states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Weighted sum over each token's experts: tokens (T, H), ``topk_ids`` and ``topk_weights`` (T, K), result (T,
+        H)."""
+        mixed = torch.zeros_like(states, dtype=topk_weights.dtype)
+        for expert in topk_ids.unique().tolist():
+            tokens, places = (topk_ids == expert).nonzero(as_tuple=True)  # (t)
             gate, up = project(states[tokens], self.gate_up_proj[expert]).chunk(2, dim=-1)  # (t, I)
             outputs = project(F.silu(gate) * up, self.down_proj[expert])  # (t, H)
-            mixed.index_add_(0, tokens, outputs.float() * weights[tokens, places].unsqueeze(-1))
+            mixed.index_add_(0, tokens, outputs.float() * topk_weights[tokens, places].unsqueeze(-1))
         return mixed.to(states.dtype)
 
 

@@ -90,8 +90,8 @@ def bytes_a_step(
     """
     hidden, layers = config.hidden_size, config.num_hidden_layers
     latent = config.kv_lora_rank + config.qk_rope_head_dim
-    experts, chosen = config.n_routed_experts, config.num_experts_per_tok
-    distinct = distinct or experts * (1 - (1 - chosen / experts) ** rows)
+    experts, top_k = config.n_routed_experts, config.num_experts_per_tok
+    distinct = distinct or experts * (1 - (1 - top_k / experts) ** rows)
     expert = 3 * hidden * config.moe_intermediate_size
     sparse = layers - config.first_k_dense_replace
     values = layers * attention_weights(config) + config.first_k_dense_replace * 3 * hidden * config.intermediate_size

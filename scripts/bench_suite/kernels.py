@@ -264,7 +264,7 @@ def bench(
 
 def tune(where: Machine, cases: Cases, report: Callable[[dict[str, Any]], None], quick: bool = False) -> None:
     """Other tiles than the chosen ones, a line each."""
-    from kimi_vl.kernels.triton_mla import Tile as Share
+    from kimi_vl.kernels.triton_mla import Tile as SplitTile
     from kimi_vl.kernels.triton_moe import FEW, MANY, PAIRS, SOME, Plan, Tile
 
     ops = choose(where.device, "triton")
@@ -277,8 +277,8 @@ def tune(where: Machine, cases: Cases, report: Callable[[dict[str, Any]], None],
             report({"op": case.op, "size": case.size, "who": ops.name, "tile": label, "error": said[:200]})
 
     def plans(base: Plan, gates: Sequence[Tile], downs: Sequence[Tile]) -> list[Plan]:
-        kept = [Plan(base.rows, gate, base.down) for gate in gates]
-        return [base, *kept, *(Plan(base.rows, base.gate_up, down) for down in downs)]
+        kept = [Plan(base.block_m, gate, base.down) for gate in gates]
+        return [base, *kept, *(Plan(base.block_m, base.gate_up, down) for down in downs)]
 
     tried: list[tuple[int, list[Plan]]] = [
         (
@@ -317,7 +317,15 @@ def tune(where: Machine, cases: Cases, report: Callable[[dict[str, Any]], None],
         for split in splits:
             attempt(case, f"{split} splits", splits=split)
         for share in (
-            () if quick else (Share(32, 4, 2), Share(32, 4, 3), Share(64, 4, 3), Share(16, 4, 4), Share(32, 8, 3))
+            ()
+            if quick
+            else (
+                SplitTile(32, 4, 2),
+                SplitTile(32, 4, 3),
+                SplitTile(64, 4, 3),
+                SplitTile(16, 4, 4),
+                SplitTile(32, 8, 3),
+            )
         ):
             attempt(case, str(share), tile=share)
 

@@ -331,7 +331,7 @@ def test_a_kernel_that_needs_more_shared_memory_than_a_card_has_is_reported(monk
 
         route()
         machine.check()
-        monkeypatch.setattr(triton_router, "_norm_router", Launches(triton_router._norm_router, BLOCK_H=256))
+        monkeypatch.setattr(triton_router, "_norm_router", Launches(triton_router._norm_router, BLOCK_K=256))
         with pytest.raises(OutOfResources):
             route()
         assert [finding.kind for finding in machine.findings] == ["shared memory"]

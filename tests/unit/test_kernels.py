@@ -198,10 +198,10 @@ def test_experts_without_kernels(
 
 @pytest.mark.parametrize("way", [plain._grouped, plain._of_gathered, plain._of_all, plain._by_expert])
 def test_a_spoilt_token_spoils_only_itself_on_any_device(way: Any):
-    states, chosen, _, gate_up, down, _ = Inputs(ODD, torch.bfloat16).moe(5, "same").arguments
-    clean = way(states, chosen, gate_up, down)
+    states, topk_ids, _, gate_up, down, _ = Inputs(ODD, torch.bfloat16).moe(5, "same").arguments
+    clean = way(states, topk_ids, gate_up, down)
     states[1] = float("nan")
-    spoilt = way(states, chosen, gate_up, down)
+    spoilt = way(states, topk_ids, gate_up, down)
     assert spoilt[1].isnan().all()
     assert torch.equal(spoilt[[0, 2, 3, 4]], clean[[0, 2, 3, 4]])
 
@@ -226,9 +226,9 @@ def test_how_a_gpu_computes_experts(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     stand_in = {"is_cuda": True, "dtype": dtype, "device": "cuda:0", "__len__": lambda self: tokens}
     states: Any = type("States", (), stand_in)()
-    chosen, down = torch.empty(tokens, 6), torch.empty(64, 16, 8)
-    assert plain._on_device(states, chosen, down) is getattr(plain, way)
-    assert plain._on_device(states, chosen, torch.empty(64, 16, 9)) is not plain._grouped
+    topk_ids, down = torch.empty(tokens, 6), torch.empty(64, 16, 8)
+    assert plain._on_device(states, topk_ids, down) is getattr(plain, way)
+    assert plain._on_device(states, topk_ids, torch.empty(64, 16, 9)) is not plain._grouped
 
 
 @pytest.mark.parametrize("widest", [16, packed_weights._WIDEST])
@@ -251,10 +251,10 @@ def test_gemv_of_packed_weights(
 def test_experts_from_packed_weights(tokens: int, routing: str, fences: Fences, anything_is_packed: None):
     """What an expert does for one token alone comes from its packed weights, the rest from the plain ones."""
     call = fenced(Inputs(EVEN, torch.bfloat16).moe(tokens, routing), fences)
-    chosen, experts = call.arguments[1], call.arguments[3:]
+    topk_ids, experts = call.arguments[1], call.arguments[3:]
     found = apart(call, call.run(kernels.TORCH, packed=packed_weights.prepack([], [experts])), torch.bfloat16)
     assert found <= 1, found
-    unique, shares = chosen.unique(return_counts=True)
+    unique, shares = topk_ids.unique(return_counts=True)
     for weight in experts[:2]:
 
         def poisoned(which: Tensor | slice, in_packed: bool, weight: Tensor = weight) -> Tensor:
@@ -358,20 +358,20 @@ def test_order(tokens: int, top_k: int, experts: int, shared: int, rows: int, sp
     """Every pair stands once, in a block of its expert, in the order of the tokens; the bound on blocks holds."""
     draw = random.Random(tokens + rows)
     listed = [[(draw.randrange(spread) + slot) % experts for slot in range(top_k)] for _ in range(tokens)]
-    chosen, slots = torch.tensor(listed, dtype=torch.int32), top_k + shared
+    topk_ids, slots = torch.tensor(listed, dtype=torch.int32), top_k + shared
     blocks = triton_moe.most_blocks(tokens, top_k, experts, shared, rows)
-    order, owner = torch.empty(blocks * rows, dtype=torch.int32), torch.empty(blocks, dtype=torch.int32)
-    triton_moe.group(chosen, order, owner, experts, shared, rows)
+    sorted_pairs, expert_ids = torch.empty(blocks * rows, dtype=torch.int32), torch.empty(blocks, dtype=torch.int32)
+    triton_moe.group(topk_ids, sorted_pairs, expert_ids, experts, shared, rows)
     wanted: dict[int, list[int]] = {}
     for token, ids in enumerate(listed):
         for slot, expert in enumerate([*ids, *range(experts, experts + shared)]):
             wanted.setdefault(expert, []).append(token * slots + slot)
     found: dict[int, list[int]] = {}
-    for block, expert in enumerate(owner.tolist()):
+    for block, expert in enumerate(expert_ids.tolist()):
         if expert >= 0:
-            found.setdefault(expert, []).extend(order[block * rows : (block + 1) * rows].tolist())
+            found.setdefault(expert, []).extend(sorted_pairs[block * rows : (block + 1) * rows].tolist())
         else:
-            assert set(owner[block:].tolist()) == {-1}
+            assert set(expert_ids[block:].tolist()) == {-1}
     assert {expert: [pair for pair in pairs if pair != tokens * slots] for expert, pairs in found.items()} == wanted
     for expert, pairs in found.items():
         assert len(pairs) == -(-len(wanted[expert]) // rows) * rows
@@ -437,10 +437,10 @@ def test_a_spoilt_token_chooses_experts_that_exist():
     call.arguments[0][2] = float("nan")
     call.arguments[1][3, 0] = float("inf")
     spoilt = call.run(TRITON)
-    chosen, weights = spoilt[2:]
-    assert ((chosen >= 0) & (chosen < ODD.experts)).all()
+    topk_ids, topk_weights = spoilt[2:]
+    assert ((topk_ids >= 0) & (topk_ids < ODD.experts)).all()
     assert all(torch.equal(one[:2], other[:2]) for one, other in zip(spoilt, clean, strict=True))
-    assert weights[2].isnan().all()
+    assert topk_weights[2].isnan().all()
 
 
 def test_a_score_that_is_no_number_is_chosen_last():
@@ -451,16 +451,16 @@ def test_a_score_that_is_no_number_is_chosen_last():
 
 def test_equal_scores_take_the_first():
     states, weight = torch.ones(2, 16), torch.ones(9, 16)
-    chosen, weights = routed(states, weight, torch.tensor([0.0, 0, 1, 0, 0, 1, 0, 0, 0]), 4, 2.0)
-    assert chosen.tolist() == [[2, 5, 0, 1]] * 2
-    torch.testing.assert_close(weights, torch.full((2, 4), 0.5))
+    topk_ids, topk_weights = routed(states, weight, torch.tensor([0.0, 0, 1, 0, 0, 1, 0, 0, 0]), 4, 2.0)
+    assert topk_ids.tolist() == [[2, 5, 0, 1]] * 2
+    torch.testing.assert_close(topk_weights, torch.full((2, 4), 0.5))
 
 
 def test_scores_that_all_vanish():
     states, weight = torch.ones(1, 16), torch.full((4, 16), -100.0)
-    chosen, weights = routed(states, weight, torch.arange(4.0), 2, 2.0)
-    assert chosen.tolist() == [[3, 2]]
-    assert weights.tolist() == [[0, 0]]
+    topk_ids, topk_weights = routed(states, weight, torch.arange(4.0), 2, 2.0)
+    assert topk_ids.tolist() == [[3, 2]]
+    assert topk_weights.tolist() == [[0, 0]]
 
 
 def test_router_weights_of_another_dtype():
@@ -481,8 +481,8 @@ def test_any_split(splits: int, page_size: int, fences: Fences):
     assert found <= 1, found
 
 
-def test_more_shares_than_are_joined_at_a_time():
-    """The last ones weigh most, so that what was joined before them has to fade."""
+def test_more_splits_than_are_combined_at_a_time():
+    """The last ones weigh most, so that what was combined before them has to be scaled down."""
     widths = Widths(heads=2, rank=16, rope=16)
     call = Inputs(widths, torch.float32).mla_decode([1300])
     _, kv_cache, decode = call.arguments[:3]
@@ -491,8 +491,8 @@ def test_more_shares_than_are_joined_at_a_time():
     assert found <= 1, found
 
 
-def test_rows_do_not_know_each_other():
-    """A row's bits are the same with other neighbours, in another place, with its pages elsewhere."""
+def test_decode_attention_is_batch_invariant():
+    """A sequence's bits are the same in another batch, in another place, with its pages elsewhere."""
     call = Inputs(ODD, torch.float32).mla_decode([30, 100, 5], 16)
     query, kv_cache, decode, *rest = call.arguments
     page_table, seq_lens = decode.page_table, decode.seq_lens
@@ -672,7 +672,7 @@ MISTAKES: dict[str, tuple[str, Callable[[list[Any]], None]]] = {
     "gate and up swapped": ("experts", _changed(3, _halves_swapped)),
     "weights of another token": ("experts", _changed(2, _unlike)),
     "experts of another token": ("experts", _changed(1, _unlike)),
-    "slots of a token swapped": ("experts", _changed(1, lambda chosen: chosen.flip(1))),
+    "slots of a token swapped": ("experts", _changed(1, lambda topk_ids: topk_ids.flip(1))),
     "shared experts left out": ("experts", _changed(5, lambda shared: None)),
     "shared gate and up swapped": ("experts", _changed(5, lambda shared: (shared[1], shared[0], shared[2]))),
     "half of the shared experts": ("experts", _changed(5, lambda shared: (shared[0], shared[1], shared[2] * 0.5))),
@@ -725,17 +725,17 @@ def _sound(case: str, dtype: torch.dtype) -> tuple[Call, tuple[Tensor, ...]]:
 def test_a_router_that_chooses_worse_is_seen():
     """The comparison that allows for ties allows for nothing else."""
     call = Inputs(ODD, torch.float32).norm_router(9)
-    total, normed, chosen, weights = call.run(TRITON)
+    total, normed, topk_ids, topk_weights = call.run(TRITON)
 
     def found(*choice: Tensor) -> float:
         return routed_alike((normed.double(), *(each.double() for each in call.arguments[4:6]), 3, 1.7), choice)
 
-    assert found(chosen, weights) < 1e-6
-    assert found(chosen.roll(1, 0), weights) > 1e-2
-    assert found(chosen, weights.flip(-1)) > 1e-2
-    assert found(chosen[:, :1].expand(-1, 3), weights) == float("inf")
-    assert apart(call, (total, normed, chosen, weights), torch.float32, ties=True) <= 1
-    assert apart(call, (total, normed * 1.001, chosen, weights), torch.float32, ties=True) > 1
+    assert found(topk_ids, topk_weights) < 1e-6
+    assert found(topk_ids.roll(1, 0), topk_weights) > 1e-2
+    assert found(topk_ids, topk_weights.flip(-1)) > 1e-2
+    assert found(topk_ids[:, :1].expand(-1, 3), topk_weights) == float("inf")
+    assert apart(call, (total, normed, topk_ids, topk_weights), torch.float32, ties=True) <= 1
+    assert apart(call, (total, normed * 1.001, topk_ids, topk_weights), torch.float32, ties=True) > 1
 
 
 # The twin
