@@ -161,15 +161,19 @@ def _watching(model: KimiVL, caught: dict[str, Tensor]) -> Iterator[None]:
 
         return keep
 
-    def vision_rope(states: Tensor, cos: Tensor, sin: Tensor, turn: Any = kimi_vl.model.vision.apply_rope) -> Tensor:
-        result = turn(states, cos, sin)
+    def vision_rope(
+        states: Tensor, cos: Tensor, sin: Tensor, rotate: Any = kimi_vl.model.vision.apply_rope_interleaved
+    ) -> Tensor:
+        result = rotate(states, cos, sin)
         caught.setdefault("vit.rope_freqs_cis_real_imag", torch.stack((cos, sin), dim=-1))
         name = "vit.block0.k_rope" if "vit.block0.q_rope" in caught else "vit.block0.q_rope"
         caught.setdefault(name, result)
         return result
 
-    def text_rope(states: Tensor, cos: Tensor, sin: Tensor, turn: Any = kimi_vl.model.language.apply_rope) -> Tensor:
-        result = turn(states, cos, sin)
+    def text_rope(
+        states: Tensor, cos: Tensor, sin: Tensor, rotate: Any = kimi_vl.model.language.apply_rope_half
+    ) -> Tensor:
+        result = rotate(states, cos, sin)
         name = "lm.layer0.k_pe" if "lm.layer0.q_pe_in" in caught else "lm.layer0.q_pe"
         for stage, value in (
             (f"{name}_in", states),
@@ -216,8 +220,8 @@ def _watching(model: KimiVL, caught: dict[str, Tensor]) -> Iterator[None]:
             stack.callback(module.register_forward_hook(_keeping(caught, name)).remove)
         for name, module in before.items():
             stack.callback(module.register_forward_pre_hook(entry(name)).remove)
-        stack.enter_context(mock.patch.object(kimi_vl.model.vision, "apply_rope", vision_rope))
-        stack.enter_context(mock.patch.object(kimi_vl.model.language, "apply_rope", text_rope))
+        stack.enter_context(mock.patch.object(kimi_vl.model.vision, "apply_rope_interleaved", vision_rope))
+        stack.enter_context(mock.patch.object(kimi_vl.model.language, "apply_rope_half", text_rope))
         yield
     for name in [name for name in caught if name.endswith(".gate")]:
         topk_ids, topk_weights = caught.pop(name)

@@ -88,7 +88,7 @@ class Engine:
         on_gpu, wanted = self._device.type == "cuda", graphs.wanted()
         # before memory is counted: kernels are compiled and tried
         with devices.current(self._device):
-            chosen = ops or kernels.choose(self._device, use=options.use(text, model.dtype))
+            chosen = ops or kernels.select_ops(self._device, use=options.use(text, model.dtype))
         page_bytes = PagedCache.page_bytes(text, options.page_size, model.dtype)
         # no more pages than all sequences could ever fill
         most = options.max_num_seqs * -(-text.max_position_embeddings // options.page_size)

@@ -29,10 +29,10 @@ __all__ = [
     "Experts",
     "Ops",
     "Use",
-    "choose",
     "mlp",
     "prepare",
     "project",
+    "select_ops",
 ]
 
 VARIABLE = "KIMI_VL_KERNELS"
@@ -98,7 +98,7 @@ TORCH = Ops(
 )
 
 
-def choose(device: torch.device | str, name: str | None = None, use: Use | None = None) -> Ops:
+def select_ops(device: torch.device | str, name: str | None = None, use: Use | None = None) -> Ops:
     """The operations for a device: those called ``name``, else what the variable KIMI_VL_KERNELS names, else "auto".
 
     "auto" is "torch" on a CPU. On a GPU it takes every kernel that proves itself there at the sizes of ``use``, and
@@ -123,7 +123,7 @@ def choose(device: torch.device | str, name: str | None = None, use: Use | None 
 
 
 def prepare(device: torch.device | str, use: Use) -> None:
-    """Begin what :func:`choose` will wait for, so that it goes on while the weights are loaded."""
+    """Begin what :func:`select_ops` will wait for, so that it goes on while the weights are loaded."""
     device = torch.device(device)
     if _asked(None) == "auto" and device.type == "cuda":
         from . import startup_check

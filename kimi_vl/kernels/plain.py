@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.language import apply_rope, project
+from ..model.language import apply_rope_half, project
 from . import reference
 from .attention_metadata import Block, DecodeMetadata
 from .packed_weights import PackedWeight, mlp
@@ -193,7 +193,7 @@ def mla_prepare(
     query, latent, key = joined.split((joined.shape[-1] - rank - cos.shape[-1], rank, cos.shape[-1]), dim=-1)
     query = query.unflatten(-1, (heads, -1))  # (T, N, Q+P)
     both = torch.cat((query[..., nope:], key.unsqueeze(1)), dim=1)  # (T, N+1, P): together, in half as many calls
-    rotated = apply_rope(both, cos, sin)
+    rotated = apply_rope_half(both, cos, sin)
     _, normed = reference.add_rms_norm(latent, None, norm_weight, eps)
     kv_cache.flatten(0, 1)[slot_mapping] = torch.cat((normed, rotated[:, -1]), dim=-1)  # (T, R+P)
     rotated = rotated[:, :-1]

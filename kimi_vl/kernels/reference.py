@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.language import apply_rope
+from ..model.language import apply_rope_half
 from .attention_metadata import DecodeMetadata
 
 # Shapes: T tokens, H hidden_size, E routed experts, K experts a token, I expert width, W shared experts' width,
@@ -116,10 +116,12 @@ def mla_prepare(
     cos, sin = rope.chunk(2, dim=-1)  # (T, P)
     query, latent, key = joined.split((joined.shape[-1] - rank - cos.shape[-1], rank, cos.shape[-1]), dim=-1)
     query = query.unflatten(-1, (heads, -1))  # (T, N, Q+P)
-    new = torch.cat((add_rms_norm(latent, None, norm_weight, eps)[1], apply_rope(key, cos, sin)), dim=-1)  # (T, R+P)
+    new = torch.cat(
+        (add_rms_norm(latent, None, norm_weight, eps)[1], apply_rope_half(key, cos, sin)), dim=-1
+    )  # (T, R+P)
     written = slot_mapping >= 0
     kv_cache.view(-1, kv_cache.shape[-1])[slot_mapping[written].long()] = new[written]
-    rotated = apply_rope(query[..., nope:], cos.unsqueeze(1), sin.unsqueeze(1))  # (T, N, P)
+    rotated = apply_rope_half(query[..., nope:], cos.unsqueeze(1), sin.unsqueeze(1))  # (T, N, P)
     absorbed = per_head(query[:decoding, :, :nope], to_key)  # (B, N, R)
     return torch.cat((absorbed, rotated[:decoding]), dim=-1), rotated[decoding:]
 

@@ -65,8 +65,8 @@ def rope_tables(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def apply_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (2i, 2i+1) of the last dimension; the result has even components first, then odd ones."""
+def apply_rope_half(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (2i, 2i+1) of the last dimension; in the result the even components are the first half."""
     even, odd = states[..., 0::2], states[..., 1::2]
     straight, crossed = torch.cat((even, odd), dim=-1), torch.cat((-odd, even), dim=-1)
     return straight * cos + crossed * sin
@@ -112,8 +112,8 @@ class Attention(nn.Module):
         query = self.q_proj(states).unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2)  # (B, N, S, Q+P)
         q_nope, q_rope = query.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
         latent, k_rope = self.kv_a_proj_with_mqa(states).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        q_rope = apply_rope(q_rope, cos.unsqueeze(1), sin.unsqueeze(1))  # (B, N, S, P)
-        new_kv = torch.cat((self.kv_a_layernorm(latent), apply_rope(k_rope, cos, sin)), dim=-1)  # (B, S, R+P)
+        q_rope = apply_rope_half(q_rope, cos.unsqueeze(1), sin.unsqueeze(1))  # (B, N, S, P)
+        new_kv = torch.cat((self.kv_a_layernorm(latent), apply_rope_half(k_rope, cos, sin)), dim=-1)  # (B, S, R+P)
         if past is None:
             heads = self.expanded(q_nope, q_rope, new_kv, None)
         else:

@@ -68,11 +68,12 @@ def rope_angles(grids: Sequence[Grid], head_dim: int, device: torch.device) -> T
     return torch.cat(angles)
 
 
-def apply_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn adjacent pairs of components of ``states`` (P, N, D) in float32; ``cos`` and ``sin`` are (P, 1, D/2)."""
+def apply_rope_interleaved(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate adjacent pairs of components of ``states`` (P, N, D) in float32, interleaved as they came; ``cos`` and
+    ``sin`` are (P, 1, D/2)."""
     even, odd = states.float().unflatten(-1, (-1, 2)).unbind(-1)  # (P, N, D/2)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).to(states.dtype)
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-2).to(states.dtype)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -112,7 +113,7 @@ class Block(nn.Module):
     def forward(self, states: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
         qkv = self.wqkv(self.norm0(states)).unflatten(-1, (3, self.num_heads, -1))  # (P, 3, N, D)
         query, key, value = qkv.unbind(1)
-        query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
+        query, key = apply_rope_interleaved(query, cos, sin), apply_rope_interleaved(key, cos, sin)
         states = states + self.wo(attention(query, key, value, lengths).flatten(1))  # (P, C)
         return states + self.mlp(self.norm1(states))
 

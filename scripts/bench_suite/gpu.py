@@ -95,10 +95,10 @@ def kernels_against_twins(job: Job) -> None:
     """Every kernel at the published widths, in bfloat16 and float32, against float64; memory is poisoned beforehand."""
     import torch
 
-    from kimi_vl.kernels import choose
+    from kimi_vl.kernels import select_ops
     from kimi_vl.kernels.inputs import Call, Inputs, apart, distances, with_arguments
 
-    ops = choose(job.device, "triton")
+    ops = select_ops(job.device, "triton")
     # uninitialised memory is filled with NaN
     torch.use_deterministic_algorithms(True, warn_only=True)
     tokens = [1, 5] if job.rehearsal else [1, 2, 3, 17, 32, 128, 300, 1100]
@@ -144,7 +144,7 @@ def kernels_in_graphs(job: Job) -> None:
     """A captured graph follows its inputs: other experts, other lengths, other slots, no new capture."""
     import torch
 
-    from kimi_vl.kernels import choose
+    from kimi_vl.kernels import select_ops
     from kimi_vl.kernels.inputs import Inputs, distances
 
     from .kernels import replayed
@@ -152,7 +152,7 @@ def kernels_in_graphs(job: Job) -> None:
     if job.rehearsal:
         job.report("skipped", "there are no graphs on a CPU")
         return
-    ops = choose(job.device, "triton")
+    ops = select_ops(job.device, "triton")
     inputs = Inputs(_widths(job), torch.bfloat16, job.device)
     weights = inputs.experts(), inputs.shared_experts()
     for count in (1, 32, 128):
@@ -186,14 +186,14 @@ def decoder_against_float64(job: Job) -> None:
 
     from kimi_vl.engine.decoder import FusedDecoder
     from kimi_vl.engine.kv_cache import Chunk, PagedCache
-    from kimi_vl.kernels import REFERENCE, choose
+    from kimi_vl.kernels import REFERENCE, select_ops
 
     from . import ladder
 
     config, device = ladder.config(job.rehearsal, text_layers=2, vocabulary=512), torch.device(job.device)
     half = ladder.random_model(config, device).language_model
     exact = FusedDecoder(copy.deepcopy(half).double(), REFERENCE)
-    plain, fused = (FusedDecoder(half, choose(device, name)) for name in ("torch", "triton"))
+    plain, fused = (FusedDecoder(half, select_ops(device, name)) for name in ("torch", "triton"))
     generator, size = torch.Generator(job.device).manual_seed(1), 32
     context = 40 if job.rehearsal else 2048
     works = [(3, 1), (1, 9)] if job.rehearsal else [(1, 1), (32, 1), (128, 1), (1, 1000)]
@@ -213,7 +213,7 @@ def decoder_against_float64(job: Job) -> None:
             with torch.inference_mode():
                 results[name] = decoder.states(states.to(dtype), step).double()
         right = results.pop("float64")
-        # the median token: near a tie of two experts a rounding may choose another, on either road
+        # the median token: near a tie of two experts a rounding may select another, in either implementation
         errors = {
             name: float(((found - right).norm(dim=-1) / right.norm(dim=-1)).nan_to_num(torch.inf).median())
             for name, found in results.items()

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from kimi_vl.kernels import TORCH, Ops, choose
+from kimi_vl.kernels import TORCH, Ops, select_ops
 from kimi_vl.kernels.attention_metadata import DecodeMetadata
 from kimi_vl.kernels.inputs import PUBLISHED, Call, Inputs, Widths
 
@@ -237,7 +237,7 @@ def sizes(cases: Cases, cuda: bool, quick: bool) -> list[Callable[[], Case]]:
 
 def contenders(where: Machine) -> list[Ops]:
     """Who computes an operation."""
-    return [TORCH, choose(where.device, "triton")] if where.triton else [TORCH]
+    return [TORCH, select_ops(where.device, "triton")] if where.triton else [TORCH]
 
 
 def packed(ops: Ops, call: Call) -> dict[str, Any]:
@@ -267,7 +267,7 @@ def tune(where: Machine, cases: Cases, report: Callable[[dict[str, Any]], None],
     from kimi_vl.kernels.triton_mla import Tile as SplitTile
     from kimi_vl.kernels.triton_moe import FEW, MANY, PAIRS, SOME, Plan, Tile
 
-    ops = choose(where.device, "triton")
+    ops = select_ops(where.device, "triton")
 
     def attempt(case: Case, label: str, **more: Any) -> None:
         try:

@@ -87,11 +87,11 @@ def _tanh_gelu(patch: pytest.MonkeyPatch, _: golden.Native) -> None:
 
 
 def _rope_not_taken_apart(patch: pytest.MonkeyPatch, _: golden.Native) -> None:
-    def apply_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def apply_rope_half(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         first, second = states.chunk(2, dim=-1)
         return states * cos + torch.cat((-second, first), dim=-1) * sin
 
-    patch.setattr(language, "apply_rope", apply_rope)
+    patch.setattr(language, "apply_rope_half", apply_rope_half)
 
 
 def _rope_order(order: Callable[[Tensor], Tensor]) -> Patch:

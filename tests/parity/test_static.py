@@ -71,7 +71,7 @@ def ops(name: str) -> kernels.Ops:
         from bench_suite import triton_on_cpu
 
         assert triton_on_cpu.interpreter
-    return kernels.choose("cpu", name)
+    return kernels.select_ops("cpu", name)
 
 
 # The decoder

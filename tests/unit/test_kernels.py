@@ -42,7 +42,7 @@ from kimi_vl.kernels.attention_metadata import DecodeMetadata  # noqa: E402
 from kimi_vl.kernels.inputs import Call, Inputs, Widths, apart, distance, routed_alike, with_arguments  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-TRITON = kernels.choose("cpu", "triton")
+TRITON = kernels.select_ops("cpu", "triton")
 # numbers that are not finite are put in on purpose
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -758,19 +758,24 @@ def test_the_reference_keeps_float64():
 
 def test_ways_that_are_asked_for(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
-    assert kernels.choose("cpu") is kernels.choose("cpu", "auto") is kernels.choose("cuda", "torch") is kernels.TORCH
+    assert (
+        kernels.select_ops("cpu")
+        is kernels.select_ops("cpu", "auto")
+        is kernels.select_ops("cuda", "torch")
+        is kernels.TORCH
+    )
     with pytest.raises(ValueError, match="what for"):
-        kernels.choose("cuda")
+        kernels.select_ops("cuda")
     monkeypatch.setenv(kernels.VARIABLE, "triton")
-    assert kernels.choose("cuda").name == kernels.choose("cpu").name == "triton"
-    assert kernels.choose("cuda", "torch").name == "torch"
+    assert kernels.select_ops("cuda").name == kernels.select_ops("cpu").name == "triton"
+    assert kernels.select_ops("cuda", "torch").name == "torch"
     monkeypatch.setenv(kernels.VARIABLE, "fast")
     with pytest.raises(ValueError, match="'fast'"):
-        kernels.choose("cpu")
+        kernels.select_ops("cpu")
     monkeypatch.setenv(kernels.VARIABLE, "triton")
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(RuntimeError, match="not on cpu"):
-        kernels.choose("cpu")
+        kernels.select_ops("cpu")
 
 
 def python(program: str, **variables: str) -> str:
@@ -791,11 +796,11 @@ def test_triton_is_imported_only_when_chosen_and_missing_it_is_said_clearly():
     program = """
 import sys
 from kimi_vl import kernels
-kernels.choose("cuda", "torch")
+kernels.select_ops("cuda", "torch")
 print("triton" in sys.modules)
 sys.modules["triton"] = None
 try:
-    kernels.choose("cuda")
+    kernels.select_ops("cuda")
 except RuntimeError as error:
     print(error)
 """

@@ -130,7 +130,7 @@ def test_operations_refused_for_one_reason_share_a_line(caplog):
 )
 def test_mixed_operations_give_the_same_tokens(refused, model, monkeypatch):
     plain = Engine(copy.deepcopy(model), 1024, SMALL)
-    monkeypatch.setattr(kernels, "choose", lambda *given, **named: kernels.without(TRITON, refused))
+    monkeypatch.setattr(kernels, "select_ops", lambda *given, **named: kernels.without(TRITON, refused))
     mixed = Engine(copy.deepcopy(model), 1024, SMALL)
     assert mixed._decoder._ops.name == "mixed"
     ids, patches = some_requests()[2]
