@@ -50,7 +50,7 @@ def cache_bytes(
 
 def attention_bytes(config: TextConfig, dtype: torch.dtype, max_num_batched_tokens: int) -> int:
     """Of a prompt's chunk, for each token that it attends to: its latent and rotary key twice (gathered, and cut out of
-    that), keys and values as they are written out, both once more in one piece, and a mask as truth values and as
+    that), expanded keys and values, both once more as contiguous copies, and a mask as truth values and as
     numbers."""
     latent = config.kv_lora_rank + config.qk_rope_head_dim
     head = config.qk_nope_head_dim + config.v_head_dim + config.qk_head_dim + config.v_head_dim

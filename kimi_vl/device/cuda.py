@@ -1,4 +1,5 @@
-"""Where a GPU differs from a CPU for the engine: the current device, copies that do not wait, and errors that stay."""
+"""Where a GPU differs from a CPU for the engine: the current device, copies that do not synchronise, and errors that
+stay."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def staged(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> T
 
 
 def tensor(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers as a tensor on ``device``. The host does not wait."""
+    """Numbers as a tensor on ``device``. Does not synchronise."""
     return staged(values, dtype, device).to(device, non_blocking=True)
 
 

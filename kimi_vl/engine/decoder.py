@@ -87,10 +87,10 @@ class FusedDecoder:
         kv_cache: Tensor,
         step: StepMetadata,
     ) -> Tensor:
-        """The attention's output (T, H): one token of a sequence in the latent space, longer chunks with keys and
-        values written out."""
+        """The attention's output (T, H): one token of a sequence in the latent space, prefill chunks with expanded
+        keys and values."""
         config, ops, decoding = attention.config, self._ops, len(step.decode.seq_lens)
-        # kernels take tokens in one piece
+        # kernels take contiguous tokens
         joined = project(normed, projections.joined, self._packed).contiguous()  # (T, N (Q+P) + R+P)
         absorbed, rotated = ops.mla_prepare(
             joined, projections.to_key, attention.kv_a_layernorm.weight, rope, kv_cache, step.slot_mapping,
@@ -130,7 +130,7 @@ class _Projections:
 
     ``joined`` (N (Q+P) + R+P, H) is those of queries and of latents and rotary keys, which read the same input; the
     model's own weights become parts of it, so that it takes no memory of its own. ``to_key`` (N, R, Q) and ``to_value``
-    (N, V, R) are the halves of ``kv_b_proj``, head by head, the first of them turned.
+    (N, V, R) are the halves of ``kv_b_proj``, head by head, the first of them transposed.
     """
 
     @torch.no_grad()

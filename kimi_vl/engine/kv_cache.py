@@ -45,7 +45,7 @@ class PagedCache:
         return page_size * config.kv_values_per_token * dtype.itemsize
 
     def clear(self, pages: Sequence[int]) -> None:
-        """Set some pages to zero. The host does not wait, so a step may be under way meanwhile."""
+        """Set some pages to zero. Does not synchronise, so a step may be under way meanwhile."""
         if pages:
             self.kv_cache.index_fill_(1, devices.tensor(pages, torch.int64, self.kv_cache.device), 0)
 

@@ -36,8 +36,8 @@ __all__ = [
 ]
 
 VARIABLE = "KIMI_VL_KERNELS"
-WAITING = frozenset({"moe", "mla_prepare", "mla_decode"})
-"""Plain operations that no captured step may hold: they make the host wait, or want a slot for every token."""
+SYNCHRONISING = frozenset({"moe", "mla_prepare", "mla_decode"})
+"""Plain operations that no captured step may hold: they synchronise the device, or need a slot for every token."""
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 class Ops:
     """One implementation of every operation; :mod:`kimi_vl.kernels.reference` says what each computes.
 
-    ``static`` ones never make the host wait, and leave tokens without a slot unwritten: what steps over buffers that
+    ``static`` ones never synchronise, and leave tokens without a slot unwritten: what steps over buffers that
     stay (:mod:`kimi_vl.engine.cuda_graphs`) need. ``prepack`` packs weights for what may take them packed:
     :func:`project`, :func:`mlp`, and ``moe``, ``mla_prepare`` and ``mla_decode`` of the same table as their ``packed``.
     """
@@ -153,7 +153,7 @@ def without(ops: Ops, refused: Collection[str]) -> Ops:
     if all(name in refused or getattr(ops, name) is getattr(TORCH, name) for name in OPERATIONS):
         return TORCH
     plainly = {name: getattr(TORCH, name) for name in refused}
-    return dataclasses.replace(ops, name="mixed", static=ops.static and not WAITING & set(refused), **plainly)
+    return dataclasses.replace(ops, name="mixed", static=ops.static and not SYNCHRONISING & set(refused), **plainly)
 
 
 def _asked(name: str | None) -> str:
@@ -198,4 +198,4 @@ def report(refused: Mapping[str, str], ops: Ops) -> None:
         names = ", ".join(name for name, own in refused.items() if own == reason)
         log.warning("plain PyTorch instead of kernels for %s: %s", names, reason)
     if refused and not ops.static:
-        log.warning("decoding steps are not captured as CUDA graphs: plain PyTorch in them waits for the host")
+        log.warning("decoding steps are not captured as CUDA graphs: plain PyTorch in them synchronises the device")

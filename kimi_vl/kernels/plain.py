@@ -1,7 +1,7 @@
 """Each operation in PyTorch, arranged for speed: what runs where there are no kernels.
 
 Computes what :mod:`kimi_vl.kernels.reference` says; each deviation from the obvious has its reason beside it. Not for
-steps over buffers that stay: the host may wait here, and every token of :func:`mla_prepare` must have a slot.
+steps in static buffers: it may synchronise, and every token of :func:`mla_prepare` must have a slot.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _on_device(states: Tensor, topk_ids: Tensor, down: Tensor) -> Callable[[Tens
 
     Without a grouped GEMM, gathering moves three times the weights of T K experts, GEMMs with all experts those of E.
     These compute E / K times as much as there is to do, which reading the weights hides up to about 128
-    tokens. Longer steps are worth a wait in each layer.
+    tokens. Longer steps are worth a synchronisation in each layer.
     """
     if _groupable(states, down):
         return _grouped
@@ -129,7 +129,7 @@ def _groupable(states: Tensor, down: Tensor) -> bool:
 
 
 def _grouped(states: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Outputs (T, K, H) of the experts, which the device finds by itself: the host does not wait."""
+    """Outputs (T, K, H) of the experts, without device synchronisation."""
     count, choices = topk_ids.shape
     experts, order = topk_ids.flatten().sort(stable=True)  # (T K), expert by expert
     numbers = torch.arange(len(down), device=experts.device, dtype=experts.dtype)
@@ -140,8 +140,8 @@ def _grouped(states: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) ->
 
 
 def _of_gathered(states: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The same from a copy of the selected experts' weights, a GEMV for each pair of a token and an expert. The host
-    does not wait; each weight is read, written and read again."""
+    """The same from a copy of the selected experts' weights, a GEMV for each pair of a token and an expert.
+    No synchronisation; each weight is read, written and read again."""
     count, choices = topk_ids.shape
     experts = topk_ids.flatten()  # (T K)
     tokens = states.unsqueeze(1).expand(-1, choices, -1).reshape(len(experts), 1, -1)  # (T K, 1, H)
@@ -158,7 +158,7 @@ def _of_all(states: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> 
 
 
 def _by_expert(states: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The same expert by expert, after the host has waited to learn which are in use, for any number of tokens."""
+    """The same expert by expert, after a synchronisation to learn which are in use, for any number of tokens."""
     if len(states) == 1:  # there is nothing to sort
         return torch.stack([_expert(states, gate_up[number], down[number]) for number in topk_ids[0].tolist()], dim=1)
     experts, order = topk_ids.flatten().sort(stable=True)  # (T K)

@@ -56,7 +56,7 @@ class KimiVL(nn.Module):
         positions: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """float32 logits (B, S, vocab_size) of every token; the plain road for tests and training."""
+        """float32 logits (B, S, vocab_size) of every token, for tests and training."""
         features = None if pixel_values is None else self.encode_images(pixel_values, grids)
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)

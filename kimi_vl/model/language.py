@@ -121,7 +121,7 @@ class Attention(nn.Module):
         return self.o_proj(heads.transpose(1, 2).flatten(2))  # (B, S, H)
 
     def expanded(self, q_nope: Tensor, q_rope: Tensor, latent_kv: Tensor, mask: Tensor | None) -> Tensor:
-        """Heads (B, N, S, V) of queries over ``latent_kv`` (B, L, R+P), their keys and values written out.
+        """Heads (B, N, S, V) of queries over ``latent_kv`` (B, L, R+P), expanding their keys and values.
 
         ``mask`` (…, S, L) is true where a query may look; None means causal, for as many queries as keys, or, where
         flash_attn is used, for the last S of them.

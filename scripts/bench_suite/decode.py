@@ -101,7 +101,7 @@ def bytes_a_step(
 
 
 def prefill_operations(config: TextConfig, length: int) -> float:
-    """Multiplications and additions of the decoder for a prompt of ``length`` tokens, its keys and values written out;
+    """Multiplications and additions of the decoder for a prompt of ``length`` tokens, its keys and values expanded;
     the output head, which only the last token meets, left aside."""
     hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
     looked_at = (length + 1) / 2  # by a token, in the mean

@@ -4,7 +4,7 @@ The ceilings are measured first: bytes a second of a large copy (read and writte
 matrix product. Bytes are the fewest that an operation has to move, so a share of the copy says how far there is to go;
 what only reads can pass 100 %. Weights and the KV cache rotate among enough sets that no cache holds them, as in a
 model, where other layers come between; activations are as warm as they are there. On a GPU calls are replayed from a
-graph, unless the operation waits for the host, which the table then says.
+graph, unless the operation synchronises, which the table then says.
 """
 
 from __future__ import annotations
@@ -345,7 +345,7 @@ def main(arguments: list[str]) -> int:
     device = torch.device(args.device)
     widths = PUBLISHED if not args.experts else Widths(experts=args.experts, top_k=min(6, args.experts))
     if device.type != "cuda":
-        print("no GPU is used: the plain PyTorch road alone is measured", flush=True)
+        print("no GPU is used: plain PyTorch alone is measured", flush=True)
     where = machine(device)
     print(
         f"{where.name}: copy {where.bytes_per_second / 1e9:.1f} GB/s, "

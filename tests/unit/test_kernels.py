@@ -546,13 +546,13 @@ def test_entries_are_gathered_for_a_block_at_a_time(
     assert sorted(seen) == sorted(lengths)
 
 
-def test_the_host_does_not_wait_for_lengths_that_it_has(monkeypatch: pytest.MonkeyPatch):
+def test_lengths_on_the_host_need_no_synchronisation(monkeypatch: pytest.MonkeyPatch):
     """One sequence that is far longer than the others costs what it reads, not as much for each of them."""
     lengths = [131072, *[500] * 63]
     page_table = torch.zeros(64, 4096, dtype=torch.int32)
     decode = DecodeMetadata(page_table, torch.tensor(lengths, dtype=torch.int32), 32, lengths)
     for name in ("tolist", "item", "__int__", "__bool__"):
-        monkeypatch.setattr(Tensor, name, lambda *_: pytest.fail("the host waits"))
+        monkeypatch.setattr(Tensor, name, lambda *_: pytest.fail("the host synchronises"))
     assert [tuple(block.slots.shape) for block in decode.blocks] == [(1, 131072), (63, 500)]
 
 
