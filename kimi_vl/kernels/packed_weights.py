@@ -96,7 +96,7 @@ def _groups(weights: Sequence[Tensor], experts: Sequence[Experts]) -> Iterator[d
 
 
 def project(states: Tensor, weight: Tensor, packed: Mapping[Tensor, PackedWeight]) -> Tensor:
-    """:func:`kimi_vl.model.language.project` of ``states`` (T, I); one token takes the packed weight, if there is one."""
+    """:func:`kimi_vl.model.language.project` of ``states`` (T, I); one token takes packed weights, if there are any."""
     found = packed.get(weight) if len(states) == 1 else None
     return language.project(states, weight) if found is None else found.gemv(states)
 

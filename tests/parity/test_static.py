@@ -82,7 +82,7 @@ def ops(name: str) -> kernels.Ops:
 @pytest.mark.parametrize(("name", "alone"), [("torch", False), ("torch", True), ("triton", False)])
 def test_the_fused_decoder_is_the_model(model, name, alone, dtype, anything_is_packed):
     """Single tokens and chunks, with and without a past, in one step, or one sequence ``alone``, which takes packed
-    weights where it can; the entries that are written are compared, too."""
+    weights where it can; the KV cache that is written is compared, too."""
     exact, half = copy.deepcopy(model).double(), copy.deepcopy(model).to(getattr(torch, dtype))
     text = model.config.text_config
     width = text.kv_lora_rank + text.qk_rope_head_dim
