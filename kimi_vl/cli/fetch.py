@@ -18,13 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..weights import download, resolve, verify
+    from ..weights import http, resolve, verify
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     folder = resolve.resolve(arguments.model, has_gpu=True)
     if arguments.write_manifest:
         try:
-            verify.write_manifest(folder, download.redact(arguments.model), arguments.write_manifest)
+            verify.write_manifest(folder, http.redact(arguments.model), arguments.write_manifest)
         except OSError as error:
             raise CheckpointError(f"{arguments.write_manifest}: cannot be written ({error.strerror})") from None
     print(folder)

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import ssl
 import stat
 import subprocess
 import sys
@@ -21,25 +20,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 
 from ..errors import CheckpointError
+from . import http
 from .progress import Progress, amount
 from .tar_contents import LARGEST_END, Contents, end_fault
 
 log = logging.getLogger(__name__)
-for _library in ("httpx", "httpcore"):  # they would log every address with what signs it
-    logging.getLogger(_library).setLevel(logging.WARNING)
-
 TRIES = 3
 PAUSE_SECONDS = 5.0
-STALL_SECONDS = 120.0  # pget itself has no read timeout, and goes on for ever when every answer is cut off
 # pget keeps a chunk a connection in memory, and writes nothing before the first of them is whole. A chunk is what the
 # line brings in FIRST_SECONDS, shared among the connections: a slow line, too, is then seen to bring something.
 CONNECTIONS = 16
@@ -49,8 +43,6 @@ LARGEST_CHUNK = 16_000_000
 
 _WATCH_SECONDS = 0.2
 _MEASURED_BYTES = 8_000_000
-_REDIRECTS = 10
-_NUMBER = "[0-9]{1,18}"
 _WINDOW = 2**16  # bytes asked for at once while only headers are read
 _LARGEST_HEADER = 2**20
 # What changes pget's behaviour from outside. PGET itself names the program.
@@ -63,42 +55,6 @@ _PGET_SETTINGS = (
     "PGET_LOG_LEVEL",
     "PGET_RESOLVE",
 )
-_REFUSALS = {
-    401: "the server asks for a login (401); check the user, password or token in the address",
-    403: "the server refuses access (403); check the address, and that a signed link has not expired",
-    404: "the server has no such file (404); check the address",
-    410: "the server no longer has this file (410); check the address",
-    416: "the server's file is empty (416); upload it again",
-}
-_TRANSIENT = (408, 425, 429)
-
-
-class _Retry(Exception):
-    """A failure that another try may not meet; the text goes into parentheses of a sentence."""
-
-
-def shown(url: str) -> str:
-    """``url`` as it may be printed: without user, password, query and fragment."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return "(an address that cannot be read)"
-    if not parts.path and "@" in parts.query + parts.fragment and "@" not in parts.netloc:
-        return "(an address that cannot be read)"  # of a password with a "?" or "#": what stands before is a part of it
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-
-
-def redact(text: str) -> str:
-    """``text`` with every URL in it as it may be printed."""
-    return re.sub(r"https?://[^\s\"'<>\\]+", lambda found: shown(found[0]), text, flags=re.IGNORECASE)
-
-
-class Redaction(logging.Filter):
-    """Applies :func:`redact` to what a library logs."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = redact(record.getMessage()), ()
-        return True
 
 
 def disk_error(folder: Path, error: OSError) -> CheckpointError:
@@ -134,37 +90,37 @@ def fetch(url: str, private: Path) -> Path:
             private.mkdir(mode=0o700)
         try:
             # The last try does without pget: its faults must not be the reason why a service stays down.
-            return _try(url, private, program if attempt < TRIES else None, patience=STALL_SECONDS * attempt)
-        except _Retry as error:
+            return _try(url, private, program if attempt < TRIES else None, patience=http.STALL_SECONDS * attempt)
+        except http.Retry as error:
             reason = str(error)
         except OSError as error:
             raise disk_error(private.parent, error) from None
     raise CheckpointError(
-        f"{shown(url)}: could not be fetched in {TRIES} tries ({reason}); check the server and the network, "
+        f"{http.shown(url)}: could not be fetched in {TRIES} tries ({reason}); check the server and the network, "
         "and start again"
     )
 
 
 def _try(url: str, private: Path, program: str | None, patience: float) -> Path:
-    remote = _probe(url)
+    remote = http.probe(url)
     contents = _read_contents(url, remote.size) if remote.ranges and remote.size is not None else None
     if remote.size is not None:
-        check_space(private.parent, remote.size, shown(url))
+        check_space(private.parent, remote.size, http.shown(url))
     tree = private / "tree"
     size = "an archive of unknown size" if remote.size is None else amount(remote.size)
     if program and contents and remote.lengths:
-        log.info("fetching %s from %s with pget", size, shown(url))
+        log.info("fetching %s from %s with pget", size, http.shown(url))
         progress = Progress("fetching", contents.size)
         _extract_with_pget(program, url, private, tree, contents.size, progress, patience)
     else:
         missing = "support ranges" if contents is None else "send the length of a part"
         why = "" if program is None else f": the server does not {missing}, which pget needs"
-        log.info("fetching %s from %s with Python%s", size, shown(url), why)
+        log.info("fetching %s from %s with Python%s", size, http.shown(url), why)
         progress = Progress("fetching", remote.size)
         contents = _extract_with_python(url, remote, tree, progress)
     progress.finish("fetched")
     if difference := contents.difference(tree):  # pget takes some incomplete extractions for complete
-        raise _Retry(difference)
+        raise http.Retry(difference)
     return tree
 
 
@@ -184,128 +140,10 @@ def _disk_full(folder: Path, needed: int) -> CheckpointError:
     return CheckpointError(f"{folder}: no space is left on this disk; {free} or use a larger one")
 
 
-# What is at the other end
-
-
-@dataclass(frozen=True)
-class _Remote:
-    size: int | None
-    ranges: bool
-    lengths: bool  # of the parts that are sent
-
-
-@contextmanager
-def _open(url: str, span: str = "") -> Iterator[httpx.Response]:
-    """The answer to a GET, of ``span`` ("0-99") only where the server can. Its body is still to be read."""
-    # Some networks in front of servers turn a library's own name away.
-    headers = {"User-Agent": "kimi-vl", "Accept-Encoding": "identity"} | ({"Range": f"bytes={span}"} if span else {})
-    try:
-        with closing(_client()) as client:
-            request = client.build_request("GET", url, headers=headers)
-            if _port_too_large(request.url):
-                raise httpx.InvalidURL("port")
-            answer = client.send(request, stream=True)
-            for _ in range(_REDIRECTS):
-                if answer.next_request is None:
-                    break
-                answer.close()
-                _refuse_redirect(answer.request.url, answer.next_request.url)
-                answer = client.send(answer.next_request, stream=True)
-            with closing(answer):
-                _refuse_status(url, answer)
-                yield answer
-    except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError):  # the last, of names that no host can have
-        raise CheckpointError(f"{shown(url)}: is not a valid address; check its spelling") from None
-    except httpx.TransportError as error:
-        if _is_certificate(error):
-            raise CheckpointError(
-                f"{shown(url)}: the server's certificate is not trusted; check the address and the clock, or name the "
-                "authority that signed it with SSL_CERT_FILE"
-            ) from None
-        raise _Retry(_reason(error)) from None
-
-
-def _client() -> httpx.Client:
-    """With the proxies and the certificates that the environment names."""
-    try:
-        return httpx.Client(timeout=STALL_SECONDS)
-    except OSError:
-        raise CheckpointError(
-            "the files that SSL_CERT_FILE, SSL_CERT_DIR or SSLKEYLOGFILE name cannot be used; correct or unset these"
-        ) from None
-    except ImportError:
-        raise CheckpointError("a SOCKS proxy is set, which needs the package socksio; install it or unset it") from None
-    except (httpx.InvalidURL, ValueError):
-        raise CheckpointError(
-            "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY or NO_PROXY is not as it should be; correct or unset it"
-        ) from None
-
-
-def _refuse_redirect(before: httpx.URL, after: httpx.URL) -> None:
-    place = f"{shown(str(before))}: redirects to {shown(str(after))}"
-    if before.scheme == "https" and after.scheme == "http":
-        raise CheckpointError(f"{place}, an address without encryption; use an https address that does not")
-    if after.scheme not in ("http", "https") or not after.host or _port_too_large(after):
-        raise CheckpointError(f"{place}, which is no valid https address; use one that does not")
-
-
-def _port_too_large(url: httpx.URL) -> bool:
-    """The operating system would take the lower 16 bits of it."""
-    return (url.port or 0) >= 2**16
-
-
-def _refuse_status(url: str, answer: httpx.Response) -> None:
-    status = answer.status_code
-    if status in (200, 206):
-        return
-    if status in _REFUSALS:
-        raise CheckpointError(f"{shown(url)}: {_REFUSALS[status]}")
-    if 300 <= status < 400:
-        raise CheckpointError(f"{shown(url)}: the server's redirects lead to nothing ({status}); check the address")
-    if 400 <= status < 500 and status not in _TRANSIENT:
-        raise CheckpointError(f"{shown(url)}: the server refuses the request ({status}); check the address")
-    raise _Retry(f"the server answers {status}")
-
-
-def _is_certificate(error: BaseException | None) -> bool:
-    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
-        error = error.__cause__ or error.__context__
-    return error is not None
-
-
-def _reason(error: httpx.TransportError) -> str:
-    """Why the network failed, in a few words."""
-    if isinstance(error, httpx.TimeoutException):
-        return f"no byte arrived for {STALL_SECONDS:g} s"
-    if isinstance(error, httpx.RemoteProtocolError):
-        cut_off = "disconnected" in str(error) or "closed" in str(error)
-        return "the connection was cut off" if cut_off else "the server's answer is not one of HTTP"
-    inner: BaseException | None = error
-    while inner is not None and not (isinstance(inner, OSError) and inner.strerror):
-        inner = inner.__cause__ or inner.__context__
-    if isinstance(inner, OSError):
-        return redact(inner.strerror or "")
-    return redact(str(error)) or type(error).__name__
-
-
-def _probe(url: str) -> _Remote:
-    with _open(url, "0-0") as answer:
-        length = re.fullmatch(_NUMBER, answer.headers.get("Content-Length", ""))
-        if answer.status_code == 206:
-            return _Remote(_total(answer), True, length is not None)
-        return _Remote(int(length[0]) if length else None, False, length is not None)
-
-
-def _total(answer: httpx.Response, start: int = 0) -> int | None:
-    """The whole file's size, from the answer to a request for the part of it from ``start`` on."""
-    found = re.fullmatch(f"bytes ({_NUMBER})-{_NUMBER}/({_NUMBER})", answer.headers.get("Content-Range", ""))
-    return int(found[2]) if found and int(found[1]) == start else None
-
-
 def _chunk(url: str, size: int) -> int:
     """Bytes for one of pget's chunks: what the line brings in FIRST_SECONDS, for each connection."""
     received, began, now = 0, 0.0, 0.0
-    with suppress(_Retry), _open(url, f"0-{min(size // 100, _MEASURED_BYTES)}") as answer:
+    with suppress(http.Retry), http.get(url, f"0-{min(size // 100, _MEASURED_BYTES)}") as answer:
         for piece in answer.iter_raw():
             now = time.monotonic()
             received += len(piece) if began else 0  # a rate without the time that the first bytes take
@@ -348,22 +186,22 @@ class _RangedFile:
 
     def _load(self) -> None:
         last = min(self.position + _WINDOW, self.size) - 1
-        with _open(self.url, f"{self.position}-{last}") as answer:
-            if answer.status_code != 206 or _total(answer, self.position) != self.size:
-                raise _Retry("the file on the server changed or is served in different ways")
+        with http.get(self.url, f"{self.position}-{last}") as answer:
+            if answer.status_code != 206 or http.total_size(answer, self.position) != self.size:
+                raise http.Retry("the file on the server changed or is served in different ways")
             pieces = []
             with suppress(httpx.RemoteProtocolError):  # cut off: what came is of use
                 for piece in answer.iter_raw():
                     pieces.append(piece)
             window = b"".join(pieces)
         if not window:
-            raise _Retry("the connection was cut off")
+            raise http.Retry("the connection was cut off")
         self._start, self._window = self.position, window
 
 
 def _read_contents(url: str, size: int) -> Contents:
     """The table of contents, for the price of the headers; raises for what must not be downloaded at all."""
-    contents = Contents(shown(url))
+    contents = Contents(http.shown(url))
     file: Any = _RangedFile(url, size)
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
@@ -376,15 +214,15 @@ def _read_contents(url: str, size: int) -> Contents:
         raise _not_a_tar(url, error) from None
     file.seek(end)
     if fault := end_fault(file.read(min(size - end, LARGEST_END))):
-        raise CheckpointError(f"{shown(url)}: {fault}; make or upload it anew")
+        raise CheckpointError(f"{http.shown(url)}: {fault}; make or upload it anew")
     contents.finish()
     return contents
 
 
 def _not_a_tar(url: str, error: Exception) -> CheckpointError:
+    reason = http.redact(str(error)) or type(error).__name__
     return CheckpointError(
-        f"{shown(url)}: is not a complete, uncompressed tar archive ({redact(str(error)) or type(error).__name__}); "
-        "make or upload it anew"
+        f"{http.shown(url)}: is not a complete, uncompressed tar archive ({reason}); make or upload it anew"
     )
 
 
@@ -417,7 +255,7 @@ def _extract_with_pget(
             preexec_fn=_die_with(os.getpid()) if sys.platform == "linux" else None,
         )
     except OSError as error:
-        raise _Retry(f"pget cannot be started: {error.strerror}") from None
+        raise http.Retry(f"pget cannot be started: {error.strerror}") from None
     lines: deque[str] = deque(maxlen=50)
     reader = threading.Thread(target=_read_lines, args=(process, lines), daemon=True)
     reader.start()
@@ -434,7 +272,7 @@ def _extract_with_pget(
         said = _last_words(lines)
         if "no space left on device" in said:
             raise _disk_full(private.parent, size)
-        raise _Retry(f"pget ended with status {process.returncode}{': ' if said else ''}{said}")
+        raise http.Retry(f"pget ended with status {process.returncode}{': ' if said else ''}{said}")
 
 
 def _escaped(url: str) -> str:
@@ -454,7 +292,7 @@ def _watch(process: subprocess.Popen[bytes], tree: Path, progress: Progress, pat
         if current > size:
             size, grown = current, time.monotonic()
         elif time.monotonic() - grown > patience:
-            raise _Retry(f"pget wrote nothing for {patience:g} s")
+            raise http.Retry(f"pget wrote nothing for {patience:g} s")
     progress.reach(_size(tree))
 
 
@@ -480,7 +318,7 @@ def _last_words(lines: deque[str]) -> str:
     for start in ("Error: ", "panic: ", "fatal error: ", ""):
         for line in reversed(lines):
             if line and line.startswith(start):
-                return redact(line.removeprefix("Error: "))[:300]
+                return http.redact(line.removeprefix("Error: "))[:300]
     return ""
 
 
@@ -506,7 +344,7 @@ def _die_with(parent: int) -> Any:
 class _Body:
     """The bytes of a URL in order; a connection that is cut off is taken up again where the server can."""
 
-    def __init__(self, url: str, remote: _Remote, progress: Progress):
+    def __init__(self, url: str, remote: http.Remote, progress: Progress):
         self.url = url
         self.remote = remote
         self.progress = progress
@@ -525,7 +363,7 @@ class _Body:
             try:
                 self._pieces = self._pieces or self._connect()
                 piece = next(self._pieces, b"")[:left]
-            except _Retry as error:
+            except http.Retry as error:
                 reason = str(error)
             else:
                 if piece:
@@ -536,21 +374,23 @@ class _Body:
                     return piece
             self.close()
             if not self.remote.ranges or self._taken_up_at == self.received:
-                raise _Retry(reason)
+                raise http.Retry(reason)
             self._taken_up_at = self.received
             log.info("%s after %s: going on from there", reason, amount(self.received))
 
     def _connect(self) -> Iterator[bytes]:
-        with _open(self.url, f"{self.received}-" if self.received else "") as answer:
-            if self.received and (answer.status_code != 206 or _total(answer, self.received) != self.remote.size):
-                raise _Retry("the file on the server changed")
+        with http.get(self.url, f"{self.received}-" if self.received else "") as answer:
+            if self.received and (
+                answer.status_code != 206 or http.total_size(answer, self.received) != self.remote.size
+            ):
+                raise http.Retry("the file on the server changed")
             yield from answer.iter_raw()
 
     def rest(self, start: int) -> bytes:
         """What came and still comes from position ``start`` on, which is near; of very much only the beginning."""
         came = b"".join(self._last)
         if self.received - start > len(came):
-            raise _Retry("the answer came in crumbs")
+            raise http.Retry("the answer came in crumbs")
         rest = came[len(came) - (self.received - start) :]
         while len(rest) < LARGEST_END and (piece := self.read(2**16)):
             rest += piece
@@ -560,8 +400,8 @@ class _Body:
         self._pieces = None  # which closes the connection
 
 
-def _extract_with_python(url: str, remote: _Remote, tree: Path, progress: Progress) -> Contents:
-    contents = Contents(shown(url))
+def _extract_with_python(url: str, remote: http.Remote, tree: Path, progress: Progress) -> Contents:
+    contents = Contents(http.shown(url))
     body: Any = _Body(url, remote, progress)
     tree.mkdir()
     try:
@@ -575,11 +415,11 @@ def _extract_with_python(url: str, remote: _Remote, tree: Path, progress: Progre
         if isinstance(error, CheckpointError):
             raise
         if remote.size is None:
-            raise _Retry(f"it is not a complete, uncompressed tar archive: {redact(str(error))}") from None
+            raise http.Retry(f"it is not a complete, uncompressed tar archive: {http.redact(str(error))}") from None
         raise _not_a_tar(url, error) from None
     if fault and remote.size is None:  # then nobody can tell an archive that is cut off from a connection that was
-        raise _Retry(fault)
+        raise http.Retry(fault)
     if fault:
-        raise CheckpointError(f"{shown(url)}: {fault}; make or upload it anew")
+        raise CheckpointError(f"{http.shown(url)}: {fault}; make or upload it anew")
     contents.finish()
     return contents

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from . import download
+from . import download, http
 from .progress import Progress, amount
 
 log = logging.getLogger(__name__)
@@ -88,8 +88,8 @@ def _client(name: str, revision: str, cache: Path) -> Any:
     constants.HF_HUB_DISABLE_SHARED_BLOBS = True
     disable_progress_bars()
     for handler in logging.getLogger("huggingface_hub").handlers:
-        if not any(isinstance(known, download.Redaction) for known in handler.filters):
-            handler.addFilter(download.Redaction())
+        if not any(isinstance(known, http.Redaction) for known in handler.filters):
+            handler.addFilter(http.Redaction())
 
     def download_snapshot(**options: Any) -> Any:
         return huggingface_hub.snapshot_download(

@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from ..errors import CheckpointError
-from . import download, verify
+from . import download, http, verify
 from . import huggingface as hub
 from .verify import DamagedError, Manifest
 
@@ -79,7 +79,7 @@ def resolve(model: str, *, has_gpu: bool, cache: str | Path | None = None) -> Pa
         raise download.disk_error(cache, error) from None
     names = ", ".join([*ARCHIVES, *REPOSITORIES, "demo", "auto"])
     raise CheckpointError(
-        f"model {download.redact(model)!r} is neither one of {names}, nor a directory, a Hugging Face repository id "
+        f"model {http.redact(model)!r} is neither one of {names}, nor a directory, a Hugging Face repository id "
         "or an https URL; set KIMI_VL_MODEL to one of these"
     )
 
@@ -132,7 +132,7 @@ def _below(base: str, name: str) -> str:
     except ValueError:
         parts = urlsplit("")
     if parts.scheme not in ("https", "http"):
-        raise CheckpointError(f"KIMI_VL_WEIGHTS_URL={download.shown(base)}: must begin with https:// or http://")
+        raise CheckpointError(f"KIMI_VL_WEIGHTS_URL={http.shown(base)}: must begin with https:// or http://")
     return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
 
 
@@ -141,8 +141,8 @@ def _name_of(url: str) -> str:
     parts = urlsplit(url)
     name = parts.path.rpartition("/")[2].removesuffix(".tar")
     if not re.fullmatch(r"\w[\w.+%=-]*", name) or _RESERVED.search(name):
-        raise CheckpointError(f"{download.shown(url)}: the address of a model must end in NAME.tar")
-    return f"{name}-{hashlib.sha256(download.shown(url).encode()).hexdigest()[:8]}"
+        raise CheckpointError(f"{http.shown(url)}: the address of a model must end in NAME.tar")
+    return f"{name}-{hashlib.sha256(http.shown(url).encode()).hexdigest()[:8]}"
 
 
 def _manifest(model: str) -> Manifest | None:
@@ -211,7 +211,7 @@ def _from_archive(url: str, name: str, cache: Path, manifest: Manifest | None) -
 
 def _fetch(url: str, name: str, final: Path, manifest: Manifest | None) -> verify.Stamps:
     """Put the archive at ``url`` in place as ``final``, which either is complete and verified or is not there."""
-    address = download.shown(url)
+    address = http.shown(url)
     for last in (False, True):
         private = Path(tempfile.mkdtemp(prefix=f"{name}.part-", dir=final.parent))
         try:

@@ -12,8 +12,8 @@ import pytest
 
 from kimi_vl.errors import CheckpointError
 from kimi_vl.weights import progress, verify
-from kimi_vl.weights.download import redact, shown
 from kimi_vl.weights.foreign import is_foreign
+from kimi_vl.weights.http import redact, shown
 from kimi_vl.weights.tar_contents import Contents, end_fault
 from tests.weights_world import CHECKPOINT, NAME, REVISION, blob_name, cache_tree, flip, largest_blob
 

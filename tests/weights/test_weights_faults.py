@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from kimi_vl.errors import CheckpointError
-from kimi_vl.weights import download, loader
+from kimi_vl.weights import download, http, loader
 from kimi_vl.weights import resolve as weights
 from tests.weights_world import NAME, REVISION, FaultServer, cache_tree, flip, largest_blob, tar_of
 
@@ -108,10 +108,10 @@ def test_a_redirect_out_of_encryption_is_refused(monkeypatch):
         return httpx.Response(302, headers={"Location": "http://host/b.tar?token=hush"})
 
     client = functools.partial(httpx.Client, transport=httpx.MockTransport(answer))
-    monkeypatch.setattr(download.httpx, "Client", client)
+    monkeypatch.setattr(http.httpx, "Client", client)
     with (
         pytest.raises(CheckpointError, match="without encryption") as caught,
-        download._open("https://host/a.tar?token=hush"),
+        http.get("https://host/a.tar?token=hush"),
     ):
         pass
     assert "hush" not in str(caught.value)
@@ -132,20 +132,20 @@ def test_connections_that_always_break_at_once(served, fetcher, cache, stage, mo
     if stage == "probe":  # its answer is in the headers
         accepted(cache)
     else:
-        monkeypatch.setattr(download, "STALL_SECONDS", 0.4)
+        monkeypatch.setattr(http, "STALL_SECONDS", 0.4)
         assert re.search(r"in 3 tries \((the connection was cut off|no byte arrived)", refused(cache))
 
 
 @pytest.mark.parametrize("stage", ["contents", "data"])
 def test_a_server_that_stalls(served, fetcher, cache, stage, monkeypatch):
-    monkeypatch.setattr(download, "STALL_SECONDS", 0.4)
+    monkeypatch.setattr(http, "STALL_SECONDS", 0.4)
     served.stage, served.stall = stage, 0
     assert "in 3 tries (no byte arrived for 0.4 s)" in refused(cache)
 
 
 def test_a_stall_that_does_not_come_again(served, fetcher, cache, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(download, "STALL_SECONDS", 5)  # so long that a busy machine is not taken for a second stall
+    monkeypatch.setattr(http, "STALL_SECONDS", 5)  # so long that a busy machine is not taken for a second stall
     served.stage, served.stall, served.times = "data", 150_000, 1
     accepted(cache)
     assert ("pget wrote nothing" if fetcher == "pget" else "no byte arrived") + " for 5 s" in caplog.text

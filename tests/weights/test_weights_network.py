@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from kimi_vl.errors import CheckpointError
-from kimi_vl.weights import download
+from kimi_vl.weights import download, http
 from kimi_vl.weights.progress import Progress
 from tests.weights_world import FaultServer, self_signed
 
@@ -107,7 +107,7 @@ def test_a_chunk_of_a_line_that_cannot_be_measured_is_a_small_one(monkeypatch, p
     def answer(url: str, span: str) -> Iterator[httpx.Response]:
         yield httpx.Response(206, stream=httpx.ByteStream(b"".join(pieces)))
 
-    monkeypatch.setattr(download, "_open", answer)
+    monkeypatch.setattr(http, "get", answer)
     assert download._chunk("http://host/a.tar", 10**9) == download.LEAST_CHUNK
 
 
@@ -432,15 +432,15 @@ def test_another_part_than_was_asked_for_is_not_taken(raw):
     url = raw(lambda text, url: part(text, shift=1)).url + "a.tar"
     file = download._RangedFile(url, len(TAR))
     file.seek(600)
-    with pytest.raises(download._Retry, match="the file on the server changed"):
+    with pytest.raises(http.Retry, match="the file on the server changed"):
         file.read(10)
-    body = download._Body(url, download._Remote(len(TAR), True, True), Progress("fetching", len(TAR)))
+    body = download._Body(url, http.Remote(len(TAR), True, True), Progress("fetching", len(TAR)))
     body.received = 600
-    with pytest.raises(download._Retry, match="the file on the server changed"):
+    with pytest.raises(http.Retry, match="the file on the server changed"):
         body.read(10)
 
 
 def test_what_a_redirect_cannot_mend_is_not_tried_again(raw, no_pget, private):
     server = raw(moved(b"URL/a.tar"))
     refused(server.url + "a.tar", private)
-    assert server.requests == 1 + download._REDIRECTS
+    assert server.requests == 1 + http._REDIRECTS
