@@ -262,7 +262,7 @@ def image_sources(parts: Sequence[ImagePart], beside: Sequence[ImageSource]) -> 
 
 
 class EventStream(Iterator[Event]):
-    """The events of one request as they come; closing it (or letting go of it) cancels what is not done."""
+    """The events of one request as they come; closing it (or dropping it) cancels the request."""
 
     def __init__(self, engine: Engine, handle: RequestHandle, events: queue.SimpleQueue[Event | BaseException]):
         self._engine, self._handle, self._events = engine, handle, events
@@ -281,7 +281,7 @@ class EventStream(Iterator[Event]):
         return event
 
     def interrupt(self, error: BaseException) -> None:
-        """Cancel the request from another thread; whoever waits for its events gets ``error`` after those that came."""
+        """Cancel the request from another thread; its reader gets ``error`` after the events so far."""
         self._engine.cancel(self._handle)
         self._events.put(error)
 

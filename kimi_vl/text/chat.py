@@ -20,7 +20,7 @@ MEDIA_PAD = "<|media_pad|>"
 
 @dataclass(frozen=True)
 class _Control:
-    """A special token put there by the format."""
+    """A special token that the format adds."""
 
     name: str
 
@@ -92,7 +92,7 @@ def assistant_prefill(turns: Sequence[Turn]) -> str | None:
 
 
 def without_earlier_thinking(turns: Sequence[Turn]) -> list[Turn]:
-    """``turns`` with the thinking taken out of what the assistant said: a model is given earlier answers alone.
+    """``turns`` without the thinking in the assistant's turns: the model is given earlier answers alone.
 
     Thinking begins with an opening marker, the model's own or a think tag, at the start (white space before it does
     not count), and goes on to the first closing one, or to the end where it was cut off. Anything else is an answer.

@@ -1,4 +1,4 @@
-"""Ends a growing text before the first stop sequence in it, the same way however the text is cut into pieces.
+"""Stop sequences in streamed text: the result does not depend on how the text is cut into pieces.
 
 Knows characters alone.
 """
