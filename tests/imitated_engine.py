@@ -255,6 +255,6 @@ def answers(engine: Engine, asks: Sequence[Ask], late: bool = False) -> list[lis
 def settle(engine: Engine) -> None:
     """Waits until nothing runs or waits; then every page is free."""
     end = time.monotonic() + 120
-    while (engine._new or engine._handles or engine.scheduler.busy) and engine.healthy() and time.monotonic() < end:
+    while not engine.idle() and engine.healthy() and time.monotonic() < end:
         time.sleep(0.002)
     assert not engine.healthy() or engine.scheduler.pool.available == engine.scheduler.pool.count

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -16,8 +17,9 @@ from ..model.config import num_image_tokens
 from ..model.vision import Grid
 from .faults import as_exception
 from .sampling import Sampling, uniforms
-from .scheduler import Request, Span
+from .scheduler import Request, Scheduler, Span
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -106,6 +108,64 @@ class RequestHandle:
             self.processor.fail(as_exception(error))
         except BaseException as another:
             log.warning("a request's end could not be told (%s)", type(another).__name__)
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """The next token of a request: ``forced``, or where that is None a sampled one, whose id is below ``limit``."""
+
+    forced: int | None
+    limit: int
+
+
+class ActiveRequests:
+    """The requests that wait or run, and what their output processors decide. For the engine's thread."""
+
+    def __init__(self, scheduler: Scheduler, vocab_size: int, text_tokens: int):
+        self._scheduler, self._vocab_size, self._text_tokens = scheduler, vocab_size, text_tokens
+        self.handles: dict[Request, RequestHandle] = {}
+
+    def ask(self, handle: RequestHandle, question: Callable[[], T]) -> T | None:
+        """The answer of a request's output processor; one that raises ends its own request, and is None."""
+        try:
+            return question()
+        except BaseException as error:
+            self.fail(handle.request, error)
+            return None
+
+    def next_token(self, handle: RequestHandle) -> NextToken:
+        return NextToken(handle.processor.forced(), self.limit(handle))
+
+    def limit(self, handle: RequestHandle) -> int:
+        """The id that a request samples next is below it."""
+        return self._text_tokens if handle.processor.text_only else self._vocab_size
+
+    def accept(self, handle: RequestHandle, token: int) -> None:
+        """Give a token to the output processor, and append what follows to the sequence, or end the request."""
+        request = handle.request
+        following = None if handle.cancelled else self.ask(handle, lambda: handle.processor.take(token))
+        if request not in self.handles:  # its output processor failed
+            return
+        if following is None:
+            self.release(request)
+        elif (
+            not 0 <= following < self._vocab_size or len(request.ids) >= request.prompt_length + request.max_new_tokens
+        ):
+            # a GPU that meets an id without an embedding is lost, and with it every other request
+            self.fail(
+                request, ValueError("an output processor put a token outside of the vocabulary, or after the last one")
+            )
+        else:
+            handle.num_output_tokens += 1
+            request.ids.append(following)
+
+    def release(self, request: Request, evict: bool = False) -> RequestHandle:
+        """End a request, whatever it was doing; with ``evict``, its pages are not found again."""
+        self._scheduler.remove(request, evict)
+        return self.handles.pop(request)
+
+    def fail(self, request: Request, error: BaseException) -> None:
+        self.release(request, evict=True).fail(error)
 
 
 def spans(ids: Sequence[int], patches: Sequence[Patches], pad: int) -> list[Span]:

@@ -17,8 +17,6 @@ import torch
 
 from kimi_vl import kernels
 from kimi_vl.engine import cuda_graphs as graphs
-from kimi_vl.engine.cuda_graphs import StaticDecoder
-from kimi_vl.engine.decoder import FusedDecoder
 from kimi_vl.engine.engine import Engine, EngineOptions, Patches
 from kimi_vl.engine.sampling import Sampling
 from kimi_vl.model.config import Config
@@ -67,11 +65,8 @@ def engine(model: KimiVL, rung: str, rehearsal: bool, max_num_seqs: int = 128) -
     options = EngineOptions(
         prefix_caching=False, max_num_seqs=rows, cache_bytes=int(gigabytes * 1e9), embedding_bytes=0
     )
-    made = Engine(model, model.config.text_config.vocab_size, options)
-    if rehearsal and rung == "graphs":
-        assert isinstance(made._decoder, FusedDecoder)
-        made._static = StaticDecoder(model, made._decoder, made._cache, rows)
-    return made
+    ops = kernels.select_ops(model.device, "triton") if rehearsal and rung == "graphs" else None  # as steps of a GPU
+    return Engine(model, model.config.text_config.vocab_size, options, ops=ops)
 
 
 def tokens(engine: Engine, rehearsal: bool) -> list[list[int]]:

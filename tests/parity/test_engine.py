@@ -227,7 +227,7 @@ def test_a_neighbour_that_fails_changes_nothing(model, engine, monkeypatch, faul
             if fault == "memory":
                 raise torch.OutOfMemoryError("planted")
             if fault == "not finite":
-                self._cache.kv_cache[:, bad[0].request.pages] = float("nan")
+                self.cache.kv_cache[:, bad[0].request.pages] = float("nan")
         return forward(self, chunks)
 
     class Rude(Listener):
@@ -264,7 +264,7 @@ def test_values_that_are_not_finite_do_not_outlive_their_request(model):
     )
     right = ask(engine, ids_of(9), max_new_tokens=6)
     settle(engine)
-    engine._cache.kv_cache.fill_(float("nan"))
+    engine.cache.kv_cache.fill_(float("nan"))
     engine.scheduler.pool = type(engine.scheduler.pool)(engine.scheduler.pool.count)
     together = [send(engine, ids_of(9), max_new_tokens=6)[0], send(engine, ids_of(30, 4), max_new_tokens=6)[0]]
     assert together[0].result() == right

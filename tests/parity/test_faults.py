@@ -168,7 +168,7 @@ def test_too_little_memory_for_a_request_is_its_own_matter(engine, monkeypatch, 
 def test_a_step_over_buffers_that_fails_is_computed_another_way(engine, monkeypatch, phase, every):
     """Some of the steps fail; what was set aside, cleared or begun for them harms nobody."""
     alone = [listener.result() for listener in some_neighbours(engine)]
-    engine._cache.kv_cache.fill_(float("nan"))
+    engine.cache.kv_cache.fill_(float("nan"))
     engine.scheduler.pool = type(engine.scheduler.pool)(engine.scheduler.pool.count)
     trap, calls = Trap(monkeypatch), 0
 
@@ -316,7 +316,7 @@ def accelerator_error(code: int | None = 700) -> Exception:
 @both
 @pytest.mark.parametrize("seam", ["states", "sample_batch", "read", "launch"])
 def test_a_lost_device_ends_the_engine_and_everybody_is_told(engine, monkeypatch, seam):
-    if seam in ("read", "launch") and engine._static is None:
+    if seam in ("read", "launch") and engine.static_decoder is None:
         return
     running = some_neighbours(engine, max_new_tokens=500)
     while not all(listener.tokens for listener in running):
@@ -476,7 +476,7 @@ def test_a_page_that_could_not_be_cleared_is_cleared_before_it_is_used(model, mo
     )
     alone = [listener.result() for listener in some_neighbours(engine)]
     settle(engine)
-    engine._cache.kv_cache.fill_(float("nan"))
+    engine.cache.kv_cache.fill_(float("nan"))
     engine.scheduler.pool = type(engine.scheduler.pool)(engine.scheduler.pool.count)
     clear, calls = PagedCache.clear, 0
 

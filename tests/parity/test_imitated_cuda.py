@@ -79,7 +79,7 @@ def test_tokens_are_those_of_the_cpu(folder, wanted, machine, monkeypatch, way, 
     with engine_of(load(folder, device), way) as engine:
         assert answers(engine, some_asks(), late) == wanted
         assert engine.healthy()
-        assert engine._static is None or not engine._static._failed
+        assert engine.static_decoder is None or engine.static_decoder.captures
     machine.check()
     assert bool(steps.counts) == (way == "captured")
     assert machine.used(0 if device == "cuda:1" else 1) == 0
@@ -147,7 +147,7 @@ def test_a_capture_that_fails_half_way_costs_no_request(folder, wanted, machine,
     with engine_of(load(folder, "cuda:0"), "captured") as engine:
         monkeypatch.setattr(CudaGraphs, "__call__", refused)
         assert answers(engine, some_asks(3)) == wanted[:3]
-        assert engine._static is not None and engine._static._failed
+        assert engine.static_decoder is not None and not engine.static_decoder.captures
         assert engine.healthy()
     machine.check()
 

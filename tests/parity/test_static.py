@@ -54,9 +54,9 @@ def plain(model) -> Iterator[Engine]:
     engine.close()
 
 
-def with_buffers(model: KimiVL, capture=None, options: EngineOptions = SMALL) -> Engine:
+def with_buffers(model: KimiVL, capture=None, options: EngineOptions = SMALL, text_tokens: int = 1024) -> Engine:
     """An engine that decodes as it does on a GPU, but for the graphs and the kernels."""
-    return Engine(copy.deepcopy(model), 1024, options, ops=kernels.REFERENCE, capture=capture)
+    return Engine(copy.deepcopy(model), text_tokens, options, ops=kernels.REFERENCE, capture=capture)
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_the_engine_with_kernels_gives_the_same_tokens(model, plain, monkeypatch
     ops("triton")
     monkeypatch.setenv(kernels.VARIABLE, "triton")
     engine = Engine(copy.deepcopy(model), 1024, SMALL)
-    assert engine._decoder._ops.name == "triton" and engine._static is None
+    assert engine.ops.name == "triton" and engine.static_decoder is None
     requests = [some_requests()[index] for index in (2, 6, 8)]
     sent = [send(engine, *request, max_new_tokens=4, sampling=SAMPLINGS[n])[0] for n, request in enumerate(requests)]
     found = [listener.result() for listener in sent]
@@ -176,7 +176,7 @@ def test_kernels_and_graphs_are_chosen_by_variables(model, monkeypatch):
             Engine(model, 1024, SMALL)
     monkeypatch.setenv(graphs.VARIABLE, "0")
     assert not graphs.wanted()
-    assert Engine(model, 1024, SMALL)._decoder._ops is kernels.TORCH
+    assert Engine(model, 1024, SMALL).ops is kernels.TORCH
 
 
 # Steps over buffers that stay
@@ -218,19 +218,18 @@ class Contrary(Listener):
         return 11 if following is not None and len(self.tokens) in (2, 12) else following
 
 
-def test_what_an_output_processor_decides_holds_for_overlapped_steps(plain, engine, monkeypatch):
-    monkeypatch.setattr(plain, "_text_tokens", 30)
-    monkeypatch.setattr(engine, "_text_tokens", 30)
+def test_what_an_output_processor_decides_holds_for_overlapped_steps(model):
     found = []
-    for each in (plain, engine):
+    for each in (Engine(model, 30, SMALL), with_buffers(model, text_tokens=30)):
         listeners = [Contrary(20), Listener(20), Contrary(13), Listener(9, SAMPLINGS[2])]
         for number, listener in enumerate(listeners):
             each.submit(ids_of(6 + 5 * number, number), [], listener.max_new_tokens, listener)
         found.append([listener.result() for listener in listeners])
+        settle(each)
+        each.close()
     assert found[0] == found[1]
     assert all(token < 30 for token in found[1][0][3:5])
     assert found[1][0][6:8] == [17, 17]
-    settle(engine)
 
 
 @pytest.mark.parametrize("fault", ["not finite", "cancelled", "late", "processor", "launch", "overlapped launch"])
@@ -250,7 +249,7 @@ def test_a_neighbour_that_fails_changes_nothing(plain, engine, monkeypatch, faul
         if fault == ("overlapped launch" if early else "launch"):
             raise torch.OutOfMemoryError("planted")
         if fault == "not finite":
-            engine._cache.kv_cache[:, [each.pages[0] for each in sequences if each.number == number]] = float("nan")
+            engine.cache.kv_cache[:, [each.pages[0] for each in sequences if each.number == number]] = float("nan")
         return launch(self, sequences)
 
     sampled = Sampling(1, 1, 0, 99)
@@ -282,7 +281,7 @@ def test_entries_of_steps_that_did_not_count_reach_nobody(model, plain):
     """Few pages, so that each is used again at once; requests that end early leave a step under way."""
     engine = with_buffers(model, options=replace(SMALL, cache_bytes=PagedCache.page_bytes(
         model.config.text_config, 8, torch.float32) * 12))  # fmt: skip
-    engine._cache.kv_cache.fill_(float("nan"))
+    engine.cache.kv_cache.fill_(float("nan"))
     requests = [(ids_of(3 + n % 9, n), [], 3 + n % 7) for n in range(20)]
     sent = [send(engine, *request)[0] for request in requests]
     assert [listener.result() for listener in sent] == [ask(plain, *request) for request in requests]
@@ -323,8 +322,6 @@ class Recorder:
 def test_each_bucket_is_captured_once_and_capturing_leaves_no_trace(model, plain):
     recorder = Recorder()
     engine = with_buffers(model, recorder)
-    assert engine._static is not None
-    engine._static.prepare()
     assert recorder.captured == 3  # of 1, 2 and 4 sequences
     requests = [(ids_of(4 + n, n), [], 12, SAMPLINGS[n % 4]) for n in range(4)]
     for _ in range(2):
@@ -340,9 +337,9 @@ def test_capturing_between_two_steps_leaves_the_tokens_that_the_second_takes(mod
     found = []
     for given in (None, "read"):
         engine = with_buffers(model, Recorder())
-        static = engine._static
+        static = engine.static_decoder
         assert static is not None
-        engine._cache.kv_cache.zero_()
+        engine.cache.kv_cache.zero_()
         inputs = [graphs.DecodeInput(3 + place, 0, [place], SAMPLINGS[0], 0.5, 1024) for place in range(2)]
         sampled, _ = static.launch(inputs).read()
         tokens = sampled if given else [None, None]
@@ -362,8 +359,6 @@ def test_without_a_capture_steps_are_called_and_one_line_says_so(model, plain, c
 
     with caplog.at_level(logging.WARNING):
         engine = with_buffers(model, fail)
-        assert engine._static is not None
-        engine._static.prepare()
         assert ask(engine, ids_of(9), max_new_tokens=12) == ask(plain, ids_of(9), max_new_tokens=12)
     assert [record.getMessage() for record in caplog.records] == [
         f"no graphs of steps with {kind} sampling (RuntimeError): they are called" for kind in ("plain", "greedy")

@@ -378,7 +378,7 @@ def test_no_page_and_no_ticket_is_left_by_requests_that_end_in_any_way(cog: Cog,
     assert set(ends[1::4]) <= {"canceled", "Done"} and set(ends[2::4]) == {"left"}
     pipeline.close()
     assert pool.available == pool.count, "every page is free again"
-    assert not pipeline.engine._handles
+    assert pipeline.engine.idle()
 
 
 def test_callbacks_are_called_once_whether_they_come_before_or_after() -> None:

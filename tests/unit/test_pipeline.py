@@ -297,7 +297,7 @@ def test_closing_the_stream_gives_all_memory_back(whole, say, until):
     if until is not None:
         assert any(isinstance(event, until) for event in events)
     events.close()
-    assert wait_until(lambda: not (engine._new or engine._handles or engine.scheduler.busy))
+    assert wait_until(engine.idle)
     assert engine.scheduler.pool.available == engine.scheduler.pool.count
 
 

@@ -132,7 +132,7 @@ def test_mixed_operations_give_the_same_tokens(refused, model, monkeypatch):
     plain = Engine(copy.deepcopy(model), 1024, SMALL)
     monkeypatch.setattr(kernels, "select_ops", lambda *given, **named: kernels.without(TRITON, refused))
     mixed = Engine(copy.deepcopy(model), 1024, SMALL)
-    assert mixed._decoder._ops.name == "mixed"
+    assert mixed.ops.name == "mixed"
     ids, patches = some_requests()[2]
     assert ask(mixed, ids, patches, max_new_tokens=3) == ask(plain, ids, patches, max_new_tokens=3)
     mixed.close()
