@@ -1,4 +1,4 @@
-"""Image vectors by the digest of their picture, so that equal pictures are encoded once."""
+"""Image embeddings by the digest of the image, so that equal images are encoded once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class EmbeddingCache:
-    """At most ``limit`` bytes, or one picture; the longest unused are given up first."""
+    """At most ``limit`` bytes, or one image; the least recently used is evicted first."""
 
     def __init__(self, limit: int):
         self._limit = limit
@@ -21,7 +21,7 @@ class EmbeddingCache:
         return self._kept.get(digest)
 
     def keep(self, digest: bytes, vectors: Tensor) -> None:
-        """Keep the vectors (t, H) of a picture."""
+        """Keep the embeddings (t, H) of an image."""
         self.drop(digest)
         self._kept[digest] = vectors
         self.nbytes += vectors.nbytes

@@ -1,4 +1,4 @@
-"""Which page of the cache holds what: free, in use by sequences, or kept because its tokens may come again.
+"""Which page of the KV cache holds what: free, in use by sequences, or kept for prefix caching.
 
 Bookkeeping only: no tensors, no requests. A full page is known by a key that stands for every token up to its end.
 """
@@ -9,9 +9,9 @@ from collections import OrderedDict
 
 
 class PagePool:
-    """Numbers of ``count`` pages, each free, used by one or more holders, or unused but remembered under its key.
+    """Numbers of ``count`` pages, each free, used by one or more holders, or unused but registered under its key.
 
-    Remembered pages count as available: they are given away, the longest unused first, when no free one is left.
+    Registered pages without holders count as available: the least recently used is evicted when none is free.
     """
 
     def __init__(self, count: int):
@@ -20,7 +20,7 @@ class PagePool:
         self._holders = [0] * count
         self._keys: list[bytes | None] = [None] * count
         self._pages: dict[bytes, int] = {}  # key to page
-        self._unused: OrderedDict[int, None] = OrderedDict()  # remembered pages without holders, oldest first
+        self._unused: OrderedDict[int, None] = OrderedDict()  # registered pages without holders, oldest first
 
     @property
     def available(self) -> int:
@@ -28,7 +28,7 @@ class PagePool:
         return len(self._free) + len(self._unused)
 
     def take(self) -> int:
-        """A page for one holder; its old contents are forgotten. Raises :class:`MemoryError` where none is left."""
+        """A page for one holder, evicted from under its old key. Raises :class:`MemoryError` where none is left."""
         if self._free:
             page = self._free.pop()
         elif self._unused:
@@ -40,7 +40,7 @@ class PagePool:
         return page
 
     def lookup(self, key: bytes) -> int | None:
-        """The page remembered under ``key``, with one holder more; None where there is none."""
+        """The page registered under ``key``, with one holder more; None where there is none."""
         page = self._pages.get(key)
         if page is not None:
             self._unused.pop(page, None)
@@ -65,7 +65,7 @@ class PagePool:
                 self._unused[page] = None
 
     def evict(self, page: int) -> None:
-        """What the page holds is not to be found again; its holders keep it."""
+        """Lookups no longer find the page; its holders keep it."""
         key = self._keys[page]
         if key is not None:
             del self._pages[key]

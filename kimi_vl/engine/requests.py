@@ -39,9 +39,9 @@ class Patches:
 
 
 class OutputProcessor(Protocol):
-    """What the engine asks about a request. All calls come from the engine's thread, and must not wait.
+    """What the engine asks about a request. All calls come from the engine's thread, and must not block.
 
-    Whatever a call raises ends its own request and no other.
+    An exception from any call ends its own request and no other.
     """
 
     @property
@@ -63,7 +63,7 @@ class OutputProcessor(Protocol):
         ...
 
     def fail(self, error: Exception) -> None:
-        """The request is over, without an end."""
+        """The request has failed; nothing more comes."""
         ...
 
 
@@ -103,7 +103,7 @@ class RequestHandle:
         return numbers[position - begin]
 
     def fail(self, error: BaseException) -> None:
-        """The request is over; whoever cannot even be told that harms nobody else."""
+        """Report the error; an output processor that raises here affects no other request."""
         try:
             self.processor.fail(as_exception(error))
         except BaseException as another:

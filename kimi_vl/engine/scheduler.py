@@ -1,8 +1,8 @@
-"""Who is computed next: requests in, chunks of work out.
+"""Continuous batching with chunked prefill and prefix caching: requests in, scheduled chunks out.
 
-No tensors, no text, no threads. A request is admitted only when every page it may ever need is set aside for it, so
-that nothing that runs is ever thrown out. First come, first served: the head of the queue waits for pages and is not
-overtaken, and whatever runs moves on by at least one token in each step.
+No tensors, no text, no threads. A request is admitted only when every page it may ever need is reserved for it, so
+that no running request is ever preempted. First come, first served: the head of the queue waits for pages and is not
+overtaken, and every request that decodes gets one token in each step.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class Span:
 
 @dataclass(eq=False)
 class Request:
-    """A sequence on its way: ``ids`` are the prompt and what came after it; ``max_new_tokens`` is how much may come."""
+    """A sequence: ``ids`` are the prompt and the tokens after it, of which there may be ``max_new_tokens``."""
 
     ids: list[int]
     max_new_tokens: int
     images: Sequence[Span] = ()
     prompt_length: int = field(init=False)
-    computed: int = 0  # tokens whose entries are in the cache
-    num_cached_tokens: int = 0  # of them, those that were there before
+    computed: int = 0  # tokens whose keys are in the KV cache
+    num_cached_tokens: int = 0  # of these, the ones that prefix caching found
     pages: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)  # of the full pages, as far as they are known
 
@@ -51,12 +51,12 @@ class ScheduledChunk:
 
     @property
     def complete(self) -> bool:
-        """Whether the request's next token can be drawn after this."""
+        """Whether the request's next token can be sampled after this."""
         return self.end == len(self.request.ids)
 
     @property
     def decodes(self) -> bool:
-        """Whether it is a single token, after which the next one can be drawn."""
+        """Whether this is a decode step: a single token, after which the next one can be sampled."""
         return self.complete and self.end - self.begin == 1
 
 
@@ -81,7 +81,7 @@ class Scheduler:
         self.pool, self.page_size = pool, page_size
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.prefix_caching = prefix_caching
-        # pages that were taken and not cleared: what they hold is nobody's. Whoever clears one takes it out of here.
+        # pages that were taken and hold an earlier user's values; whoever clears one removes it from here
         self.fresh: set[int] = set()
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -121,9 +121,9 @@ class Scheduler:
         return chunks
 
     def plan_overlapped(self, chunks: Sequence[ScheduledChunk]) -> list[ScheduledChunk]:
-        """The step after one that decodes, before its tokens are known; empty where a request will have its last one.
+        """The decode step after ``chunks``, before their tokens are known; empty where a request gets its last one.
 
-        What comes of it counts only for requests whose next token turns out to be what was computed.
+        It counts only for requests that go on with the token it assumes; see :mod:`kimi_vl.engine.overlap`.
         """
         if any(chunk.end + 1 >= chunk.request.prompt_length + chunk.request.max_new_tokens for chunk in chunks):
             return []
@@ -133,7 +133,7 @@ class Scheduler:
         return following
 
     def computed(self, chunk: ScheduledChunk) -> None:
-        """The entries of a chunk are in the cache now; its full pages may be shared from here on."""
+        """The keys of a chunk are in the KV cache now; its full pages may be shared from here on."""
         request = chunk.request
         request.computed = chunk.end
         if not self.prefix_caching:
@@ -144,14 +144,14 @@ class Scheduler:
             self.pool.register(request.pages[index], request.keys[index])
 
     def remove(self, request: Request, evict: bool = False) -> None:
-        """A request is over, whatever it was doing; its pages are given back, and not used again if ``evict``."""
+        """A request is over, waiting or running: release its pages; with ``evict``, prefix caching forgets them."""
         if request in self.running:
-            for page in reversed(request.pages):  # the end of a sequence is the first to be given away
+            for page in reversed(request.pages):  # the end of a sequence is evicted first
                 if evict:
                     self.pool.evict(page)
                 self.pool.release(page)
             request.pages = []
-            self.running.remove(request)  # at last: whoever finds nothing running finds every page
+            self.running.remove(request)  # last: who sees nothing running sees every page released
         elif request in self.waiting:
             self.waiting.remove(request)
 
@@ -168,14 +168,14 @@ class Scheduler:
             self.running.append(self.waiting.popleft())
 
     def _owed(self, requests: Sequence[Request]) -> int:
-        """Pages set aside for these requests that they have not taken yet."""
+        """Pages reserved for these requests that they have not taken yet."""
         return sum(
             self._page_count(request.prompt_length + request.max_new_tokens) - len(request.pages)
             for request in requests
         )
 
     def _match_prefix(self, request: Request) -> None:
-        """Begin with the pages that hold the same tokens already; the last token is always computed."""
+        """Take the pages that hold the same prefix already; the last token is always computed."""
         for index in range((len(request.ids) - 1) // self.page_size):
             if index == len(request.keys):
                 request.keys.append(self._key(request, index))

@@ -1,7 +1,7 @@
 """One request before the first: an image and a few tokens, as every other request goes through the engine.
 
 What fails on this machine for every request (a kernel that cannot be launched, memory that is not there) fails here,
-before anything is promised to anybody.
+before the model is reported as ready.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def warm_up(engine: Engine, seconds: float = LIMIT_S) -> None:
 
 
 class _First:
-    """An output processor that takes what comes."""
+    """An output processor that accepts every token."""
 
     text_only = False
 
