@@ -125,6 +125,11 @@ def _experts(moe: MoE) -> Experts:
     return moe.experts.gate_up_proj, moe.experts.down_proj, moe.shared_experts.weights
 
 
+def naive_joined(attention: Attention, normed: Tensor) -> Tensor:
+    """What one GEMM with :attr:`_Projections.joined` computes: (T, N (Q+P) + R+P) of ``normed`` (T, H)."""
+    return torch.cat((attention.q_proj(normed), attention.kv_a_proj_with_mqa(normed)), dim=-1)
+
+
 class _Projections:
     """An attention's projections as a step needs them.
 

@@ -212,7 +212,8 @@ def mla_decode(
     splits: int = 0,
     packed: Mapping[Tensor, PackedWeight] = _NONE,
 ) -> Tensor:
-    """``packed`` has some of the weights packed. The cache is gathered for as many sequences at a time as
+    """``packed`` has some of the weights packed. :func:`kimi_vl.kernels.reference.mla_decode` is the naive form. The
+    cache is gathered for as many sequences at a time as
     :attr:`kimi_vl.kernels.attention_metadata.DecodeMetadata.blocks` has in a block."""
     kv_cache, rank = kv_cache.flatten(0, 1), to_value.shape[-1]
     if len(decode.blocks) == 1:

@@ -33,6 +33,11 @@ def project(states: Tensor, weight: Tensor) -> Tensor:
     return (weight @ states.flatten(0, -2).t()).t().unflatten(0, states.shape[:-1])
 
 
+def naive_project(states: Tensor, weight: Tensor) -> Tensor:
+    """What :func:`project` computes."""
+    return states @ weight.T
+
+
 class Linear(nn.Linear):
     """A matrix (out_features, in_features) without bias, applied by :func:`project`."""
 

@@ -18,7 +18,7 @@ from kimi_vl import kernels
 from kimi_vl.engine import cuda_graphs as graphs
 from kimi_vl.engine import sampling
 from kimi_vl.engine.cuda_graphs import StaticDecoder
-from kimi_vl.engine.decoder import FusedDecoder
+from kimi_vl.engine.decoder import FusedDecoder, _Projections, naive_joined
 from kimi_vl.engine.engine import Engine, EngineOptions
 from kimi_vl.engine.kv_cache import Chunk, PagedCache
 from kimi_vl.engine.sampling import Sampling
@@ -75,6 +75,18 @@ def ops(name: str) -> kernels.Ops:
 
 
 # The decoder
+
+
+@torch.inference_mode()
+def test_the_merged_projection_is_both_of_them(model):
+    """One GEMM for the queries and for what is cached, whose parts stay the model's own weights."""
+    attention = copy.deepcopy(model.language_model.model.layers[1].self_attn)
+    normed = torch.randn(5, attention.config.hidden_size, generator=torch.Generator().manual_seed(1)).to(model.dtype)
+    right = naive_joined(attention, normed)
+    merged = _Projections(attention)
+    torch.testing.assert_close(kernels.project(normed, merged.joined, {}), right)
+    torch.testing.assert_close(naive_joined(attention, normed), right)
+    assert attention.kv_a_proj_with_mqa.weight.untyped_storage().data_ptr() == merged.joined.data_ptr()
 
 
 @torch.inference_mode()

@@ -39,7 +39,17 @@ from kimi_vl.kernels import (  # noqa: E402
     triton_norm,
 )
 from kimi_vl.kernels.attention_metadata import DecodeMetadata  # noqa: E402
-from kimi_vl.kernels.inputs import Call, Inputs, Widths, apart, distance, routed_alike, with_arguments  # noqa: E402
+from kimi_vl.kernels.inputs import (  # noqa: E402
+    ROUNDING,
+    Call,
+    Inputs,
+    Widths,
+    apart,
+    distance,
+    routed_alike,
+    with_arguments,
+)
+from kimi_vl.model import language  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TRITON = kernels.select_ops("cpu", "triton")
@@ -229,6 +239,18 @@ def test_how_a_gpu_computes_experts(
     topk_ids, down = torch.empty(tokens, 6), torch.empty(64, 16, 8)
     assert plain._on_device(states, topk_ids, down) is getattr(plain, way)
     assert plain._on_device(states, topk_ids, torch.empty(64, 16, 9)) is not plain._grouped
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (5,), (1, 1), (2, 3)], ids=str)
+def test_project_is_the_naive_one(shape: tuple[int, ...], dtype: torch.dtype):
+    """A GEMV for one token, W·xᵀ for more, with any dimensions before the last."""
+    inputs = Inputs(ODD, dtype)
+    states, weight = inputs.normal(*shape, 24), inputs.normal(40, 24)
+    right = language.naive_project(states.double(), weight.double())
+    found = language.project(states, weight)
+    assert found.shape == (*shape, 40)
+    assert distance(found, right) <= ROUNDING[dtype]
 
 
 @pytest.mark.parametrize("widest", [16, packed_weights._WIDEST])
