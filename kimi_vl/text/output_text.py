@@ -17,7 +17,7 @@ class OutputText:
     def __init__(self, tokenizer: Tokenizer, stops: StopSequences, prefill: str):
         self._stream = TextStream(tokenizer)
         self.splitter = ThinkingSplitter()
-        self.splitter.push(prefill)
+        self.splitter.prefill(prefill)
         self._stops = stops
         self.reasoning = ""
         self.answer = ""

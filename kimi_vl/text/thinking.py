@@ -47,6 +47,12 @@ class ThinkingSplitter:
         self.section: Section | None = None  # None until the beginning is known
         self._space: list[str] = []  # what the text begins with, while that is white space
         self._held = ""
+        self._prefilled = 0  # how many of the characters that are held back belong to the assistant prefill
+
+    def prefill(self, text: str) -> None:
+        """Begin after ``text``, which gives no pieces, neither now nor where its end is held back."""
+        self.push(text)
+        self._prefilled = sum(map(len, self._space)) + len(self._held)
 
     def push(self, text: str) -> list[tuple[Section, str]]:
         """The pieces that ``text`` makes certain, in order; none of them empty."""
@@ -58,20 +64,23 @@ class ThinkingSplitter:
         if self.section is None and self._held:
             if self._held.startswith(THINK_OPEN):
                 self.section, self._held = "reasoning", self._held[len(THINK_OPEN) :]
+                self._space, self._prefilled = [], 0
             elif not THINK_OPEN.startswith(self._held):
                 self.section, self._held = "answer", "".join(self._space) + self._held
+                self._space = []
         pieces: list[tuple[Section, str]] = []
         if self.section == "reasoning":
             thinking, closed, rest = self._held.partition(THINK_CLOSE)
             if closed:
-                pieces.append(("reasoning", thinking))
+                pieces.append(("reasoning", self._new(thinking)))
                 self.section, self._held = "answer", rest
+                self._prefilled = 0
             else:
                 cut = len(self._held) - overlap(self._held, THINK_CLOSE)
-                pieces.append(("reasoning", self._held[:cut]))
+                pieces.append(("reasoning", self._new(self._held[:cut])))
                 self._held = self._held[cut:]
         if self.section == "answer":
-            pieces.append(("answer", self._held))
+            pieces.append(("answer", self._new(self._held)))
             self._held = ""
         return [piece for piece in pieces if piece[1]]
 
@@ -79,13 +88,20 @@ class ThinkingSplitter:
         """Discard what is held back because it may become a marker: it is certain now that it does not."""
         if self._held and self.section is None:
             self._space = []  # it came before an opening marker, where it is skipped
-        self._held = ""
+        if self._held:
+            self._held, self._prefilled = "", 0
 
     def finish(self) -> list[tuple[Section, str]]:
         """What is still held back, once no more text comes."""
-        held = self._held if self.section else "".join(self._space) + self._held
+        held = self._new("".join(self._space) + self._held)
         self._held, self._space = "", []
         return [(self.section or "answer", held)] if held else []
+
+    def _new(self, text: str) -> str:
+        """``text``, which was held back until now, without what the assistant prefill has of it."""
+        new = text[self._prefilled :]
+        self._prefilled = max(0, self._prefilled - len(text))
+        return new
 
 
 class ThinkingBudget:

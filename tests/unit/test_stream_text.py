@@ -66,6 +66,36 @@ def test_the_split_does_not_depend_on_the_cuts(beginning: str, rest: str, cuts: 
     assert [section for section, _ in found] == sorted((section for section, _ in found), reverse=True)
 
 
+def expected_after(text: str, length: int) -> tuple[str, str]:
+    """The rule, on the whole text, without its first ``length`` characters."""
+    thinking, answer = expected_split(text)
+    begin = text.find(THINK_OPEN) + len(THINK_OPEN)
+    return thinking[max(0, length - begin) :], answer[max(0, length - (len(text) - len(answer))) :]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(
+        ["", " ", " \n", THINK_OPEN, "\n" + THINK_OPEN, THINK_OPEN[:3], THINK_OPEN + "a" + THINK_CLOSE[:4]]
+    ),
+    TEXTS,
+    CUTS,
+    st.integers(0, 30),
+)
+@example(THINK_OPEN + "a", THINK_CLOSE[:5] + "b", [], 13)
+@example(" ", "x", [], 1)
+@example("", "◁x", [], 1)
+@example("", THINK_OPEN + "a" + THINK_CLOSE + "◁/b", [], 11)
+def test_a_prefill_is_not_said_again(beginning: str, rest: str, cuts: list[int], length: int) -> None:
+    text = beginning + rest
+    prefill, continuation = text[:length], text[length:]
+    splitter = ThinkingSplitter()
+    splitter.prefill(prefill)
+    found = [piece for part in cut(continuation, cuts) for piece in splitter.push(part)] + splitter.finish()
+    assert joined(found) == expected_after(text, len(prefill))
+    assert all(piece for _, piece in found)
+
+
 @settings(max_examples=120, deadline=None)
 @given(st.sampled_from(["", THINK_OPEN]), TEXTS)
 def test_no_more_is_held_back_than_may_become_a_marker(beginning: str, rest: str) -> None:
