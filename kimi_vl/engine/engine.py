@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import itertools
 import logging
+import os
 import queue
 import threading
 import time
@@ -126,6 +127,7 @@ class Engine:
         self._lock = threading.RLock()
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._process = os.getpid()  # whose thread it is, once there is one
         self._closing = False
         self._broken: BaseException | None = None
         self.steps = 0
@@ -173,6 +175,8 @@ class Engine:
         return handle
 
     def _queue(self, handle: RequestHandle) -> None:
+        if self._forked():  # before the lock, which another thread may have held at the fork
+            raise RuntimeError("a model does not outlive a fork; load it in the process that is to use it")
         with self._lock:
             if self._broken or self._closing:
                 raise RuntimeError("the engine has stopped")
@@ -185,6 +189,7 @@ class Engine:
             if len(self._new) + len(self.scheduler.waiting) >= self.options.max_waiting:
                 raise Overloaded("too many requests are waiting; try again later.")
             if self._thread is None:
+                self._process = os.getpid()
                 self._thread = threading.Thread(target=self._serve, name="kimi_vl engine", daemon=True)
                 atexit.register(self._abandon)
             if self._thread.ident is None:  # it may not have started when it was made: the system may refuse
@@ -199,6 +204,8 @@ class Engine:
 
     def close(self, wait: bool = True) -> None:
         """Finish what runs or waits, take nothing more, and end the thread."""
+        if self._forked():
+            return
         with self._lock:
             self._closing = True
         self._wake.put(None)
@@ -208,6 +215,8 @@ class Engine:
 
     def _abandon(self) -> None:
         """The program ends: a thread that is inside torch by then would take it down with an error."""
+        if self._forked():
+            return
         with self._lock:
             for handle in [*self._requests.handles.values(), *self._new]:
                 handle.cancelled = True
@@ -220,7 +229,11 @@ class Engine:
 
     def healthy(self) -> bool:
         """False once no request can be served any more; each is refused then."""
-        return self._broken is None
+        return self._broken is None and not self._closing and not self._forked()
+
+    def _forked(self) -> bool:
+        """Whether this is a child of the process that serves: forking copies no thread but the one that forks."""
+        return self._thread is not None and self._process != os.getpid()
 
     # The thread
 

@@ -319,6 +319,60 @@ def test_a_program_may_end_at_any_moment():
     assert (process.returncode, process.stderr) == (0, "")
 
 
+FORKED = """
+import os, signal, sys, threading
+import kimi_vl
+pipeline = kimi_vl.load("demo")
+ask = [{"role": "user", "content": "What is 12 + 30?"}]
+if sys.argv[1] == "locked":  # as another thread may have it at that moment
+    taken = threading.Event()
+    def hold():
+        with pipeline.engine._lock:
+            taken.set()
+            threading.Event().wait(100)
+    threading.Thread(target=hold, daemon=True).start()
+    taken.wait()
+child = os.fork()
+if not child:
+    signal.alarm(100)
+    assert not pipeline.healthy()
+    try:
+        pipeline.complete(ask)
+    except RuntimeError as error:
+        assert "fork" in str(error), error
+        pipeline.close()
+        sys.exit(0)
+    os._exit(9)
+assert os.waitpid(child, 0)[1] == 0
+if sys.argv[1] == "free":
+    assert pipeline.complete(ask, temperature=0).answer == "12 + 30 = 42"
+    assert pipeline.healthy()
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lock", ["free", "locked"])
+def test_a_forked_process_is_told_that_it_has_no_engine(lock):
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED, lock], cwd=CHECKPOINT.parents[3], check=True, timeout=300
+    )
+
+
+def test_after_close_nothing_is_served():
+    pipeline = Pipeline(
+        loader.load(CHECKPOINT, dtype=torch.float32),
+        Tokenizer.from_directory(CHECKPOINT),
+        ImageOptions.from_directory(CHECKPOINT),
+    )
+    running = pipeline.stream(ASK, temperature=0, max_length_tokens=3)
+    pipeline.close()
+    assert isinstance(list(running)[-1], Done)
+    assert not pipeline.healthy()
+    with pytest.raises(RuntimeError, match="stopped"):
+        pipeline.complete(ASK)
+
+
 def test_a_stream_that_nobody_holds_stops_too(whole):
     before = whole.engine.steps
     whole.stream(ASK, temperature=0, max_length_tokens=5000)
