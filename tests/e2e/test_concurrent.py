@@ -226,6 +226,23 @@ def test_cancelling_some_leaves_the_others_as_they_are(thinking: Server) -> None
     until_free(thinking)
 
 
+def test_cancelling_reaches_those_who_say_nothing(thinking: Server) -> None:
+    """They think, of which nothing is shown: between two pieces, a cancellation would be seen too late."""
+    silent = [Stream(thinking.client, thinking_budget=6_000, max_length_tokens=8_000) for _ in range(4)]
+    for stream in silent:
+        assert next(stream.events).name == "start"
+    with running(thinking, 2) as streams:
+        for stream in streams:
+            stream.read(3)
+        for stream in silent:
+            until_cancelled(thinking.client, stream.name)
+        for stream in silent:
+            *before, last = stream.events
+            assert last.data["status"] == "canceled" and not last.data.get("output")
+            assert not [event for event in before if event.name == "output"]
+    until_free(thinking)
+
+
 def test_callers_who_hang_up_free_their_slots(thinking: Server) -> None:
     with running(thinking, 8) as streams:
         for stream in streams[:4]:
