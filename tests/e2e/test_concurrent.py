@@ -109,7 +109,7 @@ def test_a_hundred_seeds_give_the_texts_that_they_give_alone(concurrent: Server)
     """Half of them with a picture; beside requests of other lengths, whose prefill comes between their steps."""
 
     def text(number: int) -> str:
-        inputs = {"prompt": "Tell me more.", "seed": number, "temperature": 1.5, "max_length_tokens": 16}
+        inputs = {"prompt": "Tell me more.", "seed": number, "temperature": 1.5, "max_length_tokens": 24}
         if number % 2:
             inputs |= {"prompt": "What do you see?", "image": data_url(picture("green"))}
         return "".join(concurrent.client.predict(inputs)["output"])
