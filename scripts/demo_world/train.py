@@ -162,14 +162,14 @@ def plain_attention(
     return scores.softmax(-1) @ value
 
 
-def all_experts(self: Experts, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+def all_experts(self: Experts, states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
     """What :meth:`kimi_vl.model.language.Experts.forward` computes, with every expert seeing every token.
 
     Two large products, most of their rows weighted by zero, train these small experts several times faster than
-    many small products over chosen tokens.
+    many small GEMMs over the tokens of each.
     """
     experts, width, hidden = self.gate_up_proj.shape
-    dense = weights.new_zeros(states.shape[0], experts).scatter(1, chosen, weights)  # (T, E)
+    dense = topk_weights.new_zeros(states.shape[0], experts).scatter(1, topk_ids, topk_weights)  # (T, E)
     gate, up = F.linear(states, self.gate_up_proj.flatten(0, 1)).view(-1, experts, width).chunk(2, dim=-1)
     weighted = (F.silu(gate) * up) * dense.unsqueeze(-1).to(gate.dtype)  # (T, E, I)
     return F.linear(weighted.flatten(1), self.down_proj.transpose(0, 1).reshape(hidden, -1)).to(states.dtype)
