@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..pipeline import EventStream
 
 _DIM, _PLAIN, _CLEAR_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
+_MAX_PROMPT = 2**25  # characters read from standard input, which may never end; far more than any context takes
 # Characters that would steer a terminal, of which text needs only line ends and tabs.
 _INERT = {code: "�" for code in [*range(32), 127, *range(128, 160)] if chr(code) not in "\n\t"}
 
@@ -83,14 +84,17 @@ def _question(arguments: argparse.Namespace) -> tuple[str, list[Path]]:
         if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
             raise UserError("E_PROMPT_EMPTY", 'ask something: kimi-vl ask "What is in the picture?" photo.jpg')
         try:
-            prompt = sys.stdin.read()
+            prompt = sys.stdin.read(_MAX_PROMPT + 1)
         except UnicodeDecodeError:
             raise UserError("E_PARAMETER", "the question on standard input is not text in UTF-8.") from None
-    elif not images and Path(prompt).suffix and Path(prompt).is_file():
+        if len(prompt) > _MAX_PROMPT:
+            raise UserError("E_PROMPT_TOO_LONG", "the question on standard input is too long; shorten it.")
+    elif not images and Path(prompt).suffix and os.path.isfile(prompt):  # Path.is_file() raises for long names
         raise UserError("E_PROMPT_EMPTY", f'the question comes before the image: kimi-vl ask "What is this?" {prompt}')
     for image in images:
         try:
-            image.open("rb").close()
+            if not image.is_fifo():  # whoever writes to a pipe would take this for its reader
+                image.open("rb").close()
         except OSError as error:
             raise UserError("E_IMAGE_UNREADABLE", f"{image}: {error.strerror}; name an image file.") from None
     return prompt, images

@@ -33,6 +33,7 @@ PROGRAMS = {"serve": "cog_local.server", "bench": "bench_suite"}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     debug = False
+    _open_closed_streams()
     try:
         signal.signal(signal.SIGTERM, _interrupt)
         given = list(sys.argv[1:] if arguments is None else arguments)
@@ -64,7 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """One line on stderr; what would break it or steer a terminal, from a file's name for instance, is escaped."""
+    line = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+    print(line, file=sys.stderr, flush=True)
+
+
+def _open_closed_streams() -> None:
+    """Put the null device where a standard stream is closed: the next file to be opened would take its number."""
+    for name, flags in (("stdin", os.O_RDONLY), ("stdout", os.O_WRONLY), ("stderr", os.O_WRONLY)):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, flags)
+            if name != "stdin":  # a missing one is not an empty question
+                setattr(sys, name, open(number, "w", encoding="utf-8"))  # noqa: SIM115 (for as long as this runs)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,8 +101,16 @@ def _use_cache() -> None:
     """Where models are kept, unless KIMI_VL_CACHE says: ``model_cache`` of a checkout, else the user's cache."""
     from .programs import CHECKOUT
 
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kimi-vl"
-    os.environ.setdefault("KIMI_VL_CACHE", str(CHECKOUT / "model_cache" if CHECKOUT else home))
+    if os.environ.get("KIMI_VL_CACHE"):
+        return
+    if CHECKOUT:
+        cache = CHECKOUT / "model_cache"
+    else:
+        try:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kimi-vl"
+        except RuntimeError:  # neither HOME nor an entry for this user
+            raise CheckpointError("there is no home folder to keep models in; set KIMI_VL_CACHE to a folder") from None
+    os.environ["KIMI_VL_CACHE"] = str(cache)
 
 
 def _interrupt(*_: Any) -> NoReturn:

@@ -306,12 +306,18 @@ def interrupt_on_signals() -> None:
         signal.signal(number, interrupt)
 
 
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 2**16):
+        raise argparse.ArgumentTypeError("a port is a number from 1 to 65535")
+    return int(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog=os.environ.get("KIMI_VL_PROGRAM", "scripts/serve"), description="Serve the Cog HTTP API without Docker."
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    parser.add_argument("--port", type=int, default=5000, help="port to listen on (5000)")
+    parser.add_argument("--port", type=_port, default=5000, help="port to listen on (5000)")
     parser.add_argument("--concurrent", action="store_true", help="32 requests at a time in shared batches")
     arguments = parser.parse_args()
     interrupt_on_signals()

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from kimi_vl.cli.main import main
+from kimi_vl.media import images
 
 from .conftest import heed_interrupts
 
@@ -189,6 +190,89 @@ def test_a_wrong_command_line_shows_the_usage(run, arguments: list[str]) -> None
     found = run(*arguments)
     assert found.returncode == 2 and found.stdout == ""
     assert found.stderr.startswith("usage: kimi-vl") and ": error: " in found.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["no\nsuch\r.png", "no\x1b[31msuch.png", "no\u202esuch.png", "no\udcffsuch.png"])
+def test_a_name_neither_breaks_the_line_nor_steers_the_terminal(run, name: str) -> None:
+    found = run("ask", "What is this?", name)
+    assert found.returncode == 1
+    assert found.stderr.endswith(".png: No such file or directory; name an image file.\n")
+    assert found.stderr[:-1].isprintable()
+
+
+@pytest.mark.parametrize("length", [100, 255, 256, 5000])
+def test_a_long_question_is_no_file(run, length: int) -> None:
+    question = "a" * length + ". What is 12 + 30?"
+    assert run("ask", "--max-tokens", "1", question).returncode == 0
+
+
+def test_a_question_that_never_ends_is_too_long(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kimi_vl.cli.ask._MAX_PROMPT", 100)
+    found = run("ask", said="a" * 101)
+    assert (found.returncode, found.stderr) == (1, "error: the question on standard input is too long; shorten it.\n")
+    assert run("ask", "--max-tokens", "1", said="a" * 100).returncode == 0
+
+
+def test_a_pipe_is_an_image_where_somebody_writes_to_it(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pipe, opened = tmp_path / "pipe.png", images._open_at_once
+    os.mkfifo(pipe)
+    found = run("ask", "What is the result?", str(pipe))
+    assert (found.returncode, found.stderr.splitlines()[-1]) == (1, "error: an image is empty; send the file again.")
+    writer = os.open(pipe, os.O_RDWR)
+    os.write(writer, Path(PICTURE).read_bytes())  # less than a pipe holds
+
+    def open_then_end(path: str, flags: int) -> int:
+        number = opened(path, flags)
+        os.close(writer)
+        return number
+
+    monkeypatch.setattr(images, "_open_at_once", open_then_end)
+    found = run("ask", "--temperature", "0", "What is the result?", str(pipe))
+    assert (found.returncode, found.stdout) == (0, "25 + 13 = 38\n")
+
+
+@pytest.mark.parametrize(
+    ("closed", "status", "out", "err"),
+    [("stdout", 0, "", "NOTICE"), ("stderr", 0, ANSWER, ""), ("stdin", 0, ANSWER, "NOTICE"), ("all", 0, "", "")],
+)
+def test_standard_streams_may_be_closed(closed: str, status: int, out: str, err: str) -> None:
+    ends = {"stdin": "<&-", "stdout": ">&-", "stderr": "2>&-", "all": "<&- >&- 2>&-"}[closed]
+    shell = ["bash", "-c", f'exec "$@" {ends}', "-", *command("ask", "--temperature", "0", SUM)]
+    found = subprocess.run(shell, env=environment(), capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout.strip()) == (status, out)
+    assert found.stderr.startswith(NOTICE) if err else not found.stderr
+
+
+def test_an_error_does_not_go_where_the_answer_goes() -> None:
+    shell = ["bash", "-c", 'exec "$@" 2>&-', "-", *command("ask", SUM, "no-such.png")]
+    found = subprocess.run(shell, env=environment(), capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout, found.stderr) == (1, "", "")
+
+
+@pytest.mark.parametrize("port", ["0", "-1", "65536", "99999", "1e3", "", "٣"])
+def test_a_port_that_cannot_be_is_a_wrong_command_line(port: str, monkeypatch, capsys) -> None:
+    from cog_local import server
+
+    monkeypatch.setattr("sys.argv", ["serve", f"--port={port}"])
+    monkeypatch.setattr(server, "interrupt_on_signals", lambda: None)
+    monkeypatch.setattr(server, "Server", lambda **_: pytest.fail("it was started"))
+    with pytest.raises(SystemExit) as ended:
+        server.main()
+    assert ended.value.code == 2
+    assert "a port is a number from 1 to 65535" in capsys.readouterr().err
+
+
+def test_without_a_home_a_cache_is_asked_for(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kimi_vl.cli.programs.CHECKOUT", None)
+    monkeypatch.delenv("KIMI_VL_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(
+        Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory."))
+    )
+    found = run("ask", SUM)
+    assert (found.returncode, found.stderr) == (
+        1, "error: there is no home folder to keep models in; set KIMI_VL_CACHE to a folder\n"
+    )  # fmt: skip
 
 
 def test_an_unexpected_error_is_one_line_and_can_be_looked_into(run) -> None:
