@@ -1,6 +1,6 @@
 """Kimi-VL for serving: ``kimi_vl.load()`` gives a pipeline from messages and images to thinking and an answer.
 
-Importing this package is quick: torch comes with the first ``load``, transformers only with the Hugging Face face.
+Importing this package is quick: torch comes with the first ``load``, transformers only with the Hugging Face classes.
 """
 
 from __future__ import annotations

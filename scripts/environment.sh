@@ -1,10 +1,10 @@
-# Sourced by the other scripts: keeps .venv in the repository's root as its requirements file wants it.
+# Sourced by the other scripts: keeps .venv in the repository's root as pyproject.toml and requirements.txt want it.
 #
 #   kimi_vl_environment run|dev               sets KIMI_VL_PYTHON; silent unless something has to be installed
 #   kimi_vl_transformers oldest|newest        after `dev`: prints the Python of an environment over .venv, with the
 #                                             oldest or newest transformers that pyproject.toml allows
 #
-# What was installed is remembered as the text of the requirements, in .venv itself. A mark stands there while it is
+# What was installed is remembered as the text of these two, in .venv itself. A mark stands there while it is
 # being made; where it is found later, that installation was cut off, and the environment is made from nothing.
 
 kimi_vl_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -36,8 +36,7 @@ _kimi_vl_python() {
 # The text that has to have been installed for the set $1.
 _kimi_vl_wanted() {
   case "$1" in
-    run) cat "$kimi_vl_root/scripts/requirements.txt" ;;
-    dev) cat "$kimi_vl_root/scripts/requirements.txt" "$kimi_vl_root/scripts/requirements-dev.txt" ;;
+    run | dev) cat "$kimi_vl_root/pyproject.toml" "$kimi_vl_root/requirements.txt" ;;
     *) echo "error: unknown environment $1" >&2; return 1 ;;
   esac
 }
@@ -49,8 +48,8 @@ _kimi_vl_ready() {
 }
 
 _kimi_vl_install() {
-  local file=requirements.txt existed=1 interrupted=""
-  [ "$1" = dev ] && file=requirements-dev.txt
+  local extra=checkout existed=1 interrupted=""
+  [ "$1" = dev ] && extra=dev
   if ! _kimi_vl_python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     echo "error: Python 3.11 or newer is needed as python3" >&2
     return 1
@@ -63,12 +62,14 @@ _kimi_vl_install() {
     find "$kimi_vl_venv" -mindepth 1 -maxdepth 1 ! -name .installing -exec rm -rf {} + || return 1
     _kimi_vl_python -m venv "$kimi_vl_venv" >&2 || return 1
   fi
-  echo "set-up: installing scripts/$file (once; this can take some minutes)" >&2
+  echo "set-up: installing what pyproject.toml names under $extra (once; this can take some minutes)" >&2
   touch "$kimi_vl_venv/.installing" || return 1
   rm -f "$kimi_vl_venv"/.installed-*
   trap 'interrupted=1' INT TERM
+  # The versions of the image, but for torch.
+  grep -v '^torch==' "$kimi_vl_root/requirements.txt" > "$kimi_vl_venv/constraints.txt" || return 1
   if ! "$KIMI_VL_PYTHON" -m pip install --disable-pip-version-check --no-input \
-    -r "$kimi_vl_root/scripts/$file" >&2; then
+    --constraint "$kimi_vl_venv/constraints.txt" --editable "$kimi_vl_root[$extra]" >&2; then
     trap - INT TERM
     # pip gave up by itself (no network, no such version): what was there before is still good.
     if [ -n "$existed" ] && [ -z "$interrupted" ]; then rm -f "$kimi_vl_venv/.installing"; fi
@@ -100,7 +101,7 @@ print(next(text for text in dependencies if text.startswith("transformers")))' "
     rm -rf "$over"
     "$KIMI_VL_PYTHON" -m venv --without-pip "$over" >&2 || return 1
     echo "$base" > "$("$over/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth" || return 1
-    grep '^torch==' "$kimi_vl_root/scripts/requirements.txt" > "$over/constraints.txt" || return 1
+    "$KIMI_VL_PYTHON" -m pip freeze | grep '^torch==' > "$over/constraints.txt" || return 1
     touch "$over/.made"
   fi
   touch "$over/.installing" || return 1

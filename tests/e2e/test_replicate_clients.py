@@ -100,7 +100,7 @@ def result(command: list[str], server: Server, **environment: str) -> Any:
 @pytest.fixture(scope="module")
 def python() -> str:
     if importlib.util.find_spec("replicate") is None:
-        pytest.skip("needs the package replicate (scripts/requirements-dev.txt)")
+        pytest.skip("needs the package replicate, of the extra dev")
     return sys.executable
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from cog_local.server import MEMORY
 
@@ -44,16 +46,22 @@ def config() -> dict[str, Any]:
 
 
 def pins(path: str) -> dict[str, str]:
-    """name -> version of a requirements file, in which every line must be an exact pin, but for what torch decides."""
+    """name -> version of a requirements file, in which every line must be an exact pin."""
     found = {}
     for line in (ROOT / path).read_text().splitlines():
         line = line.partition("#")[0].strip()
-        if not line or line.startswith(("-r ", "triton>=")):
+        if not line:
             continue
         assert PIN.fullmatch(line.partition(";")[0]), f"{path}: {line} is not pinned exactly"
         name, _, version = line.partition("==")
         found[name.lower().replace("_", "-")] = version
     return found
+
+
+def extra(name: str) -> dict[str, str]:
+    """name -> version of what an extra of the package pins."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    return {pin: version for text in extras[name] for pin, _, version in [text.partition("==")] if version}
 
 
 def test_the_concurrent_image_is_the_same_but_for_its_predictor(config: dict[str, Any]) -> None:
@@ -85,14 +93,17 @@ def test_cuda_is_named_and_torch_is_pinned(config: dict[str, Any]) -> None:
 
 
 def test_sdk_is_pinned_to_what_the_tests_run(config: dict[str, Any]) -> None:
-    assert config["build"]["sdk_version"] == pins("scripts/requirements.txt")["cog"]
+    assert config["build"]["sdk_version"] == extra("cog")["cog"]
     assert not {"cog", "coglet"} & set(pins("requirements.txt")), "Cog strips these from the requirements"
 
 
-def test_image_and_local_runs_use_the_same_versions() -> None:
-    image, local = pins("requirements.txt"), pins("scripts/requirements.txt")
-    assert {**image, "torch": local["torch"], "cog": local["cog"]} == local
-    assert pins("scripts/requirements-dev.txt")
+def test_the_image_has_versions_that_the_package_allows() -> None:
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    image = pins("requirements.txt")
+    allowed = {Requirement(text).name.lower().replace("_", "-"): Requirement(text).specifier for text in wanted}
+    assert allowed.keys() == image.keys(), "each dependency of the package is pinned for the image, and nothing else"
+    assert all(specifier.contains(image[name]) for name, specifier in allowed.items())
+    assert allowed["torch"].contains(extra("checkout")["torch"])
 
 
 def test_environment_is_allowed(config: dict[str, Any]) -> None:

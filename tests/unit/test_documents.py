@@ -15,7 +15,7 @@ from kimi_vl import parameters
 from kimi_vl.cli import main as command
 from kimi_vl.media import images
 from kimi_vl.text import stop_sequences
-from tests.unit.test_cog_yaml import pins
+from tests.unit.test_cog_yaml import extra
 
 ROOT = Path(__file__).resolve().parents[2]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
@@ -187,7 +187,7 @@ def test_a_terminal_is_drawn_as_it_looks() -> None:
 
 
 def test_hooks_before_a_commit_have_the_versions_of_the_tests() -> None:
-    wanted = {f"{name}=={version}" for name, version in pins("scripts/requirements-dev.txt").items()}
+    wanted = {f"{name}=={version}" for name, version in extra("dev").items()}
     hooks = [hook for repo in yaml.safe_load(read(ROOT / ".pre-commit-config.yaml"))["repos"] for hook in repo["hooks"]]
     assert {hook["entry"].split()[0] for hook in hooks} == {"ruff", "pyright"}
     assert {hook["id"] for hook in hooks} == {"ruff-check", "ruff-format", "pyright"}

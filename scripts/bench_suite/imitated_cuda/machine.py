@@ -272,7 +272,7 @@ class Machine:
             raise cuda_error(900, "operation not permitted when stream is capturing")
 
     def wait(self, what: str, streams: Iterable[Stream]) -> None:
-        """The host waits for all that has been begun on ``streams``."""
+        """synchronises the host with all that has been launched on ``streams``."""
         self.forbid_in_capture(what)
         self.counts.device_waits += 1
         self.note("wait", what)
