@@ -121,9 +121,9 @@ def in_messages(url: str) -> Any:
 
 
 def by_processor(url: str) -> Image.Image:
-    from kimi_vl import hf
+    from kimi_vl.hf import processing
 
-    return hf._image(url).convert("RGB")
+    return processing._image(url).convert("RGB")
 
 
 def loaded(read: Callable[[str], Any]) -> Callable[[str], Image.Image]:
