@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given and given[0] in PROGRAMS:
             from . import programs
 
+            _use_cache()
             return programs.run(given[0], PROGRAMS[given[0]], given[1:])
         parsed = parser.parse_args(given)
         debug = parsed.debug

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 
+from kimi_vl.cli import programs
 from kimi_vl.cli.main import main
 from kimi_vl.media import images
 
@@ -327,6 +328,15 @@ def test_fetch_and_pack(run, tmp_path: Path) -> None:
     assert Path(folder) == ROOT / "kimi_vl" / "demo"
     packed = run("pack", folder, str(tmp_path / "demo.tar"))
     assert packed.returncode == 0 and re.search(r"revision [0-9a-f]{40}, sha256 [0-9a-f]{64}", packed.stdout)
+
+
+def test_the_server_keeps_models_where_the_other_commands_do(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KIMI_VL_CACHE")
+    monkeypatch.setattr(programs, "CHECKOUT", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    seen = []
+    monkeypatch.setattr(programs, "run", lambda *_: seen.append(os.environ["KIMI_VL_CACHE"]) or 0)
+    assert run("serve").returncode == 0 and seen == ["/somewhere/kimi-vl"]
 
 
 @pytest.mark.parametrize("name", ["serve", "bench"])
