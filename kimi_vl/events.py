@@ -25,12 +25,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts. Image tokens are part of the input, thinking (with its markers) of the output."""
+    """Token counts. Image tokens are part of the input, thinking (with its markers) of the output.
+
+    ``cached_tokens`` of the input were not computed: prefix caching found their keys in the KV cache.
+    """
 
     input_tokens: int
     image_tokens: int
     output_tokens: int
     reasoning_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,9 @@ class TextOutputProcessor:
         """Whether only tokens with text may follow: after thinking an answer is never empty."""
         return self._thinking.closed_by != "none" and not self._text.answer.strip()
 
+    def started(self, num_cached_tokens: int) -> None:
+        self._usage = dataclasses.replace(self._usage, cached_tokens=num_cached_tokens)
+
     def forced(self) -> int | None:
         return self._thinking.forced()
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from kimi_vl import kernels
 from kimi_vl.engine.cuda_graphs import DecodeInput, Launched, StaticDecoder
 from kimi_vl.engine.engine import Engine, EngineOptions, Patches, RequestHandle
+from kimi_vl.engine.requests import NullOutputProcessor
 from kimi_vl.engine.sampling import Sampling
 from kimi_vl.kernels import plain, reference
 from kimi_vl.model.config import Config
@@ -118,7 +119,7 @@ class Ask:
     text_only: frozenset[int] = frozenset()  # where tokens without text are ruled out
 
 
-class OutputProcessor:
+class OutputProcessor(NullOutputProcessor):
     """Takes tokens as a request of the pipeline does; keeps them."""
 
     def __init__(self, ask: Ask):

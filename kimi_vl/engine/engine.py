@@ -38,11 +38,20 @@ from .image_cache import EmbeddingCache
 from .kv_cache import Chunk, PagedCache
 from .overlap import OverlappedDecoding
 from .page_pool import PagePool
-from .requests import ActiveRequests, NextToken, NullOutputProcessor, OutputProcessor, Patches, RequestHandle, spans
+from .requests import (
+    ActiveRequests,
+    EngineStats,
+    NextToken,
+    NullOutputProcessor,
+    OutputProcessor,
+    Patches,
+    RequestHandle,
+    spans,
+)
 from .sampling import sample_batch
 from .scheduler import NeverFits, Request, ScheduledChunk, Scheduler, Span
 
-__all__ = ["Engine", "EngineOptions", "OutputProcessor", "Overloaded", "Patches", "RequestHandle"]
+__all__ = ["Engine", "EngineOptions", "EngineStats", "OutputProcessor", "Overloaded", "Patches", "RequestHandle"]
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +111,7 @@ class Engine:
             prefix_caching=options.prefix_caching,
         )
         self._requests = ActiveRequests(self.scheduler, text.vocab_size, text_tokens)
-        self._embeddings = EmbeddingCache(options.embedding_bytes)
+        self._embeddings = EmbeddingCache(model, options.embedding_bytes)
         self._faults = Faults(self._device)
         self.static_decoder: StaticDecoder | None = None
         self._overlapped: OverlappedDecoding | None = None
@@ -187,7 +196,7 @@ class Engine:
                     "E_PROMPT_TOO_LONG", "prompt and answer need more memory than there is; shorten either."
                 ) from None
             if len(self._new) + len(self.scheduler.waiting) >= self.options.max_waiting:
-                raise Overloaded("too many requests are waiting; try again later.")
+                raise Overloaded("too many requests are waiting; try again later.", "queue")
             if self._thread is None:
                 self._process = os.getpid()
                 self._thread = threading.Thread(target=self._serve, name="kimi_vl engine", daemon=True)
@@ -231,6 +240,10 @@ class Engine:
         """False once no request can be served any more; each is refused then."""
         return self._broken is None and not self._closing and not self._forked()
 
+    def stats(self) -> EngineStats:
+        """Figures of this moment. For any thread, at any time: nothing is locked, and nothing is computed."""
+        return self._requests.stats(len(self._new), self.steps, self.healthy())
+
     def _forked(self) -> bool:
         """Whether this is a child of the process that serves: forking copies no thread but the one that forks."""
         return self._thread is not None and self._process != os.getpid()
@@ -270,7 +283,7 @@ class Engine:
             if handle.cancelled:
                 requests.release(request)
             elif now > handle.deadline:
-                late = Overloaded("the request was not done in time; try again later, or ask for less.")
+                late = Overloaded("the request was not done in time; try again later, or ask for less.", "deadline")
                 requests.fail(request, late)
 
     @torch.inference_mode()
@@ -317,30 +330,17 @@ class Engine:
         self._clear(chunks)
         step = self.cache.step([Chunk(chunk.request.pages, chunk.begin, chunk.end) for chunk in chunks])
         ids = [token for chunk in chunks for token in chunk.request.ids[chunk.begin : chunk.end]]
-        features = [feature for chunk in chunks for feature in self._features(chunk)]
+        features = [
+            feature
+            for chunk in chunks
+            for feature in self._embeddings.features(chunk, self._requests.handles[chunk.request].patches)
+        ]
         ids = devices.tensor([ids], torch.int64, self._device)
         embeddings = model.embed(ids, torch.cat(features) if features else None)
         states = self._decoder.states(embeddings[0], step)  # (T, H)
         ends = itertools.accumulate(chunk.end - chunk.begin for chunk in chunks)
         last = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.complete]
         return self._decoder.logits(states[devices.tensor(last, torch.int64, self._device)])
-
-    def _features(self, chunk: ScheduledChunk) -> list[Tensor]:
-        """The image vectors (t, H) of the placeholders among a chunk's tokens."""
-        parts = []
-        for span, patches in zip(chunk.request.images, self._requests.handles[chunk.request].patches, strict=True):
-            begin, end = max(span.begin, chunk.begin), min(span.end, chunk.end)
-            if begin < end:
-                parts.append(self._embed(patches)[begin - span.begin : end - span.begin])
-        return parts
-
-    def _embed(self, patches: Patches) -> Tensor:
-        found = self._embeddings.lookup(patches.digest)
-        if found is None:
-            pixels = torch.from_numpy(patches.pixel_values).to(self.model.device)
-            found = self.model.encode_images(pixels, [patches.grid])
-            self._embeddings.keep(patches.digest, found)
-        return found
 
     def _advance(self, handles: Sequence[RequestHandle], logits: Tensor) -> None:
         """Sample each request's next token, or take the forced one, and give it to the output processor."""

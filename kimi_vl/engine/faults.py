@@ -13,7 +13,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
 
@@ -27,10 +27,14 @@ _OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_ST
 
 
 class Overloaded(UserError):
-    """More work than the queue may hold, than was done in time, or than there is memory for."""
+    """More work than the ``cause`` allows: too many requests in the queue, too little memory, or a missed deadline.
 
-    def __init__(self, message: str):
+    Trying again at once helps against none of them; after a missed deadline it costs as much again.
+    """
+
+    def __init__(self, message: str, cause: Literal["queue", "memory", "deadline"]):
         super().__init__("E_OVERLOADED", message)
+        self.cause = cause
 
 
 class NotFinite(RuntimeError):
@@ -79,7 +83,9 @@ class Faults:
         if devices.lost(self._device, error):
             raise Broken(f"the device is lost ({type(error).__name__}); start the program again") from error
         if out_of_memory(error):
-            return Overloaded("there was not enough memory for this request; try again later, or ask for less.")
+            return Overloaded(
+                "there was not enough memory for this request; try again later, or ask for less.", "memory"
+            )
         clear_frames(error)
         return error
 

@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+
+from ..model.kimi_vl import KimiVL
+from .requests import Patches
+from .scheduler import ScheduledChunk
 
 
 class EmbeddingCache:
-    """At most ``limit`` bytes, or one image; the least recently used is evicted first."""
+    """Encodes images, and keeps at most ``limit`` bytes of them, or one; the least recently used is evicted first."""
 
-    def __init__(self, limit: int):
-        self._limit = limit
+    def __init__(self, model: KimiVL, limit: int):
+        self._model, self._limit = model, limit
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
         self.nbytes = 0
+
+    def features(self, chunk: ScheduledChunk, images: Sequence[Patches]) -> list[Tensor]:
+        """The vectors (t, H) of the placeholders among a chunk's tokens; ``images`` are all of its request's."""
+        parts = []
+        for span, patches in zip(chunk.request.images, images, strict=True):
+            begin, end = max(span.begin, chunk.begin), min(span.end, chunk.end)
+            if begin < end:
+                parts.append(self._embed(patches)[begin - span.begin : end - span.begin])
+        return parts
+
+    def _embed(self, patches: Patches) -> Tensor:
+        found = self.lookup(patches.digest)
+        if found is None:
+            pixels = torch.from_numpy(patches.pixel_values).to(self._model.device)
+            found = self._model.encode_images(pixels, [patches.grid])
+            self.keep(patches.digest, found)
+        return found
 
     def lookup(self, digest: bytes) -> Tensor | None:
         if digest in self._kept:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -21,6 +22,7 @@ from .scheduler import Request, Scheduler, Span
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+MEAN_OF = 32  # about so many of the last requests decide the mean duration
 
 
 class Patches:
@@ -54,6 +56,10 @@ class OutputProcessor(Protocol):
         """Whether tokens without text are ruled out for the next token."""
         ...
 
+    def started(self, num_cached_tokens: int) -> None:
+        """The prompt is computed, but for ``num_cached_tokens`` of it that prefix caching found; tokens follow."""
+        ...
+
     def forced(self) -> int | None:
         """The next token where it is not sampled. Asked once for each token."""
         ...
@@ -72,6 +78,9 @@ class NullOutputProcessor:
 
     sampling = Sampling(1, 0.9, 20, 0)
     text_only = False
+
+    def started(self, num_cached_tokens: int) -> None:
+        pass
 
     def forced(self) -> int | None:
         return None
@@ -92,6 +101,7 @@ class RequestHandle:
         self.request, self.patches, self.processor, self.deadline = request, patches, processor, deadline
         self.sampling = processor.sampling
         self.num_output_tokens = 0
+        self.submitted_at = time.monotonic()
         self.cancelled = False
         self._numbers: tuple[int, list[float]] = (0, [])  # where they begin, and uniform numbers from there on
 
@@ -118,12 +128,45 @@ class NextToken:
     limit: int
 
 
+@dataclass(frozen=True)
+class EngineStats:
+    """Figures of an engine at one moment; those that count are since its start."""
+
+    running: int  # requests
+    waiting: int  # requests
+    cache_usage_ratio: float  # of the KV cache's pages, those that running requests hold, from 0 to 1
+    steps: int
+    prompt_tokens_computed: int
+    prompt_tokens_cached: int  # found by prefix caching, and not computed
+    output_tokens: int
+    mean_request_s: float  # from queue to last token, of the last requests that were answered; 0 before the first
+    healthy: bool
+
+
 class ActiveRequests:
     """The requests that wait or run, and what their output processors decide. For the engine's thread."""
 
     def __init__(self, scheduler: Scheduler, vocab_size: int, text_tokens: int):
         self._scheduler, self._vocab_size, self._text_tokens = scheduler, vocab_size, text_tokens
         self.handles: dict[Request, RequestHandle] = {}
+        self.output_tokens = 0
+        self.mean_request_s = 0.0
+        self._answered = 0
+
+    def stats(self, new: int, steps: int, healthy: bool) -> EngineStats:
+        """Figures of this moment, with ``new`` requests that the scheduler does not know yet. For any thread."""
+        scheduler = self._scheduler
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=new + len(scheduler.waiting),
+            cache_usage_ratio=1 - scheduler.pool.available / scheduler.pool.count,
+            steps=steps,
+            prompt_tokens_computed=scheduler.prompt_tokens_computed,
+            prompt_tokens_cached=scheduler.prompt_tokens_cached,
+            output_tokens=self.output_tokens,
+            mean_request_s=self.mean_request_s,
+            healthy=healthy,
+        )
 
     def ask(self, handle: RequestHandle, question: Callable[[], T]) -> T | None:
         """The answer of a request's output processor; one that raises ends its own request, and is None."""
@@ -143,11 +186,15 @@ class ActiveRequests:
     def accept(self, handle: RequestHandle, token: int) -> None:
         """Give a token to the output processor, and append what follows to the sequence, or end the request."""
         request = handle.request
-        following = None if handle.cancelled else self.ask(handle, lambda: handle.processor.take(token))
+        following = None if handle.cancelled else self.ask(handle, lambda: self._take(handle, token))
         if request not in self.handles:  # its output processor failed
             return
         if following is None:
             self.release(request)
+            if not handle.cancelled:
+                self._answered += 1
+                seconds = time.monotonic() - handle.submitted_at
+                self.mean_request_s += (seconds - self.mean_request_s) / min(self._answered, MEAN_OF)
         elif (
             not 0 <= following < self._vocab_size or len(request.ids) >= request.prompt_length + request.max_new_tokens
         ):
@@ -158,6 +205,12 @@ class ActiveRequests:
         else:
             handle.num_output_tokens += 1
             request.ids.append(following)
+
+    def _take(self, handle: RequestHandle, token: int) -> int | None:
+        if not handle.num_output_tokens:
+            handle.processor.started(handle.request.num_cached_tokens)
+        self.output_tokens += 1
+        return handle.processor.take(token)
 
     def release(self, request: Request, evict: bool = False) -> RequestHandle:
         """End a request, whatever it was doing; with ``evict``, its pages are not found again."""

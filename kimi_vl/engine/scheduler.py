@@ -85,6 +85,7 @@ class Scheduler:
         self.fresh: set[int] = set()
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self.prompt_tokens_computed = self.prompt_tokens_cached = 0  # of all requests so far
 
     @property
     def busy(self) -> bool:
@@ -136,6 +137,7 @@ class Scheduler:
         """The keys of a chunk are in the KV cache now; its full pages may be shared from here on."""
         request = chunk.request
         request.computed = chunk.end
+        self.prompt_tokens_computed += max(0, min(chunk.end, request.prompt_length) - chunk.begin)
         if not self.prefix_caching:
             return
         for index in range(len(request.keys), request.computed // self.page_size):
@@ -166,6 +168,7 @@ class Scheduler:
                 request.pages, request.computed, request.num_cached_tokens = [], 0, 0
                 return
             self.running.append(self.waiting.popleft())
+            self.prompt_tokens_cached += request.num_cached_tokens
 
     def _owed(self, requests: Sequence[Request]) -> int:
         """Pages reserved for these requests that they have not taken yet."""

@@ -13,6 +13,7 @@ import time
 import numpy as np
 
 from .engine import Engine, Patches
+from .requests import NullOutputProcessor
 from .sampling import Sampling
 
 LIMIT_S = 600.0
@@ -44,19 +45,14 @@ def warm_up(engine: Engine, seconds: float = LIMIT_S) -> None:
     raise RuntimeError(f"the model cannot serve on this machine: a first request {reason}{remedy}") from processor.error
 
 
-class _First:
-    """An output processor that accepts every token."""
-
-    text_only = False
+class _First(NullOutputProcessor):
+    """Says when the last token has come."""
 
     def __init__(self):
         self.sampling = Sampling(1, 1, 0, 0)
         self.error: Exception | None = None
         self.over = threading.Event()
         self._count = 0
-
-    def forced(self) -> int | None:
-        return None
 
     def take(self, token: int) -> int | None:
         self._count += 1

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 
 from kimi_vl.engine.engine import Engine
+from kimi_vl.engine.requests import NullOutputProcessor
 from kimi_vl.engine.sampling import Sampling
 from kimi_vl.model.config import TextConfig
 
 GREEDY = Sampling(0, 1, 0, 0)
 
 
-class Clock:
+class Clock(NullOutputProcessor):
     """An output processor that only notes when its tokens come."""
 
-    text_only = False
     sampling = GREEDY
 
     def __init__(self, max_new_tokens: int):
@@ -32,9 +32,6 @@ class Clock:
         self.times: list[float] = []
         self.over = threading.Event()
         self.error: Exception | None = None
-
-    def forced(self) -> int | None:
-        return None
 
     def take(self, token: int) -> int | None:
         self.times.append(time.perf_counter())

@@ -23,8 +23,9 @@ import torch
 
 from kimi_vl import kernels
 from kimi_vl.engine.decoder import FusedDecoder
-from kimi_vl.engine.engine import Engine, EngineOptions, Patches, RequestHandle
+from kimi_vl.engine.engine import Engine, EngineOptions, EngineStats, Overloaded, Patches, RequestHandle
 from kimi_vl.engine.kv_cache import Chunk, PagedCache
+from kimi_vl.engine.requests import NullOutputProcessor
 from kimi_vl.engine.sampling import Sampling
 from kimi_vl.engine.scheduler import ScheduledChunk
 from kimi_vl.errors import UserError
@@ -49,19 +50,14 @@ def engine(model) -> Iterator[Engine]:
     engine.close()
 
 
-class Listener:
+class Listener(NullOutputProcessor):
     """An output processor that takes ``max_new_tokens`` tokens and keeps them."""
-
-    text_only = False
 
     def __init__(self, max_new_tokens: int, sampling: Sampling | None = None):
         self.max_new_tokens, self.sampling = max_new_tokens, sampling or Sampling(0, 1, 0, 0)
         self.tokens: list[int] = []
         self.error: Exception | None = None
         self.over = threading.Event()
-
-    def forced(self) -> int | None:
-        return None
 
     def take(self, token: int) -> int | None:
         self.tokens.append(token)
@@ -250,8 +246,10 @@ def test_a_neighbour_that_fails_changes_nothing(model, engine, monkeypatch, faul
         assert len(bad.tokens) == 4 and bad.error is None
     else:
         expected = {"memory": "E_OVERLOADED", "late": "E_OVERLOADED", "not finite": "not finite"}
-        with pytest.raises((RuntimeError, ValueError), match=expected.get(fault, "planted")):
+        with pytest.raises((RuntimeError, ValueError), match=expected.get(fault, "planted")) as raised:
             bad.result()
+        if isinstance(raised.value, Overloaded):
+            assert raised.value.cause == {"memory": "memory", "late": "deadline"}[fault]
     assert engine.healthy()
     monkeypatch.undo()
     assert ask(engine, *requests[0], max_new_tokens=25) == alone[0]
@@ -286,12 +284,43 @@ def test_more_than_the_queue_holds_is_refused_at_once(model):
     assert len(engine.scheduler.waiting) == 2
     waiting.append(send(engine, ids_of(5), max_new_tokens=3)[0])  # the scheduler does not know of this one yet
     for _ in range(5):
-        with pytest.raises(UserError, match="E_OVERLOADED"):
+        with pytest.raises(Overloaded, match="E_OVERLOADED") as refused:
             send(engine, ids_of(5), max_new_tokens=3)
+        assert refused.value.cause == "queue"
     held.let_go.set()
     assert [len(listener.result()) for listener in waiting] == [3] * 3
     settle(engine)
     engine.close()
+
+
+def test_stats_are_those_of_the_moment(model):
+    """Read in the midst of a step, while others wait, and when all is over: each token of a prompt counts once."""
+    engine = Engine(
+        model, 1024, EngineOptions(page_size=8, max_num_seqs=2, max_num_batched_tokens=12, cache_bytes=1 << 18)
+    )
+    assert engine.stats() == EngineStats(0, 0, 0.0, 0, 0, 0, 0, 0.0, True)
+    held = Held(10)
+    with engine._lock:
+        first = send(engine, ids_of(20, 1), max_new_tokens=40)[0]
+        engine.submit(ids_of(9), [], 10, held)
+        waiting = [send(engine, ids_of(20, seed), max_new_tokens=3)[0] for seed in (1, 2)]
+    assert held.reached.wait(300)
+    during, pages = engine.stats(), sum(len(request.pages) for request in engine.scheduler.running)
+    assert (during.running, during.waiting, during.prompt_tokens_computed) == (2, 2, 29)
+    assert during.cache_usage_ratio == pytest.approx(pages / engine.scheduler.pool.count)
+    assert during.output_tokens == len(first.tokens) + len(held.tokens) + 1  # the one that is being taken
+    assert during.mean_request_s == 0
+    held.let_go.set()
+    for listener in (first, held, *waiting):
+        listener.result()
+    settle(engine)
+    after = engine.stats()
+    assert (after.running, after.waiting, after.cache_usage_ratio, after.steps) == (0, 0, 0.0, engine.steps)
+    assert (after.prompt_tokens_computed, after.prompt_tokens_cached) == (29 + 4 + 20, 16)
+    assert after.output_tokens == 40 + 10 + 3 + 3
+    assert after.mean_request_s > 0
+    engine.close()
+    assert not engine.stats().healthy
 
 
 def test_what_can_never_fit_is_refused(engine):

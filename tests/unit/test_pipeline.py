@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import gc
 import io
@@ -17,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kimi_vl.engine.engine import Engine
+from kimi_vl.engine.engine import Engine, EngineOptions, Overloaded
 from kimi_vl.engine.scheduler import ScheduledChunk
 from kimi_vl.errors import UserError
 from kimi_vl.events import Answer, Done, Event, Reasoning
@@ -229,7 +230,8 @@ def test_images_of_every_source_are_the_same_request(whole, tmp_path):
     options = {"temperature": 0, "max_length_tokens": 6}
     sources = (image, stream.getvalue(), tmp_path / "a.png", str(tmp_path / "a.png"))
     results = [whole.complete(messages, [source], **options) for source in sources]
-    assert len({(done.answer, done.usage) for done in results}) == 1
+    assert len({(done.answer, dataclasses.replace(done.usage, cached_tokens=0)) for done in results}) == 1
+    assert [done.usage.cached_tokens for done in results] == [0, 32, 32, 32]
     assert results[0].usage.image_tokens == 6
 
 
@@ -278,6 +280,21 @@ def test_a_number_is_no_file(whole, tmp_path):
                 whole.complete(SHOW, [number])
             assert caught.value.code == "E_IMAGE_SOURCE"
         assert held.read(4) == b"\x89PNG"
+
+
+def test_usage_says_what_prefix_caching_found():
+    """Whole pages of the same beginning; the prompt's last token is always computed."""
+    with contextlib.closing(
+        Pipeline(
+            loader.load(CHECKPOINT, dtype=torch.float32),
+            Tokenizer.from_directory(CHECKPOINT),
+            ImageOptions.from_directory(CHECKPOINT),
+            options=EngineOptions(page_size=8, max_num_seqs=2, max_num_batched_tokens=16),
+        )
+    ) as pipeline:
+        once, again = (pipeline.complete(ASK, temperature=0, max_length_tokens=3).usage for _ in range(2))
+        assert once.cached_tokens == 0
+        assert again.cached_tokens == (again.input_tokens - 1) // 8 * 8 > 0
 
 
 def test_closing_the_stream_stops_the_work(whole):
@@ -420,6 +437,7 @@ def test_a_task_that_is_cancelled_stops_the_work(whole):
 
 
 def test_a_deadline_ends_a_request(whole):
-    with pytest.raises(UserError, match="E_OVERLOADED"):
+    with pytest.raises(Overloaded, match="E_OVERLOADED") as late:
         whole.complete(ASK, temperature=0, max_length_tokens=5000, deadline=0.1)
+    assert late.value.cause == "deadline"
     assert whole.complete(ASK, temperature=0, max_length_tokens=3).usage.output_tokens == 3

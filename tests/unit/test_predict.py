@@ -46,7 +46,7 @@ def done(**changes: Any) -> Done:
         "answer": "four",
         "finish_reason": "stop",
         "thinking_closed_by": "model",
-        "usage": Usage(input_tokens=11, image_tokens=4, output_tokens=7, reasoning_tokens=5),
+        "usage": Usage(input_tokens=11, image_tokens=4, output_tokens=7, reasoning_tokens=5, cached_tokens=2),
         "seed": 3,
         "time_to_first_token": 0.5,
         "tokens_per_second": 20.0,
@@ -164,7 +164,7 @@ def test_json_lines() -> None:
         "reasoning": "two and two",
         "answer": "four",
         "finish_reason": "stop",
-        "usage": {"input_tokens": 11, "image_tokens": 4, "output_tokens": 7, "reasoning_tokens": 5},
+        "usage": {"input_tokens": 11, "image_tokens": 4, "output_tokens": 7, "reasoning_tokens": 5, "cached_tokens": 2},
         "seed": 3,
     }
 
