@@ -1,1 +1,1 @@
-"""The machine: its GPU, its memory, and how an engine divides that."""
+"""The machine: its GPU and its memory. Knows no model."""

@@ -15,11 +15,31 @@ import torch
 from torch import Tensor
 
 from ..device import memory
-from ..kernels import Experts, Ops, mlp, project
+from ..kernels import Experts, Ops, Widths, mlp, project
 from ..kernels.attention_metadata import StepMetadata
+from ..model.config import TextConfig
 from ..model.language import LATENT_NORM_EPS, Attention, LanguageModel, Layer, MoE, rope_tables
 
 # Shapes: T tokens, of which the first B are one of a sequence each; H, N, R, P, Q, V as in the decoder.
+
+
+def widths(config: TextConfig, page_size: int) -> Widths:
+    """The sizes of a model's decoder, over a KV cache with pages of ``page_size`` tokens."""
+    return Widths(
+        hidden=config.hidden_size,
+        experts=config.n_routed_experts,
+        top_k=config.num_experts_per_tok,
+        inner=config.moe_intermediate_size,
+        shared=config.n_shared_experts * config.moe_intermediate_size,
+        heads=config.num_attention_heads,
+        rank=config.kv_lora_rank,
+        rope=config.qk_rope_head_dim,
+        nope=config.qk_nope_head_dim,
+        page_size=page_size,
+        scaling=config.routed_scaling_factor,
+        eps=config.rms_norm_eps,
+        latent_eps=LATENT_NORM_EPS,
+    )
 
 
 class FusedDecoder:

@@ -25,17 +25,16 @@ from torch import Tensor
 
 from .. import kernels
 from ..device import cuda as devices
-from ..device.budget import spare_bytes
 from ..errors import UserError
 from ..model.config import TextConfig
 from ..model.kimi_vl import KimiVL
 from . import cuda_graphs as graphs
 from . import sampling
 from .cuda_graphs import Action, CudaGraphs, StaticDecoder
-from .decoder import FusedDecoder
+from .decoder import FusedDecoder, widths
 from .faults import Broken, Failed, Faults, NotFinite, Overloaded
 from .image_cache import EmbeddingCache
-from .kv_cache import Chunk, PagedCache
+from .kv_cache import Chunk, PagedCache, spare_bytes
 from .overlap import OverlappedDecoding
 from .page_pool import PagePool
 from .requests import (
@@ -70,7 +69,7 @@ class EngineOptions:
 
     def use(self, config: TextConfig, dtype: torch.dtype) -> kernels.Use:
         """What this asks of the decoder's operations."""
-        return kernels.Use(config, dtype, self.page_size, self.max_num_seqs, self.max_num_batched_tokens)
+        return kernels.Use(widths(config, self.page_size), dtype, self.max_num_seqs, self.max_num_batched_tokens)
 
 
 class Engine:

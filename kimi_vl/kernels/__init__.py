@@ -16,10 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model import flash_attention as flash
-from ..model.config import TextConfig
-from . import packed_weights, plain, reference
-from .packed_weights import Experts, PackedWeight, mlp, project
+from . import flash_attention, packed_weights, plain, reference
+from .linear import mlp, project
+from .packed_weights import Experts, PackedWeight
 
 __all__ = [
     "OPERATIONS",
@@ -29,6 +28,7 @@ __all__ = [
     "Experts",
     "Ops",
     "Use",
+    "Widths",
     "mlp",
     "prepare",
     "project",
@@ -67,12 +67,30 @@ OPERATIONS = tuple(
 
 
 @dataclass(frozen=True)
+class Widths:
+    """The sizes of a model and of its KV cache that operations depend on; the defaults are the published model's."""
+
+    hidden: int = 2048
+    experts: int = 64
+    top_k: int = 6
+    inner: int = 1408
+    shared: int = 2816
+    heads: int = 16
+    rank: int = 512
+    rope: int = 64
+    nope: int = 128
+    page_size: int = 32
+    scaling: float = 2.446
+    eps: float = 1e-5
+    latent_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
 class Use:
     """What an engine asks of the operations: the widths of its model, and how much it takes on in one step."""
 
-    config: TextConfig
+    widths: Widths
     dtype: torch.dtype
-    page_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
 
@@ -186,7 +204,7 @@ def _automatic(device: torch.device, use: Use) -> Ops:
         return TORCH
     refused = dict(startup_check.refusals(device, use))
     for name in [name for name in refused if name not in OPERATIONS]:
-        flash.refuse(name, refused.pop(name))
+        flash_attention.refuse(name, refused.pop(name))
     ops = without(ops, refused)
     report(refused, ops)
     return ops

@@ -12,52 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.config import TextConfig
-from ..model.language import LATENT_NORM_EPS
-from . import REFERENCE, Ops, reference
+from . import REFERENCE, Ops, Widths, reference
 from .attention_metadata import DecodeMetadata
 
 # Unit roundoffs: a rounding to bfloat16 (8 significant bits) is off by at most 2^-8 of the value. Float32 sums of
 # some thousand terms in an unknown order are off by some ten of its 2^-24.
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-19}
-
-
-@dataclass(frozen=True)
-class Widths:
-    """The sizes that operations depend on; the defaults are the published model's."""
-
-    hidden: int = 2048
-    experts: int = 64
-    top_k: int = 6
-    inner: int = 1408
-    shared: int = 2816
-    heads: int = 16
-    rank: int = 512
-    rope: int = 64
-    nope: int = 128
-    page_size: int = 32
-    scaling: float = 2.446
-    eps: float = 1e-5
-    latent_eps: float = 1e-6
-
-    @classmethod
-    def of(cls, config: TextConfig, page_size: int) -> Widths:
-        """Those of a model."""
-        return cls(
-            hidden=config.hidden_size,
-            experts=config.n_routed_experts,
-            top_k=config.num_experts_per_tok,
-            inner=config.moe_intermediate_size,
-            shared=config.n_shared_experts * config.moe_intermediate_size,
-            heads=config.num_attention_heads,
-            rank=config.kv_lora_rank,
-            rope=config.qk_rope_head_dim,
-            nope=config.qk_nope_head_dim,
-            page_size=page_size,
-            scaling=config.routed_scaling_factor,
-            eps=config.rms_norm_eps,
-            latent_eps=LATENT_NORM_EPS,
-        )
 
 
 PUBLISHED = Widths()

@@ -9,14 +9,12 @@ such sums, of several matrices too. Knows matrices and vectors alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..device import memory
-from ..model import language
 
 # Shapes: E matrices of O rows and I inputs, each in S panels; n vectors.
 
@@ -93,19 +91,6 @@ def _groups(weights: Sequence[Tensor], experts: Sequence[Experts]) -> Iterator[d
             both = zip(*(weight.split(width) for weight in shared[:2]), strict=True) if shared else ()
             others = shared[2].split(width, dim=1) if shared else ()
             yield {gate_up: [*gate_up, *map(torch.cat, both)], down: [*down, *others]}
-
-
-def project(states: Tensor, weight: Tensor, packed: Mapping[Tensor, PackedWeight]) -> Tensor:
-    """:func:`kimi_vl.model.language.project` of ``states`` (T, I); one token takes packed weights, if there are any."""
-    found = packed.get(weight) if len(states) == 1 else None
-    return language.project(states, weight) if found is None else found.gemv(states)
-
-
-def mlp(states: Tensor, weights: tuple[Tensor, Tensor, Tensor], packed: Mapping[Tensor, PackedWeight]) -> Tensor:
-    """down(silu(gate x) * up x) of ``states`` (T, H); ``weights`` are those of gate, up and down."""
-    gate, up, down = weights
-    inner = F.silu(project(states, gate, packed)) * project(states, up, packed)
-    return project(inner, down, packed)
 
 
 def _usable(weight: Tensor) -> bool:

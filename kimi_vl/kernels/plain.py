@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.language import apply_rope_half, project
 from . import reference
 from .attention_metadata import Block, DecodeMetadata
-from .packed_weights import PackedWeight, mlp
+from .linear import NOT_PACKED, mlp, project
+from .packed_weights import PackedWeight
+from .reference import apply_rope_half
 
 # Shapes as in `reference`.
 
 _FEW = 16  # tokens that are taken as columns
 _GROUPED = ((9, 0), (10, 0))  # compute capabilities for which torch has a grouped GEMM
 _HIDDEN = 128  # tokens whose GEMMs with one expert take no longer than reading its weights
-_NONE: Mapping[Tensor, PackedWeight] = MappingProxyType({})
 
 
 def moe(
@@ -34,7 +33,7 @@ def moe(
     gate_up: Tensor,
     down: Tensor,
     shared: tuple[Tensor, Tensor, Tensor] | None = None,
-    packed: Mapping[Tensor, PackedWeight] = _NONE,
+    packed: Mapping[Tensor, PackedWeight] = NOT_PACKED,
 ) -> Tensor:
     """``packed`` has some of the weights packed; see :func:`kimi_vl.kernels.packed_weights.prepack`."""
     if len(states) == 1 and gate_up in packed:
@@ -78,7 +77,7 @@ def _of_few(
     states: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor, packed: Mapping[Tensor, PackedWeight]
 ) -> Tensor:
     """Outputs (T, K, H) of the experts; tokens stay columns, as in the W·xᵀ layout of
-    :func:`kimi_vl.model.language.project`.
+    :func:`kimi_vl.kernels.linear.project`.
 
     What experts have to do for one token alone takes packed weights where they exist, in one call for all of these.
     """
@@ -185,7 +184,7 @@ def mla_prepare(
     slot_mapping: Tensor,
     eps: float,
     decoding: int,
-    packed: Mapping[Tensor, PackedWeight] = _NONE,
+    packed: Mapping[Tensor, PackedWeight] = NOT_PACKED,
 ) -> tuple[Tensor, Tensor]:
     """``packed`` has some of the weights packed."""
     heads, rank, nope = to_key.shape
@@ -210,7 +209,7 @@ def mla_decode(
     scale: float,
     to_value: Tensor,
     splits: int = 0,
-    packed: Mapping[Tensor, PackedWeight] = _NONE,
+    packed: Mapping[Tensor, PackedWeight] = NOT_PACKED,
 ) -> Tensor:
     """``packed`` has some of the weights packed. :func:`kimi_vl.kernels.reference.mla_decode` is the naive form. The
     cache is gathered for as many sequences at a time as

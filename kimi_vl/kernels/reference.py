@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.language import apply_rope_half
 from .attention_metadata import DecodeMetadata
 
 # Shapes: T tokens, H hidden_size, E routed experts, K experts a token, I expert width, W shared experts' width,
@@ -19,7 +18,8 @@ from .attention_metadata import DecodeMetadata
 # values, M pages a sequence.
 
 
-def _wide(values: Tensor) -> Tensor:
+def upcast(values: Tensor) -> Tensor:
+    """``values`` in float32, or as they are in float64."""
     return values if values.dtype == torch.float64 else values.float()
 
 
@@ -30,7 +30,7 @@ def add_rms_norm(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: fl
     ``delta`` the first result is ``residual`` itself.
     """
     total = residual if delta is None else residual + delta
-    wide = _wide(total)
+    wide = upcast(total)
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return total, weight * normed.to(total.dtype)
 
@@ -41,8 +41,8 @@ def router(states: Tensor, weight: Tensor, bias: Tensor, top_k: int, scaling: fl
     ``states`` (T, H), ``weight`` (E, H), ``bias`` (E). Sigmoid scores are taken in float32; the bias has a say in the
     choice and none in the weights (DeepSeek-V3 report, section 2.1.2).
     """
-    scores = F.linear(_wide(states), _wide(weight)).sigmoid()  # (T, E)
-    topk_ids = (scores + _wide(bias)).topk(top_k, dim=-1).indices
+    scores = F.linear(upcast(states), upcast(weight)).sigmoid()  # (T, E)
+    topk_ids = (scores + upcast(bias)).topk(top_k, dim=-1).indices
     topk_weights = scores.gather(-1, topk_ids)
     return topk_ids.int(), topk_weights / (topk_weights.sum(-1, keepdim=True) + 1e-20) * scaling
 
@@ -66,12 +66,12 @@ def moe(
     ``down`` (E, H, I). ``shared`` are the weights of an :func:`mlp` that every token passes through and whose result
     is added (DeepSeekMoE, section 3).
     """
-    mixed = torch.zeros_like(_wide(states))
+    mixed = torch.zeros_like(upcast(states))
     for expert in topk_ids.unique().tolist():
         tokens, slots = (topk_ids == expert).nonzero(as_tuple=True)
         gate, up = gate_up[expert].chunk(2)
         output = mlp(states[tokens], gate, up, down[expert])  # (t, H)
-        mixed.index_add_(0, tokens, _wide(output) * topk_weights[tokens, slots].unsqueeze(-1))
+        mixed.index_add_(0, tokens, upcast(output) * topk_weights[tokens, slots].unsqueeze(-1))
     routed = mixed.to(states.dtype)
     return routed if shared is None else routed + mlp(states, *shared)
 
@@ -89,6 +89,13 @@ def norm_router(
     """Both results of :func:`add_rms_norm`, then both of the :func:`router` for the second of them."""
     total, normed = add_rms_norm(residual, delta, norm_weight, eps)
     return total, normed, *router(normed, weight, bias, top_k, scaling)
+
+
+def apply_rope_half(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (2i, 2i+1) of the last dimension; in the result the even components are the first half."""
+    even, odd = states[..., 0::2], states[..., 1::2]
+    straight, crossed = torch.cat((even, odd), dim=-1), torch.cat((-odd, even), dim=-1)
+    return straight * cos + crossed * sin
 
 
 def mla_prepare(
@@ -146,7 +153,7 @@ def mla_decode(
     past = kv_cache[page_table.clamp(min=0).long()].flatten(1, 2)  # (B, L, R+P)
     seen = torch.arange(past.shape[1], device=past.device) < seq_lens.unsqueeze(1)  # (B, L)
     past = past.masked_fill(~seen.unsqueeze(-1), 0)  # a weight of 0 would let NaN through
-    scores = _wide(query @ past.transpose(1, 2)) * scale  # (B, N, L)
+    scores = upcast(query @ past.transpose(1, 2)) * scale  # (B, N, L)
     shares = scores.masked_fill(~seen.unsqueeze(1), float("-inf")).softmax(-1)
     mixed = shares.to(past.dtype) @ past[..., :rank]  # (B, N, R)
     return per_head(mixed.masked_fill((seq_lens == 0)[:, None, None], 0), to_value)

@@ -29,10 +29,8 @@ from typing import Any
 
 import torch
 
-from ..model import flash_attention as flash
-from ..model.config import TextConfig
-from . import OPERATIONS, REFERENCE, TORCH, VARIABLE, Ops, Use, triton_ops
-from .inputs import Call, Inputs, Unset, Widths, apart
+from . import OPERATIONS, REFERENCE, TORCH, VARIABLE, Ops, Use, Widths, flash_attention, triton_ops
+from .inputs import Call, Inputs, Unset, apart
 
 CALL_S = 60.0
 """For one call of an operation: a kernel compiles within seconds, and runs for less than a second."""
@@ -55,7 +53,7 @@ class Calls:
     """Calls of each operation as steps of an engine make them: all variants of its kernels, at the model's widths."""
 
     def __init__(self, use: Use, device: torch.device | str, inputs: Inputs | None = None):
-        self._use, self._inputs = use, inputs or Inputs(Widths.of(use.config, use.page_size), use.dtype, device)
+        self._use, self._inputs = use, inputs or Inputs(use.widths, use.dtype, device)
 
     def of(self, operation: str) -> Iterator[Call]:
         return getattr(self, operation)()
@@ -84,7 +82,7 @@ class Calls:
         for count in token_counts(self._use.max_num_seqs):
             yield self._inputs.mla_decode([3] * count)
             yield self._inputs.mla_decode(
-                [700, *[1, 64, 33][: count - 1]] + [5] * (count - 4), 1024 // self._use.page_size
+                [700, *[1, 64, 33][: count - 1]] + [5] * (count - 4), 1024 // self._use.widths.page_size
             )
 
 
@@ -116,7 +114,7 @@ def launch_all(ops: Ops, device: torch.device, use: Use) -> None:
 
     Raises RuntimeError with a sentence where a kernel cannot be launched, as one may that nobody has checked.
     """
-    calls = Calls(use, device, Unset(Widths.of(use.config, use.page_size), use.dtype, device))
+    calls = Calls(use, device, Unset(use.widths, use.dtype, device))
     for operation in OPERATIONS:
         if getattr(ops, operation) is getattr(TORCH, operation):
             continue
@@ -169,7 +167,7 @@ def check(
     start_seconds: float = START_S,
 ) -> dict[str, str]:
     """The same, waiting for it. ``command`` starts a process that runs :func:`main`."""
-    left, refused = [*OPERATIONS, *flash.candidates(device)], {}
+    left, refused = [*OPERATIONS, *flash_attention.candidates(device)], {}
     while left:
         before = len(left)
         with _Checker(command, _encoded(device, use, left)) as checker:
@@ -243,8 +241,7 @@ class _Checker:
 
 
 def _encoded(device: torch.device, use: Use, operations: Sequence[str]) -> str:
-    values = {field.name: getattr(use, field.name) for field in dataclasses.fields(use)}
-    values |= {"config": dataclasses.asdict(use.config), "dtype": str(use.dtype).removeprefix("torch.")}
+    values = dataclasses.asdict(use) | {"dtype": str(use.dtype).removeprefix("torch.")}
     return json.dumps({"device": str(device), "use": values, "operations": operations})
 
 
@@ -255,7 +252,7 @@ def main(ops: Ops | None = None) -> int:
     """Check the operations that the last argument names; a line before each call, and one with each verdict."""
     job = json.loads(sys.argv[-1])
     device, values = torch.device(job["device"]), job["use"]
-    use = Use(**values | {"config": TextConfig(**values["config"]), "dtype": getattr(torch, values["dtype"])})
+    use = Use(**values | {"widths": Widths(**values["widths"]), "dtype": getattr(torch, values["dtype"])})
     told = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes elsewhere
 
@@ -269,7 +266,7 @@ def main(ops: Ops | None = None) -> int:
             reason = ""
             if operation not in OPERATIONS:
                 tell(operation)
-                reason = flash.reason_against(operation, device)
+                reason = flash_attention.reason_against(operation, device)
             elif getattr(ops, operation) is not getattr(TORCH, operation):
                 reason = reason_against(operation, ops, calls.of(operation), use.dtype, lambda: tell(operation))  # noqa: B023
             tell(operation, reason=reason)

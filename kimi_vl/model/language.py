@@ -13,29 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import flash_attention as flash
+from ..kernels import flash_attention, reference
+from ..kernels.linear import project
+from ..kernels.reference import apply_rope_half, upcast
 from .config import TextConfig
 
 # Shapes: B rows, S new tokens a row, L tokens to attend to, H hidden_size, N heads, R kv_lora_rank,
 # P / Q / V qk_rope / qk_nope / v head dims, E experts, K experts a token, T = B * S tokens, I expert width.
 LATENT_NORM_EPS = 1e-6  # the published kv_a_layernorm does not take the config's rms_norm_eps
-
-
-def project(states: Tensor, weight: Tensor) -> Tensor:
-    """``states @ weight.T``: (…, I) and (O, I) to (…, O).
-
-    In bfloat16 on a CPU it is computed as W·xᵀ, which oneDNN does about 1.4 times as fast; one token takes a GEMV.
-    """
-    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
-        return F.linear(states, weight)
-    if states.numel() == states.shape[-1]:
-        return torch.mv(weight, states.flatten()).view(*states.shape[:-1], -1)
-    return (weight @ states.flatten(0, -2).t()).t().unflatten(0, states.shape[:-1])
-
-
-def naive_project(states: Tensor, weight: Tensor) -> Tensor:
-    """What :func:`project` computes."""
-    return states @ weight.T
 
 
 class Linear(nn.Linear):
@@ -49,7 +34,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm in float32; the weight multiplies after the cast back."""
+    """Root mean square norm, in float32 at least; the weight multiplies after the cast back."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -57,9 +42,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, states: Tensor) -> Tensor:
-        wide = states.float()
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(states.dtype)
+        return reference.add_rms_norm(states, None, self.weight, self.eps)[1]
 
 
 def rope_tables(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -68,13 +51,6 @@ def rope_tables(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -
     angles = positions.unsqueeze(-1).float() * theta**-exponents  # (B, S, dim/2)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def apply_rope_half(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (2i, 2i+1) of the last dimension; in the result the even components are the first half."""
-    even, odd = states[..., 0::2], states[..., 1::2]
-    straight, crossed = torch.cat((even, odd), dim=-1), torch.cat((-odd, even), dim=-1)
-    return straight * cos + crossed * sin
 
 
 class Past(Protocol):
@@ -137,8 +113,8 @@ class Attention(nn.Module):
         k_nope, value = expanded.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)  # (B, N, L, Q), (…, V)
         query = torch.cat((q_nope, q_rope), dim=-1)
         key = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, config.num_attention_heads, -1, -1)), dim=-1)
-        if mask is None and flash.usable(query):
-            return flash.causal(query, key, value, self.scale)
+        if mask is None and flash_attention.usable(query):
+            return flash_attention.causal(query, key, value, self.scale)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale
         )  # (B, N, S, V)
@@ -151,7 +127,7 @@ class Attention(nn.Module):
         # plain batched GEMMs, by head or by sequence: a broadcast one copies ``latent_kv`` for every head
         lifted = q_nope.transpose(0, 1).flatten(1, 2) @ to_key  # (N, B S, R)
         query = torch.cat((lifted.unflatten(1, (batch, -1)).transpose(0, 1), q_rope), dim=-1)  # (B, N, S, R+P)
-        scores = (query.flatten(1, 2) @ latent_kv.transpose(1, 2)).float() * self.scale  # (B, N S, L)
+        scores = upcast(query.flatten(1, 2) @ latent_kv.transpose(1, 2)) * self.scale  # (B, N S, L)
         scores = scores.unflatten(1, (heads, -1))  # (B, N, S, L)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
@@ -191,11 +167,8 @@ class Gate(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """``topk_ids`` (T, K), best first, and ``topk_weights`` (T, K), float32, of tokens (T, H)."""
-        scores = F.linear(states.float(), self.weight.float()).sigmoid()  # (T, E)
-        topk_ids = (scores + self.e_score_correction_bias.float()).topk(self.top_k, dim=-1).indices
-        topk_weights = scores.gather(-1, topk_ids)
-        return topk_ids, topk_weights / (topk_weights.sum(-1, keepdim=True) + 1e-20) * self.scaling
+        """``topk_ids`` (T, K), int32, best first, and ``topk_weights`` (T, K), float32, of tokens (T, H)."""
+        return reference.router(states, self.weight, self.e_score_correction_bias, self.top_k, self.scaling)
 
 
 class Experts(nn.Module):
@@ -210,15 +183,11 @@ class Experts(nn.Module):
         nn.init.normal_(self.down_proj, std=0.02)
 
     def forward(self, states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """Weighted sum over each token's experts: tokens (T, H), ``topk_ids`` and ``topk_weights`` (T, K), result (T,
-        H)."""
-        mixed = torch.zeros_like(states, dtype=topk_weights.dtype)
-        for expert in topk_ids.unique().tolist():
-            tokens, places = (topk_ids == expert).nonzero(as_tuple=True)  # (t)
-            gate, up = project(states[tokens], self.gate_up_proj[expert]).chunk(2, dim=-1)  # (t, I)
-            outputs = project(F.silu(gate) * up, self.down_proj[expert])  # (t, H)
-            mixed.index_add_(0, tokens, outputs.float() * topk_weights[tokens, places].unsqueeze(-1))
-        return mixed.to(states.dtype)
+        """The weighted sum (T, H) over each token's experts.
+
+        ``states`` are (T, H), ``topk_ids`` and ``topk_weights`` (T, K), as the gate gives them.
+        """
+        return reference.moe(states, topk_ids, topk_weights, self.gate_up_proj, self.down_proj)
 
 
 class MoE(nn.Module):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import flash_attention as flash
+from ..kernels import flash_attention
 from .config import VisionConfig
 
 # Shapes: P patches of all images together, N heads, D head dim, C hidden_size, T = P / 4 merged tokens.
@@ -78,8 +78,8 @@ def apply_rope_interleaved(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attention(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
     """Full attention inside each image and none between images; all tensors (P, N, D), ``lengths`` sum to P."""
-    if flash.usable(query):
-        return flash.packed(query, key, value, lengths)
+    if flash_attention.usable(query):
+        return flash_attention.packed(query, key, value, lengths)
     if len(set(lengths)) == 1:  # equal images go as one batch
         query, key, value = (s.unflatten(0, (len(lengths), -1)).transpose(1, 2) for s in (query, key, value))
         return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(0, 1)  # (P, N, D)

@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 
 from kimi_vl.engine.engine import EngineOptions
 from kimi_vl.kernels import OPERATIONS, triton_ops
-from kimi_vl.kernels.inputs import Unset, Widths
+from kimi_vl.kernels.inputs import Unset
 from kimi_vl.kernels.startup_check import Calls
 from kimi_vl.model.config import TextConfig
 
@@ -122,7 +122,7 @@ def launches(instead: Any) -> Iterator[_Machine]:
 def calls(options: EngineOptions | None = None, dtype: torch.dtype = torch.bfloat16) -> Calls:
     """Those of the published model in an engine with ``options``."""
     use = (options or EngineOptions()).use(PUBLISHED, dtype)
-    return Calls(use, "cpu", Unset(Widths.of(PUBLISHED, use.page_size), dtype))
+    return Calls(use, "cpu", Unset(use.widths, dtype))
 
 
 def compile_all(capabilities: Sequence[int], given: Calls, operations: Sequence[str] = OPERATIONS) -> list[Compiled]:

@@ -84,7 +84,7 @@ def describe_machine(job: Job) -> None:
 
 
 def _widths(job: Job, **more: int) -> Any:
-    from kimi_vl.kernels.inputs import Widths
+    from kimi_vl.kernels import Widths
 
     if not job.rehearsal:
         return Widths(**more)

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from kimi_vl.kernels import TORCH, Ops, select_ops
+from kimi_vl.kernels import TORCH, Ops, Widths, select_ops
 from kimi_vl.kernels.attention_metadata import DecodeMetadata
-from kimi_vl.kernels.inputs import PUBLISHED, Call, Inputs, Widths
+from kimi_vl.kernels.inputs import PUBLISHED, Call, Inputs
 
 COLD_BYTES = 256 << 20  # several times the caches of anything we know
 MOST_SETS = 512

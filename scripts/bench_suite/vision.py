@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kimi_vl.model import flash_attention as flash
+from kimi_vl.kernels import flash_attention
 from kimi_vl.model.config import Config, num_image_tokens
 
 from . import checkpoint, kernels, ladder
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
     values = checkpoint.divided(args.divide, 1, args.blocks or (27 if device.type == "cuda" else 3))
     config = Config.from_dict(checkpoint.with_vocabulary(values, 512))
     model, where = ladder.random_model(config, device, dtype), kernels.machine(device)
-    attention = "flash_attn" if flash.usable(torch.empty(0, dtype=dtype, device=device)) else "torch"
+    attention = "flash_attn" if flash_attention.usable(torch.empty(0, dtype=dtype, device=device)) else "torch"
     vision = config.vision_config
     print(
         f"{vision.num_hidden_layers} of 27 blocks, widths / {args.divide}, {args.dtype}, attention by {attention}; "

@@ -169,7 +169,7 @@ def all_experts(self: Experts, states: Tensor, topk_ids: Tensor, topk_weights: T
     many small GEMMs over the tokens of each.
     """
     experts, width, hidden = self.gate_up_proj.shape
-    dense = topk_weights.new_zeros(states.shape[0], experts).scatter(1, topk_ids, topk_weights)  # (T, E)
+    dense = topk_weights.new_zeros(states.shape[0], experts).scatter(1, topk_ids.long(), topk_weights)  # (T, E)
     gate, up = F.linear(states, self.gate_up_proj.flatten(0, 1)).view(-1, experts, width).chunk(2, dim=-1)
     weighted = (F.silu(gate) * up) * dense.unsqueeze(-1).to(gate.dtype)  # (T, E, I)
     return F.linear(weighted.flatten(1), self.down_proj.transpose(0, 1).reshape(hidden, -1)).to(states.dtype)

@@ -21,7 +21,8 @@ from bench_suite import checkpoint, gpu, kernels, vision  # noqa: E402
 
 from kimi_vl import kernels as choices  # noqa: E402
 from kimi_vl.engine import cuda_graphs as graphs  # noqa: E402
-from kimi_vl.kernels.inputs import PUBLISHED, Widths  # noqa: E402
+from kimi_vl.kernels import Widths  # noqa: E402
+from kimi_vl.kernels.inputs import PUBLISHED  # noqa: E402
 from kimi_vl.model.config import Config  # noqa: E402
 
 ROOT = Path(__file__).parents[2]

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from kimi_vl import kernels
 from kimi_vl.engine.engine import Engine
-from kimi_vl.kernels import startup_check
-from kimi_vl.model import flash_attention as flash
+from kimi_vl.kernels import flash_attention, startup_check
 from kimi_vl.model import vision
 from kimi_vl.weights import loader
 from tests.parity.test_engine import CHECKPOINT, SMALL, ask, some_requests
@@ -100,15 +99,17 @@ def installed(monkeypatch) -> Iterator[Any]:
     def install(capability: tuple[int, int], **packages: Any) -> None:
         for name in PACKAGES:
             monkeypatch.setitem(sys.modules, name, packages.get(name.replace(".", "_")))
-        majors = dict(flash._MAJORS)
+        majors = dict(flash_attention._MAJORS)
         monkeypatch.setattr(
-            flash, "candidates", lambda device: [name for name, known in majors.items() if capability[0] in known]
+            flash_attention,
+            "candidates",
+            lambda device: [name for name, known in majors.items() if capability[0] in known],
         )
-        flash._package.cache_clear()
+        flash_attention._package.cache_clear()
 
-    monkeypatch.setattr(flash, "_refused", set())
+    monkeypatch.setattr(flash_attention, "_refused", set())
     yield install
-    flash._package.cache_clear()
+    flash_attention._package.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -117,27 +118,27 @@ def installed(monkeypatch) -> Iterator[Any]:
 def test_each_card_gets_the_package_that_is_for_it(capability, taken, installed):
     two, four = Flash2(), Flash4()
     installed(capability, flash_attn=two, flash_attn_cute=four)
-    package = flash._package(CPU)
-    assert package is None if not taken else package == flash.Package(
+    package = flash_attention._package(CPU)
+    assert package is None if not taken else package == flash_attention.Package(
         taken == 4, (four if taken == 4 else two).flash_attn_func, (four if taken == 4 else two).flash_attn_varlen_func
     )  # fmt: skip
     installed(capability, flash_attn=two)  # without the newer one
-    assert (flash._package(CPU) is None) == (not taken)
+    assert (flash_attention._package(CPU) is None) == (not taken)
     installed(capability)
-    assert flash._package(CPU) is None
+    assert flash_attention._package(CPU) is None
 
 
 def test_an_installation_of_the_newer_one_alone_is_no_older_one(installed):
     installed((8, 0), flash_attn=types.SimpleNamespace())  # a namespace without functions
-    assert flash._package(CPU) is None
+    assert flash_attention._package(CPU) is None
 
 
 def test_half_precision_on_a_gpu(installed):
     installed((9, 0), flash_attn=Flash2())
-    assert not flash.usable(torch.zeros(1, dtype=torch.bfloat16))
+    assert not flash_attention.usable(torch.zeros(1, dtype=torch.bfloat16))
     for dtype, taken in ((torch.bfloat16, True), (torch.float16, True), (torch.float32, False)):
         states: Any = types.SimpleNamespace(is_cuda=True, dtype=dtype, device=CPU)
-        assert flash.usable(states) == taken
+        assert flash_attention.usable(states) == taken
 
 
 def faulty(kind: type, fault: str) -> Any:
@@ -164,8 +165,8 @@ def test_one_that_fails_or_computes_something_else_gives_way_with_one_line(fault
     two = Flash2()
     installed((9, 0), flash_attn=two, flash_attn_cute=faulty(Flash4, fault))
     with caplog.at_level(logging.WARNING):
-        package = flash._package(CPU)
-        assert flash._package(CPU) is package
+        package = flash_attention._package(CPU)
+        assert flash_attention._package(CPU) is package
     assert package is not None and package.function == two.flash_attn_func
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("flash_attn.cute is not used: it")
@@ -181,7 +182,7 @@ def test_what_the_check_at_start_refuses_is_not_tried_again(installed, monkeypat
     model = loader.load(CHECKPOINT, dtype=torch.float32)
     ops = kernels._automatic(CPU, SMALL.use(model.config.text_config, torch.float32))
     assert ops is kernels.REFERENCE
-    package = flash._package(CPU)
+    package = flash_attention._package(CPU)
     assert package is not None and package.function == two.flash_attn_func and not four.calls
     assert [line.getMessage() for line in caplog.records] == [
         "flash_attn.cute is not used: a call does not end within 60 s"
@@ -195,7 +196,7 @@ def test_prompts_and_pictures_give_the_same_tokens(name, installed, monkeypatch)
     engine = Engine(loader.load(CHECKPOINT, dtype=torch.float32), 1024, replace(SMALL, prefix_caching=False))
     wanted = [ask(engine, *request, max_new_tokens=5) for request in some_requests()]
     assert not stand_in.calls
-    monkeypatch.setattr(flash, "usable", lambda states: True)
+    monkeypatch.setattr(flash_attention, "usable", lambda states: True)
     engine._embeddings._kept.clear()
     assert [ask(engine, *request, max_new_tokens=5) for request in some_requests()] == wanted
     assert {"func", "varlen"} <= set(stand_in.calls)
@@ -207,7 +208,7 @@ def test_prompts_and_pictures_give_the_same_tokens(name, installed, monkeypatch)
 def test_pictures_stay_apart(name, lengths, installed, monkeypatch):
     installed((9, 0), **{name.replace(".", "_"): Flash2() if name == "flash_attn" else Flash4()})
     query, key, value = torch.randn(3, 12, 2, 8)
-    monkeypatch.setattr(flash, "usable", lambda states: True)
+    monkeypatch.setattr(flash_attention, "usable", lambda states: True)
     found = vision.attention(query, key, value, lengths)
-    monkeypatch.setattr(flash, "usable", lambda states: False)
+    monkeypatch.setattr(flash_attention, "usable", lambda states: False)
     torch.testing.assert_close(found, vision.attention(query, key, value, lengths), rtol=1e-5, atol=1e-6)

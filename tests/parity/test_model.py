@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 
+from kimi_vl.kernels.linear import project
 from kimi_vl.model.config import Config
 from kimi_vl.model.generation import Prompt, Session, greedy
 from kimi_vl.model.kimi_vl import KimiVL
-from kimi_vl.model.language import project
 from kimi_vl.model.latent_cache import LatentCache
 from kimi_vl.weights import loader
 
@@ -118,6 +119,27 @@ def test_bfloat16_runs_and_stays_near(model):
     exact, rounded = (m.vision_tower(prompt.pixel_values.to(m.dtype), prompt.grids).float() for m in (model, halved))
     assert ((exact - rounded).norm() / exact.norm()) < 0.03
     assert greedy(halved, [prompt], NO_STOP, 4)[0]
+
+
+@torch.inference_mode()
+def test_norms_routing_and_experts_of_a_float64_model_are_in_float64(model):
+    """What float32 would round away (2^-24 of the value) is there."""
+    moe = copy.deepcopy(model.language_model.model.layers[1].mlp).double()
+    norm = copy.deepcopy(model.language_model.model.layers[1].input_layernorm).double()
+    size, states = len(norm.weight), torch.randn(7, len(norm.weight), dtype=torch.float64)
+    mean = states.square().sum(-1, keepdim=True) / size
+    torch.testing.assert_close(norm(states), norm.weight * states / (mean + norm.eps).sqrt(), rtol=1e-13, atol=1e-13)
+    topk_ids, topk_weights = moe.gate(states)
+    scores = 1 / (1 + (-(states @ moe.gate.weight.T)).exp())
+    own = scores.gather(-1, topk_ids.long())
+    right = own / own.sum(-1, keepdim=True) * moe.gate.scaling
+    torch.testing.assert_close(topk_weights, right, rtol=1e-13, atol=1e-13)
+    right = torch.zeros_like(states)
+    for token in range(len(states)):
+        for expert, weight in zip(topk_ids[token].tolist(), topk_weights[token], strict=True):
+            gate, up = (moe.experts.gate_up_proj[expert] @ states[token]).chunk(2)
+            right[token] += weight * (moe.experts.down_proj[expert] @ (gate / (1 + (-gate).exp()) * up))
+    torch.testing.assert_close(moe.experts(states, topk_ids, topk_weights), right, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("shape", [(96,), (1, 96), (1, 1, 96), (5, 96), (2, 3, 96), (0, 96)])

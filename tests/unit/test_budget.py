@@ -8,7 +8,7 @@ import pytest
 import torch
 from bench_suite import checkpoint
 
-from kimi_vl.device import budget
+from kimi_vl.engine import kv_cache
 from kimi_vl.engine.kv_cache import PagedCache
 from kimi_vl.model.config import Config
 
@@ -33,7 +33,7 @@ def needed(cache: float) -> float:
 
 @pytest.mark.parametrize("free", [*FREE.values(), 3.0, 5.0, 8.0])
 def test_the_cache_takes_all_that_steps_leave(free):
-    found = budget.cache_bytes(int(free * GB), TEXT, torch.bfloat16, **STEPS)
+    found = kv_cache.cache_bytes(int(free * GB), TEXT, torch.bfloat16, **STEPS)
     most = 0.0
     while most + GB / 256 + needed(most + GB / 256) <= 0.95 * free * GB:
         most += GB / 256
@@ -41,7 +41,7 @@ def test_the_cache_takes_all_that_steps_leave(free):
 
 
 def test_figures_of_cards():
-    caches = {card: budget.cache_bytes(int(free * GB), TEXT, torch.bfloat16, **STEPS) for card, free in FREE.items()}
+    caches = {card: kv_cache.cache_bytes(int(free * GB), TEXT, torch.bfloat16, **STEPS) for card, free in FREE.items()}
     tokens = {card: nbytes // PagedCache.page_bytes(TEXT, 1, torch.bfloat16) for card, nbytes in caches.items()}
     # at least one request as long as the context everywhere
     assert all(count > 131_072 for count in tokens.values())
@@ -54,25 +54,25 @@ def test_figures_of_cards():
 
 def test_with_too_little_there_is_none():
     for free in (0, 1, 2):
-        assert budget.cache_bytes(free * GB, TEXT, torch.bfloat16, **STEPS) == 0
+        assert kv_cache.cache_bytes(free * GB, TEXT, torch.bfloat16, **STEPS) == 0
 
 
 def test_smaller_steps_leave_more():
     free = int(FREE["48"] * GB)
-    less = budget.cache_bytes(free, TEXT, torch.bfloat16, sequences=4, max_num_batched_tokens=256, images=0)
-    assert less > budget.cache_bytes(free, TEXT, torch.bfloat16, **STEPS) + GB
+    less = kv_cache.cache_bytes(free, TEXT, torch.bfloat16, sequences=4, max_num_batched_tokens=256, images=0)
+    assert less > kv_cache.cache_bytes(free, TEXT, torch.bfloat16, **STEPS) + GB
 
 
 def test_a_gpu_is_asked_what_is_free(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(device) or (int(13.3 * GB), 48 * GB))
     device = torch.device("cuda:1")
-    found = budget.spare_bytes(device, TEXT, torch.bfloat16, **STEPS)
-    assert found == budget.cache_bytes(int(13.3 * GB), TEXT, torch.bfloat16, **STEPS)
+    found = kv_cache.spare_bytes(device, TEXT, torch.bfloat16, **STEPS)
+    assert found == kv_cache.cache_bytes(int(13.3 * GB), TEXT, torch.bfloat16, **STEPS)
     assert asked == [device]
 
 
 def test_a_cpu_gives_a_tenth_and_four_gigabytes_at_most(monkeypatch):
     for total, right in ((20 * GB, 2 * GB), (400 * GB, 4 * GB)):
-        monkeypatch.setattr(budget.memory, "total", lambda total=total: total)
-        assert budget.spare_bytes(torch.device("cpu"), TEXT, torch.float32, **STEPS) == right
+        monkeypatch.setattr(kv_cache.memory, "total", lambda total=total: total)
+        assert kv_cache.spare_bytes(torch.device("cpu"), TEXT, torch.float32, **STEPS) == right

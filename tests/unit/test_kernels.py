@@ -30,7 +30,9 @@ from triton.runtime.errors import InterpreterError  # noqa: E402
 from kimi_vl import kernels  # noqa: E402
 from kimi_vl.device import memory  # noqa: E402
 from kimi_vl.kernels import (  # noqa: E402
+    Widths,
     attention_metadata,
+    linear,
     packed_weights,
     plain,
     reference,
@@ -43,13 +45,11 @@ from kimi_vl.kernels.inputs import (  # noqa: E402
     ROUNDING,
     Call,
     Inputs,
-    Widths,
     apart,
     distance,
     routed_alike,
     with_arguments,
 )
-from kimi_vl.model import language  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TRITON = kernels.select_ops("cpu", "triton")
@@ -247,8 +247,8 @@ def test_project_is_the_naive_one(shape: tuple[int, ...], dtype: torch.dtype):
     """A GEMV for one token, W·xᵀ for more, with any dimensions before the last."""
     inputs = Inputs(ODD, dtype)
     states, weight = inputs.normal(*shape, 24), inputs.normal(40, 24)
-    right = language.naive_project(states.double(), weight.double())
-    found = language.project(states, weight)
+    right = linear.naive_project(states.double(), weight.double())
+    found = linear.project(states, weight)
     assert found.shape == (*shape, 40)
     assert distance(found, right) <= ROUNDING[dtype]
 
@@ -302,11 +302,11 @@ def test_an_mlp_of_one_token_alone_is_from_packed_weights(anything_is_packed: No
     for tokens in (1, 2):
         states = inputs.normal(tokens, EVEN.hidden)
         right = reference.mlp(states.double(), *(weight.double() for weight in weights))
-        assert distance(packed_weights.mlp(states, weights, packed), right) <= 2**-7
+        assert distance(linear.mlp(states, weights, packed), right) <= 2**-7
     for weight in weights:
         packed[weight] = packed_weights.PackedWeight([weight * torch.nan])
-    assert packed_weights.mlp(states, weights, packed).isfinite().all()
-    assert packed_weights.mlp(states[:1], weights, packed).isnan().all()
+    assert linear.mlp(states, weights, packed).isfinite().all()
+    assert linear.mlp(states[:1], weights, packed).isnan().all()
 
 
 def test_weights_are_packed_as_far_as_there_is_memory(monkeypatch: pytest.MonkeyPatch, anything_is_packed: None):

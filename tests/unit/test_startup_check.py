@@ -29,8 +29,7 @@ from triton.runtime.errors import OutOfResources, PTXASError  # noqa: E402
 from kimi_vl import kernels, pipeline  # noqa: E402
 from kimi_vl.engine import warm_up  # noqa: E402
 from kimi_vl.engine.engine import Engine  # noqa: E402
-from kimi_vl.kernels import startup_check  # noqa: E402
-from kimi_vl.model import flash_attention as flash  # noqa: E402
+from kimi_vl.kernels import flash_attention, startup_check  # noqa: E402
 from kimi_vl.weights import loader  # noqa: E402
 from tests.parity.test_engine import CHECKPOINT, SMALL, ask, some_requests  # noqa: E402
 
@@ -171,7 +170,7 @@ def test_kernels_that_hang_or_crash_end_with_their_process_and_the_others_are_ch
     monkeypatch.setattr(
         startup_check._Checker, "__init__", lambda self, *given: (start(self, *given), processes.append(self))[0]
     )
-    monkeypatch.setattr(flash, "candidates", lambda device: ["flash_attn.cute", "flash_attn"])
+    monkeypatch.setattr(flash_attention, "candidates", lambda device: ["flash_attn.cute", "flash_attn"])
     refused = startup_check.check(CPU, use, (sys.executable, "-c", CHILD), call_seconds=20)
     assert refused.keys() == {"add_rms_norm", "norm_router", "moe", "flash_attn.cute"}
     assert refused["flash_attn.cute"] == "it fails (TypeError)"  # and the other one is not installed
