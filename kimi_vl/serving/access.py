@@ -1,0 +1,132 @@
+"""What every HTTP request goes through: an id, the key, errors in one form, and one line of log without content."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+import re
+import time
+import traceback
+import uuid
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .bodies import Disconnected, linger
+from .errors import ApiError, from_exception
+
+log = logging.getLogger(__name__)
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+OPEN_PATHS = ("/health", "/ready")
+CLIENT_CLOSED = 499
+"""In the log alone: the client went away before it had its answer."""
+
+
+class Keys:
+    """The keys that clients may send. They are compared by their digests, all of them, in constant time."""
+
+    def __init__(self, keys: Sequence[str]):
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    def allow(self, authorization: str) -> bool:
+        """Whether a header ``Authorization`` has one of the keys; any will do where there are none."""
+        scheme, _, key = authorization.partition(" ")
+        digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+        matches = [hmac.compare_digest(digest, each) for each in self._digests]
+        return not self._digests or (scheme.lower() == "bearer" and any(matches))
+
+
+class Access:
+    """Wraps the application; ``open_paths`` (and what is below them that ends in a slash) need no key."""
+
+    def __init__(self, app: ASGIApp, keys: Keys, open_paths: Sequence[str] = OPEN_PATHS):
+        self._app, self._keys, self._open_paths = app, keys, frozenset(open_paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = _Exchange(scope, send)
+        try:
+            if scope["path"] not in self._open_paths and not self._keys.allow(exchange.headers.get("authorization", "")):
+                raise ApiError(
+                    401,
+                    "send a key that this server knows, as Authorization: Bearer KEY.",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+            await self._app(scope, receive, exchange.send)
+        except Disconnected:
+            exchange.status = CLIENT_CLOSED
+        except Exception as error:
+            if exchange.status and not isinstance(error, ApiError):
+                log_error(error, exchange.id)  # the answer has begun: cutting it off is all that is left
+                raise ConnectionAbortedError from None
+            await refuse(exchange.send, receive, error, exchange.id)
+        finally:
+            exchange.log()
+
+
+class _Exchange:
+    """One request and its answer."""
+
+    def __init__(self, scope: Scope, send: Send):
+        self._scope, self._send = scope, send
+        self.headers = Headers(scope=scope)
+        given = self.headers.get("x-request-id", "")
+        self.id = given if _SANE_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+        scope.setdefault("state", {})["request_id"] = self.id
+        self.status = 0
+        self._began = time.monotonic()
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            MutableHeaders(scope=message)["x-request-id"] = self.id
+        await self._send(message)
+
+    def log(self) -> None:
+        record = {
+            "event": "request",
+            "id": self.id,
+            "method": self._scope["method"],
+            "path": self._scope["path"] if self._scope.get("endpoint") else "",  # of a route: other paths may be content
+            "status": self.status,
+            "seconds": round(time.monotonic() - self._began, 4),
+            **self._scope["state"].get("log", {}),
+        }
+        log.info("%s", json.dumps(record))
+
+
+async def refuse(send: Send, receive: Receive, error: BaseException, request_id: str, retry_after: int = 1) -> None:
+    """Answer with an error. The connection ends with it where the client may still be sending its body."""
+    refusal = from_exception(error, request_id, retry_after)
+    if refusal.status == 500:
+        log_error(error, request_id)
+    body = refusal.body()
+    headers = {
+        "Content-Type": "application/json",
+        "Content-Length": str(len(body)),
+        "Connection": "close",
+        **refusal.headers,
+    }
+    encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": refusal.status, "headers": encoded})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    await linger(receive)
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def log_error(error: BaseException, request_id: str) -> None:
+    """Where an error and its causes came from, without their messages: these may quote what a client sent."""
+    seen: BaseException | None = error
+    places = []
+    while seen is not None:
+        frames = traceback.extract_tb(seen.__traceback__)
+        places.append({"type": type(seen).__name__, "at": [f"{f.filename}:{f.lineno} in {f.name}" for f in frames]})
+        seen = seen.__cause__ or seen.__context__
+    log.error("%s", json.dumps({"event": "error", "id": request_id, "errors": places}))
