@@ -150,6 +150,10 @@ class Pipeline:
                 return event
         raise AssertionError("a request ends with Done")
 
+    def tokenize(self, messages: Sequence[Message | Turn], images: Images = ()) -> list[int]:
+        """The token ids of a prompt, each image as its placeholders; raises what :meth:`submit` does."""
+        return self._prompt(messages, image_list(images))[0]
+
     def submit(
         self,
         messages: Sequence[Message | Turn],

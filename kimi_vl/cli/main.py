@@ -21,14 +21,14 @@ from ..errors import CheckpointError, UserError
 # Modules of this package with `add_arguments(parser)` and `run(arguments) -> int`.
 COMMANDS = {
     "ask": "ask the model a question, with pictures or without",
-    "serve": "serve the Cog HTTP API on this machine",
+    "serve": "serve an OpenAI-compatible API on this machine",
     "fetch": "fetch and verify a model, and print its folder",
     "pack": "pack a checkpoint as a tar that carries its own hashes",
     "check": "say what this machine has, and which models fit",
     "bench": "measure speed beside its ceiling",
 }
 # These hand the rest of the command line to a program of their own.
-PROGRAMS = {"serve": "cog_local.server", "bench": "bench_suite"}
+PROGRAMS = {"bench": "bench_suite", "serve --cog": "cog_local.server"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,11 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _interrupt)
         given = list(sys.argv[1:] if arguments is None else arguments)
         parser = _parser()
-        if given and given[0] in PROGRAMS:
-            from . import programs
+        for name, module in PROGRAMS.items():
+            words = name.split()
+            if given[: len(words)] == words:
+                from . import programs
 
-            _use_cache()
-            return programs.run(given[0], PROGRAMS[given[0]], given[1:])
+                _use_cache()
+                return programs.run(name, module, given[len(words) :])
         parsed = parser.parse_args(given)
         debug = parsed.debug
         _use_cache()

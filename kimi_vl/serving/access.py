@@ -50,23 +50,25 @@ class Access:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(scope, send)
+        exchange = _Exchange(scope, receive, send)
         try:
-            if scope["path"] not in self._open_paths and not self._keys.allow(exchange.headers.get("authorization", "")):
+            if scope["path"] not in self._open_paths and not self._keys.allow(
+                exchange.headers.get("authorization", "")
+            ):
                 raise ApiError(
                     401,
                     "send a key that this server knows, as Authorization: Bearer KEY.",
                     code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
-            await self._app(scope, receive, exchange.send)
+            await self._app(scope, exchange.receive, exchange.send)
         except Disconnected:
             exchange.status = CLIENT_CLOSED
         except Exception as error:
             if exchange.status and not isinstance(error, ApiError):
                 log_error(error, exchange.id)  # the answer has begun: cutting it off is all that is left
                 raise ConnectionAbortedError from None
-            await refuse(exchange.send, receive, error, exchange.id)
+            await exchange.refuse(error)
         finally:
             exchange.log()
 
@@ -74,14 +76,20 @@ class Access:
 class _Exchange:
     """One request and its answer."""
 
-    def __init__(self, scope: Scope, send: Send):
-        self._scope, self._send = scope, send
+    def __init__(self, scope: Scope, receive: Receive, send: Send):
+        self._scope, self._receive, self._send = scope, receive, send
         self.headers = Headers(scope=scope)
         given = self.headers.get("x-request-id", "")
         self.id = given if _SANE_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = self.id
         self.status = 0
+        self._body_is_read = False
         self._began = time.monotonic()
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._body_is_read |= message["type"] == "http.disconnect" or not message.get("more_body")
+        return message
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -89,36 +97,34 @@ class _Exchange:
             MutableHeaders(scope=message)["x-request-id"] = self.id
         await self._send(message)
 
+    async def refuse(self, error: Exception) -> None:
+        """Answer with an error. The connection ends with it where the client may still be sending its body."""
+        refusal = from_exception(error, self.id)
+        if refusal.status == 500:
+            log_error(error, self.id)
+        body = refusal.body()
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **refusal.headers}
+        if not self._body_is_read:
+            headers["Connection"] = "close"
+        encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        await self.send({"type": "http.response.start", "status": refusal.status, "headers": encoded})
+        await self.send({"type": "http.response.body", "body": body, "more_body": True})
+        if not self._body_is_read:
+            await linger(self._receive)
+        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+
     def log(self) -> None:
+        route = self._scope.get("route")
         record = {
             "event": "request",
             "id": self.id,
             "method": self._scope["method"],
-            "path": self._scope["path"] if self._scope.get("endpoint") else "",  # of a route: other paths may be content
+            "path": getattr(route, "path", None),  # of the route: what a client makes up is not logged
             "status": self.status,
             "seconds": round(time.monotonic() - self._began, 4),
             **self._scope["state"].get("log", {}),
         }
         log.info("%s", json.dumps(record))
-
-
-async def refuse(send: Send, receive: Receive, error: BaseException, request_id: str, retry_after: int = 1) -> None:
-    """Answer with an error. The connection ends with it where the client may still be sending its body."""
-    refusal = from_exception(error, request_id, retry_after)
-    if refusal.status == 500:
-        log_error(error, request_id)
-    body = refusal.body()
-    headers = {
-        "Content-Type": "application/json",
-        "Content-Length": str(len(body)),
-        "Connection": "close",
-        **refusal.headers,
-    }
-    encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": refusal.status, "headers": encoded})
-    await send({"type": "http.response.body", "body": body, "more_body": True})
-    await linger(receive)
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def log_error(error: BaseException, request_id: str) -> None:

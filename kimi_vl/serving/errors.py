@@ -17,8 +17,8 @@ RATE_LIMIT = "rate_limit_error"
 UNAVAILABLE = "service_unavailable_error"
 API_ERROR = "api_error"
 
-_IN_MESSAGES = ("E_PROMPT_", "E_MESSAGES_", "E_IMAGE_", "E_TOO_MANY_IMAGES")
-"""Codes of mistakes in the messages: which parameter is at fault where nothing nearer is known."""
+_ELSEWHERE = {"E_PARAMETER": None}
+"""The parameter at fault, where nothing nearer is known, for mistakes that are not in the messages."""
 
 
 @dataclass(eq=False)
@@ -55,12 +55,14 @@ def unsupported(param: str, message: str) -> ApiError:
 
 def unavailable(message: str, retry_after: int = 5) -> ApiError:
     """No request is served now; another try, or another server, may succeed."""
-    return ApiError(503, message, UNAVAILABLE, "service_unavailable", headers={"Retry-After": str(retry_after)})
+    headers = {"Retry-After": str(retry_after), "x-should-retry": "true"}
+    return ApiError(503, message, UNAVAILABLE, "service_unavailable", headers=headers)
 
 
 def overloaded(message: str, retry_after: int) -> ApiError:
     """More than is taken on at a time."""
-    return ApiError(429, message, RATE_LIMIT, "overloaded", headers={"Retry-After": str(retry_after)})
+    headers = {"Retry-After": str(retry_after), "x-should-retry": "true"}
+    return ApiError(429, message, RATE_LIMIT, "overloaded", headers=headers)
 
 
 def from_exception(error: BaseException, request_id: str, retry_after: int = 1) -> ApiError:
@@ -74,9 +76,13 @@ def from_exception(error: BaseException, request_id: str, retry_after: int = 1) 
 
 def _of_user_error(error: UserError, retry_after: int) -> ApiError:
     if error.code == "E_OVERLOADED":
-        return overloaded(error.message, retry_after)
+        cause = getattr(error, "cause", "queue")
+        if cause == "deadline":  # a client that tries again by itself would take as long again
+            return ApiError(504, error.message, API_ERROR, "deadline_exceeded", headers={"x-should-retry": "false"})
+        refusal = overloaded(error.message, retry_after)
+        return replace(refusal, code="out_of_memory") if cause == "memory" else refusal
     code = "context_length_exceeded" if error.code == "E_PROMPT_TOO_LONG" else error.code.lower()
-    return bad_request("messages" if error.code.startswith(_IN_MESSAGES) else None, error.message, code)
+    return bad_request(_ELSEWHERE.get(error.code, "messages"), error.message, code)
 
 
 def with_param(error: UserError, param: str) -> ApiError:

@@ -131,7 +131,8 @@ class Generation:
 
     async def begin(self) -> None:
         """Submit the first answer. Raises what :meth:`kimi_vl.pipeline.Pipeline.submit` raises."""
-        await self._submit(0)
+        assert self._request is not None
+        await self._submit(self._request, 0)
         if self._n == 1:
             self._forget_request()
 
@@ -149,7 +150,7 @@ class Generation:
                 items.append((index, event))
                 left -= isinstance(event, Done)
             if items and self._request is not None and self._others is None:
-                self._others = asyncio.ensure_future(self._submit_others())
+                self._others = asyncio.ensure_future(self._submit_others(self._request))
             yield items
 
     async def done(self) -> list[Done]:
@@ -175,10 +176,10 @@ class Generation:
         for handle in self._handles:
             self._pipeline.engine.cancel(handle)
 
-    async def _submit_others(self) -> None:
+    async def _submit_others(self, request: ChatRequest) -> None:
         try:
             for choice in range(1, self._n):
-                await self._submit(choice)
+                await self._submit(request, choice)
             self._forget_request()
         except Exception as error:
             self._inbox.put((0, error), urgent=True)
@@ -187,10 +188,10 @@ class Generation:
         self._request = None
         self._submitted()
 
-    async def _submit(self, choice: int) -> None:
+    async def _submit(self, request: ChatRequest, choice: int) -> None:
         """Images are decoded in another thread, and a request that was cancelled meanwhile does not stay."""
         loop = asyncio.get_running_loop()
-        submitting = loop.run_in_executor(self._executor, self._send, self._request, choice)
+        submitting = loop.run_in_executor(self._executor, self._send, request, choice)
         try:
             self._handles.append(await asyncio.shield(submitting))
         except asyncio.CancelledError:

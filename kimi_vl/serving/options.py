@@ -1,7 +1,7 @@
 """What the server is told: by flags, else by environment variables, else by a file in TOML.
 
-An option ``--max-body-mib`` is ``KIMI_VL_MAX_BODY_MIB`` in the environment and ``max_body_mib`` in the file. A value that
-is not understood is refused in one line.
+An option ``--max-body-mib`` is ``max_body_mib`` in the file, and the same in capitals after ``KIMI_VL_`` in the
+environment. A value that is not understood is refused in one line.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def read_chat(body: Any, rules: Rules = Rules()) -> ChatRequest:
     }
     return ChatRequest(
         model=model,
-        turns=_turns(fields),
+        turns=read_turns(fields),
         params={name: value for name, value in params.items() if value is not None},
         seed=secrets.randbelow(2**31) if seed is None else seed % SEEDS,
         n=fields.integer("n", 1, MAX_CHOICES) or 1,
@@ -181,7 +181,8 @@ class _at:
 # Messages
 
 
-def _turns(fields: Fields) -> tuple[Turn, ...]:
+def read_turns(fields: Fields) -> tuple[Turn, ...]:
+    """The conversation in ``messages``."""
     found = fields.get("messages")
     if not isinstance(found, list) or not found:
         raise bad_request("messages", "messages must be a list with at least one message.", "e_messages_invalid")
@@ -318,4 +319,6 @@ def _refuse_unsupported(fields: Fields, rules: Rules) -> None:
 def _refuse_tools(fields: Fields, tools: str, choice: str) -> None:
     chosen = fields.get(choice)
     if (fields.get(tools) and chosen != "none") or (chosen not in (None, "none", "auto")):
-        raise bad_request(tools, f'the model calls no tools; leave {tools} out, or set {choice} to "none".', "tools_unsupported")
+        raise bad_request(
+            tools, f'the model calls no tools; leave {tools} out, or set {choice} to "none".', "tools_unsupported"
+        )

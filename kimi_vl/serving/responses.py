@@ -91,7 +91,7 @@ def usage(choices: Iterable[Done]) -> dict[str, Any]:
         "completion_tokens": output,
         "total_tokens": prompt + output,
         "completion_tokens_details": {"reasoning_tokens": sum(each.reasoning_tokens for each in used)},
-        "prompt_tokens_details": {"image_tokens": used[0].image_tokens},
+        "prompt_tokens_details": {"cached_tokens": used[0].cached_tokens, "image_tokens": used[0].image_tokens},
     }
 
 
@@ -110,8 +110,14 @@ class Chunks:
         role = '"role": "assistant", "content": ""'
         return "".join(self._chunk(index, role) for index in range(choices)).encode()
 
-    def events(self, index: int, events: Iterable[Event]) -> bytes:
-        """What several events of a choice say, neighbours of one kind in one chunk."""
+    def events(self, items: Iterable[tuple[int, Event]]) -> bytes:
+        """What events of the choices with these numbers say: neighbours of one kind and choice are one chunk."""
+        choices: dict[int, list[Event]] = {}
+        for index, event in items:
+            choices.setdefault(index, []).append(event)
+        return "".join(self._choice(index, events) for index, events in choices.items()).encode()
+
+    def _choice(self, index: int, events: Sequence[Event]) -> str:
         parts: list[str] = []
         kind, held = None, []
         for event in events:
@@ -123,7 +129,7 @@ class Chunks:
             else:
                 held.append(event.text)
         parts.append(self._text(index, kind, "".join(held)))
-        return "".join(parts).encode()
+        return "".join(parts)
 
     def usage(self, choices: Sequence[Done]) -> bytes:
         """The chunk with the usage, where it was asked for."""

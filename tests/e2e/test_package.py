@@ -80,7 +80,7 @@ def test_check_names_the_users_cache(installed: Path) -> None:
 
 def test_its_server_answers_without_the_checkout(installed: Path) -> None:
     port = free_port()
-    command = [str(installed / "bin" / "kimi-vl"), "serve", "--port", str(port)]
+    command = [str(installed / "bin" / "kimi-vl"), "serve", "--cog", "--port", str(port)]
     with subprocess.Popen(
         command, env=environment(installed), cwd=installed, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:

@@ -44,7 +44,8 @@ ALLOWED = {
     },
     "__init__": {"errors", "events", "hf", "pipeline"},
     "cog_streaming": set(),
-    "cli": {"__init__", "device", "errors", "events", "media", "parameters", "pipeline", "text", "weights"},
+    "serving": {"__init__", "engine", "errors", "events", "parameters", "pipeline", "text"},
+    "cli": {"__init__", "device", "errors", "events", "media", "parameters", "pipeline", "serving", "text", "weights"},
 }
 WITHOUT_TORCH = {
     "errors",
@@ -55,6 +56,10 @@ WITHOUT_TORCH = {
     "model.config",
     "engine.scheduler",
     "engine.page_pool",
+    "serving.options",
+    "serving.protocol",
+    "serving.responses",
+    "serving.errors",
 }
 LARGEST_ROOM = 12  # modules beside its __init__
 

@@ -1,0 +1,206 @@
+"""Runs the application on uvicorn: listening, loading the model beside it, what a connection may cost, and the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from ..engine.engine import EngineOptions
+from ..pipeline import Pipeline, load
+from .app import Service, build_app
+from .errors import ApiError, unavailable
+from .options import OptionError, ServerOptions
+
+MAX_HEAD_BYTES = 64 << 10
+_PROBES = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
+"""After two minutes without an answer from the other side's system a connection is over."""
+
+
+class Connection(HttpToolsProtocol):
+    """A connection with bounds: the head of a request in size and time, and how long a client may not read.
+
+    uvicorn bounds none of these with httptools, and says what it refuses in plain text.
+    """
+
+    options = ServerOptions()
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._head_bytes = 0
+        self._in_head = True
+        self._reading: asyncio.TimerHandle | None = None
+        self._writing: asyncio.TimerHandle | None = None
+        _probe(transport.get_extra_info("socket"))
+        if len(self.connections) > self.options.max_connections:
+            self._refuse(unavailable("too many connections; try again later.", 1))
+            return
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._reading, self._writing):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._reading is None:  # the first bytes of another request on this connection
+                self._await_head()
+        super().data_received(data)
+        if self._in_head and self._head_bytes > MAX_HEAD_BYTES:
+            self._refuse_head()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > MAX_HEAD_BYTES:
+            self._refuse_head()
+            return
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self.transport.is_closing():
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_head, self._head_bytes = True, 0
+        if not self.transport.is_closing():
+            super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._writing = self.loop.call_later(self.options.write_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._writing is not None:
+            self._writing.cancel()
+            self._writing = None
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(ApiError(400, "this is not a valid HTTP request.", code="invalid_http"))
+
+    def _await_head(self) -> None:
+        self._reading = self.loop.call_later(self.options.head_timeout_s, self.transport.close)
+
+    def _refuse_head(self) -> None:
+        self._refuse(ApiError(431, "the headers of a request may have 64 KiB; send less.", code="headers_too_large"))
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer before there is a request, and close."""
+        if self.transport.is_closing():
+            return
+        body = error.body()
+        headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+        lines = [f"{name}: {value}\r\n" for name, value in {**headers, **error.headers}.items()]
+        self.transport.write(b"".join([STATUS_LINE[error.status], *(line.encode() for line in lines), b"\r\n", body]))
+        self.transport.close()
+
+
+def _probe(connection: Any) -> None:
+    """Let the system notice a client that is gone without having closed its connection."""
+    with contextlib.suppress(OSError, AttributeError):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _PROBES:
+            if hasattr(socket, name):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which on SIGTERM and SIGINT first says 503 in ``/health`` for a while, and then ends what runs."""
+
+    def __init__(self, config: uvicorn.Config, service: Service):
+        super().__init__(config)
+        self._service = service
+        self._stop_at = float("inf")
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """A handler of signals: what it may do is to set values, which the main loop looks at ten times a second."""
+        if self._service.draining or self._service.pipeline is None:  # the second signal means now
+            self.should_exit = self.force_exit = True
+        self._service.draining = True
+        self._stop_at = min(self._stop_at, time.monotonic() + self._service.options.drain_delay_s)
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or time.monotonic() >= self._stop_at
+
+
+def listen(options: ServerOptions) -> socket.socket:
+    """The socket to serve on. Raises :class:`OptionError`."""
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    listener = socket.socket(family)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((options.host, options.port))
+    except OSError as error:
+        listener.close()
+        raise OptionError(f"cannot listen on {options.host} port {options.port} ({error.strerror})") from None
+    return listener
+
+
+def serve(options: ServerOptions, ready: Callable[[str], None], load: Callable[[], Pipeline] | None = None) -> int:
+    """Serve until a signal; the exit status. ``ready`` is told the address once the model is loaded."""
+    listener = listen(options)
+    host, port = listener.getsockname()[:2]
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    app = build_app(None, options)
+    service: Service = app.state.service
+    config = uvicorn.Config(
+        app,
+        http=type("Connection", (Connection,), {"options": options}),
+        loop="uvloop" if sys.platform != "win32" else "asyncio",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=options.keep_alive_s,
+        timeout_graceful_shutdown=max(1, round(options.drain_s)),
+    )
+    server = Server(config, service)
+    failed: list[BaseException] = []
+
+    async def run() -> None:
+        loading = asyncio.ensure_future(asyncio.to_thread(load or (lambda: load_pipeline(options))))
+
+        def loaded(task: asyncio.Future[Pipeline]) -> None:
+            if task.cancelled():
+                return
+            error = task.exception()
+            if error is not None:
+                failed.append(error)
+                server.should_exit = True
+                return
+            service.loaded(task.result())
+            ready(address)
+
+        loading.add_done_callback(loaded)
+        await server.serve(sockets=[listener])
+
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(run())
+    if failed:
+        raise failed[0]
+    if service.pipeline is not None:
+        service.pipeline.engine.close(wait=False)
+    return 0
+
+
+def load_pipeline(options: ServerOptions) -> Pipeline:
+    engine = EngineOptions(max_num_seqs=options.max_num_seqs, max_waiting=options.max_waiting)
+    return load(options.model, options=engine)
