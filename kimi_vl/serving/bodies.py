@@ -41,7 +41,7 @@ class Bodies:
         _check_type(headers.get(b"content-type", b""))
         held = Body(self)
         try:
-            self._reserve(held, _length(headers.get(b"content-length")))
+            self._check_size(held, _length(headers.get(b"content-length")))
             data = await self._read(held, receive)
             if len(data) > PARSED_BESIDE:
                 held.value = await asyncio.get_running_loop().run_in_executor(self._executor, parse, data)
@@ -57,20 +57,22 @@ class Bodies:
         while True:
             message = await self._next(receive, began + self._seconds + len(data) / LEAST_BYTES_A_SECOND)
             data += message.get("body", b"")
-            self._reserve(held, len(data))
+            self._check_size(held, len(data))
             if not message.get("more_body"):
                 return bytes(data)
 
-    def _reserve(self, held: Body, size: int) -> None:
+    def _check_size(self, held: Body, size: int) -> None:
         """Count a body that has, or will have, ``size`` bytes."""
         if size > self._max_bytes:
             raise ApiError(413, f"a body may have {self._max_bytes >> 20} MiB; send less.", code="request_too_large")
-        more = size - held.bytes
-        if more > 0:
-            if self.held + more > self._max_total:
-                raise overloaded("too many large requests come in at a time; try again later.", 1)
-            self.held += more
-            held.bytes = size
+        if size > held.bytes:
+            held.grow(size - held.bytes)
+
+    def reserve(self, size: int) -> None:
+        """Count ``size`` more bytes. Raises :class:`ApiError` (429) where there are too many."""
+        if self.held + size > self._max_total:
+            raise overloaded("too many large requests come in at a time; try again later.", 1)
+        self.held += size
 
     async def _next(self, receive: Receive, until: float) -> Message:
         try:
@@ -90,6 +92,11 @@ class Body:
         self._bodies = bodies
         self.bytes = 0
         self.value: Any = None
+
+    def grow(self, size: int) -> None:
+        """Count ``size`` more bytes that came with it. Raises :class:`ApiError` (429)."""
+        self._bodies.reserve(size)
+        self.bytes += size
 
     def release(self) -> None:
         """Let go of the value. May be called again."""

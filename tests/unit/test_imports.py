@@ -29,6 +29,7 @@ ALLOWED = {
     "hf": {"errors", "media", "model", "text", "weights"},
     "output_processor": {"engine", "events", "text"},
     "coalescer": {"events", "output_processor"},
+    "event_loop": {"events"},
     "pipeline": {
         "coalescer",
         "engine",
@@ -44,7 +45,7 @@ ALLOWED = {
     },
     "__init__": {"errors", "events", "hf", "pipeline"},
     "cog_streaming": set(),
-    "serving": {"__init__", "engine", "errors", "events", "parameters", "pipeline", "text"},
+    "serving": {"__init__", "engine", "errors", "event_loop", "events", "parameters", "pipeline", "text"},
     "cli": {"__init__", "device", "errors", "events", "media", "parameters", "pipeline", "serving", "text", "weights"},
 }
 WITHOUT_TORCH = {
@@ -52,6 +53,7 @@ WITHOUT_TORCH = {
     "events",
     "parameters",
     "text",
+    "event_loop",
     "cog_streaming",
     "model.config",
     "engine.scheduler",
