@@ -17,18 +17,19 @@ from .. import __version__
 GIB = 2**30
 # The published checkpoints: all have the same tensors, in bfloat16.
 PUBLISHED_BYTES = 32_815_312_096
+LEAST_CONTEXT = 4096  # tokens, with which a model is of use
 PUBLISHED = {
     "thinking": "models--moonshotai--Kimi-VL-A3B-Thinking",
     "thinking-2506": "models--moonshotai--Kimi-VL-A3B-Thinking-2506",
     "instruct": "models--moonshotai--Kimi-VL-A3B-Instruct",
 }
-KV_BYTES_A_TOKEN = 27 * (512 + 64) * 2  # layers, latent and rotary key, bfloat16
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where a model would run. Memory in bytes."""
+    """Where a model would run: ``kind`` is "cuda" or "cpu". Memory in bytes."""
 
+    kind: str
     name: str
     total: int
     free: int
@@ -72,14 +73,29 @@ def run(arguments: argparse.Namespace) -> int:
 
 def fits(device: Device, cache: Path) -> list[Fit]:
     """The demo and the published models on ``device``, whose free memory they would have to themselves."""
+    needs = PUBLISHED_BYTES // 2 * device.bytes_a_parameter
+    context = _context(device, needs)
     found = [Fit("demo", True, 0, True, 8192)]
     for model, folder in PUBLISHED.items():
-        needs = PUBLISHED_BYTES // 2 * device.bytes_a_parameter
-        spare = device.free - needs - (4 * GIB)  # activations and libraries
-        context = max(0, spare) // (KV_BYTES_A_TOKEN // 2 * device.bytes_a_parameter)
         fetched = (cache / f"{folder}.verified").is_file()
-        found.append(Fit(model, fetched, needs, context >= 4096, min(context, 131_072)))
+        found.append(Fit(model, fetched, needs, context >= LEAST_CONTEXT, context))
     return found
+
+
+def _context(device: Device, weights: int) -> int:
+    """Tokens that a request may have of the KV cache that an engine would make beside ``weights`` bytes of weights."""
+    import torch
+
+    from ..engine.engine import EngineOptions
+    from ..engine.kv_cache import PagedCache
+    from ..model.config import PUBLISHED_TEXT
+
+    options, dtype = EngineOptions(), torch.bfloat16 if device.kind == "cuda" else torch.float32
+    pages = options.page_count(torch.device(device.kind), PUBLISHED_TEXT, dtype, weights)
+    cache = pages * PagedCache.page_bytes(PUBLISHED_TEXT, options.page_size, dtype)
+    if device.kind == "cpu" and weights + cache > device.free:  # where the cache's size does not depend on what is free
+        return 0
+    return min(pages * options.page_size, PUBLISHED_TEXT.max_position_embeddings)
 
 
 def _device() -> Device:
@@ -91,8 +107,8 @@ def _device() -> Device:
         free, total = torch.cuda.mem_get_info()
         major, minor = torch.cuda.get_device_capability()
         name = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
-        return Device(name, total, free, 2)
-    return Device("no CUDA GPU: models run on the CPU, in float32", memory.total(), memory.available(), 4)
+        return Device("cuda", name, total, free, 2)
+    return Device("cpu", "no CUDA GPU: models run on the CPU, in float32", memory.total(), memory.available(), 4)
 
 
 def _kernels() -> str:

@@ -71,6 +71,23 @@ class EngineOptions:
         """What this asks of the decoder's operations."""
         return kernels.Use(widths(config, self.page_size), dtype, self.max_num_seqs, self.max_num_batched_tokens)
 
+    def page_count(self, device: torch.device, config: TextConfig, dtype: torch.dtype, weights: int = 0) -> int:
+        """How many pages the KV cache gets: what memory there is, and no more than all sequences can ever fill.
+
+        ``weights`` are bytes of a GPU's free memory that the model's weights take before.
+        """
+        spare = self.cache_bytes or spare_bytes(
+            device,
+            config,
+            dtype,
+            sequences=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            images=self.embedding_bytes,
+            weights=weights,
+        )
+        most = self.max_num_seqs * -(-config.max_position_embeddings // self.page_size)
+        return min(most, spare // PagedCache.page_bytes(config, self.page_size, dtype))
+
 
 class Engine:
     """Serves requests through one model by continuous batching. Callers may be in any thread.
@@ -100,7 +117,9 @@ class Engine:
         # before memory is counted: kernels are compiled and tried
         with devices.current(self._device):
             self.ops = ops or kernels.select_ops(self._device, use=options.use(text, model.dtype))
-        pages = self._page_count()
+        pages = options.page_count(self._device, text, model.dtype)
+        if pages < 1:
+            raise MemoryError("there is no memory left for a cache; free some or take a smaller model")
         self.cache = PagedCache(text, pages, options.page_size, dtype=model.dtype, device=self._device)
         self.scheduler = Scheduler(
             PagePool(pages),
@@ -139,23 +158,6 @@ class Engine:
         self._closing = False
         self._broken: BaseException | None = None
         self.steps = 0
-
-    def _page_count(self) -> int:
-        """How many pages the cache gets: what memory there is, and no more than all sequences can ever fill."""
-        options, text, dtype = self.options, self.model.config.text_config, self.model.dtype
-        spare = options.cache_bytes or spare_bytes(
-            self._device,
-            text,
-            dtype,
-            sequences=options.max_num_seqs,
-            max_num_batched_tokens=options.max_num_batched_tokens,
-            images=options.embedding_bytes,
-        )
-        most = options.max_num_seqs * -(-text.max_position_embeddings // options.page_size)
-        pages = min(most, spare // PagedCache.page_bytes(text, options.page_size, dtype))
-        if pages < 1:
-            raise MemoryError("there is no memory left for a cache; free some or take a smaller model")
-        return pages
 
     def submit(
         self,

@@ -97,14 +97,20 @@ def spare_bytes(
     sequences: int,
     max_num_batched_tokens: int,
     images: int,
+    weights: int = 0,
 ) -> int:
     """Bytes for the cache of an engine: on a GPU see :func:`cache_bytes`; on a CPU a tenth of the machine's memory,
-    4 GiB at most."""
+    4 GiB at most. ``weights`` are bytes of a GPU that a model takes as soon as it is loaded."""
     if device.type != "cuda":
         return min(4 * GB, memory.total() // 10)
     free, _ = torch.cuda.mem_get_info(device)
     return cache_bytes(
-        free, config, dtype, sequences=sequences, max_num_batched_tokens=max_num_batched_tokens, images=images
+        free - weights,
+        config,
+        dtype,
+        sequences=sequences,
+        max_num_batched_tokens=max_num_batched_tokens,
+        images=images,
     )
 
 

@@ -99,6 +99,29 @@ class TextConfig:
         return layer < self.first_k_dense_replace
 
 
+PUBLISHED_TEXT = TextConfig(
+    vocab_size=163_840,
+    hidden_size=2048,
+    intermediate_size=11_264,
+    moe_intermediate_size=1408,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    n_routed_experts=64,
+    n_shared_experts=2,
+    num_experts_per_tok=6,
+    first_k_dense_replace=1,
+    routed_scaling_factor=2.446,
+    max_position_embeddings=131_072,
+    rms_norm_eps=1e-5,
+    rope_theta=800_000.0,
+)
+"""The decoder of Kimi-VL-A3B-Thinking, which says what a model takes that nobody has fetched."""
+
+
 @dataclass(frozen=True)
 class Config:
     """A whole Kimi-VL checkpoint (``config.json``)."""

@@ -29,31 +29,10 @@ from kimi_vl.engine.engine import EngineOptions
 from kimi_vl.kernels import OPERATIONS, triton_ops
 from kimi_vl.kernels.inputs import Unset
 from kimi_vl.kernels.startup_check import Calls
-from kimi_vl.model.config import TextConfig
+from kimi_vl.model.config import PUBLISHED_TEXT
 
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 REGISTERS = 255  # of a thread, on all of these
-
-PUBLISHED = TextConfig(
-    vocab_size=163_840,
-    hidden_size=2048,
-    intermediate_size=11_264,
-    moe_intermediate_size=1408,
-    num_hidden_layers=27,
-    num_attention_heads=16,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    n_routed_experts=64,
-    n_shared_experts=2,
-    num_experts_per_tok=6,
-    first_k_dense_replace=1,
-    routed_scaling_factor=2.446,
-    max_position_embeddings=131_072,
-    rms_norm_eps=1e-5,
-    rope_theta=800_000.0,
-)
 
 
 @dataclass(frozen=True)
@@ -121,7 +100,7 @@ def launches(instead: Any) -> Iterator[_Machine]:
 
 def calls(options: EngineOptions | None = None, dtype: torch.dtype = torch.bfloat16) -> Calls:
     """Those of the published model in an engine with ``options``."""
-    use = (options or EngineOptions()).use(PUBLISHED, dtype)
+    use = (options or EngineOptions()).use(PUBLISHED_TEXT, dtype)
     return Calls(use, "cpu", Unset(use.widths, dtype))
 
 

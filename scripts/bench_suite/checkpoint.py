@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kimi_vl.model.config import Config
+from kimi_vl.model.config import PUBLISHED_TEXT, Config
 from kimi_vl.weights import loader
 
 CACHE = Path(__file__).parents[2] / ".cache" / "bench"
@@ -41,34 +41,18 @@ PUBLISHED: dict[str, Any] = {
         "merge_kernel_size": [2, 2],
     },
     "text_config": {
-        "vocab_size": 163840,
-        "hidden_size": 2048,
-        "intermediate_size": 11264,
-        "moe_intermediate_size": 1408,
+        **asdict(PUBLISHED_TEXT),
         "num_hidden_layers": 2,
-        "num_attention_heads": 16,
         "num_key_value_heads": 16,
         "q_lora_rank": None,
-        "kv_lora_rank": 512,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
-        "n_routed_experts": 64,
-        "n_shared_experts": 2,
-        "num_experts_per_tok": 6,
-        "first_k_dense_replace": 1,
         "moe_layer_freq": 1,
         "n_group": 1,
         "topk_group": 1,
         "topk_method": "noaux_tc",
         "scoring_func": "sigmoid",
         "norm_topk_prob": True,
-        "routed_scaling_factor": 2.446,
         "hidden_act": "silu",
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 800000.0,
         "rope_scaling": None,
-        "max_position_embeddings": 131072,
     },
 }
 _VISION_BLOCKS = _TEXT_LAYERS = 27

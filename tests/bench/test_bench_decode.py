@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,14 @@ from bench_suite import checkpoint, contestants, traffic
 from bench_suite.decode import bytes_a_step, prefill_operations
 from torch.utils.flop_counter import FlopCounterMode
 
-from kimi_vl.model.config import Config, TextConfig
+from kimi_vl.model.config import PUBLISHED_TEXT, Config, TextConfig
 from kimi_vl.weights import loader
 
 ROOT = Path(__file__).parents[2]
 
 
 def published(layers: int) -> TextConfig:
-    text = {**checkpoint.PUBLISHED["text_config"], "num_hidden_layers": layers}
-    return Config.from_dict({**checkpoint.PUBLISHED, "text_config": text}).text_config
+    return replace(PUBLISHED_TEXT, num_hidden_layers=layers)
 
 
 def bench(tmp_path: Path, *arguments: str) -> dict[str, Any]:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
-from bench_suite import checkpoint
 
 from kimi_vl.engine import kv_cache
 from kimi_vl.engine.kv_cache import PagedCache
-from kimi_vl.model.config import Config
+from kimi_vl.model.config import PUBLISHED_TEXT as TEXT
 
 GB = 1 << 30
-TEXT = replace(Config.from_dict(checkpoint.PUBLISHED).text_config, num_hidden_layers=27)
 STEPS = {"sequences": 64, "max_num_batched_tokens": 1024, "images": 256 << 20}
 # What is free beside 30.6 GiB of weights in bfloat16, or, on 24 GB, beside a quarter of them; as drivers report cards.
 FREE = {"24": 23.6 - 7.7, "48": 44.5 - 30.6 - 0.6, "80": 79.2 - 30.6 - 0.6, "141": 139.8 - 30.6 - 0.6}

@@ -46,7 +46,20 @@ ALLOWED = {
     "__init__": {"errors", "events", "hf", "pipeline"},
     "cog_streaming": set(),
     "serving": {"__init__", "engine", "errors", "event_loop", "events", "parameters", "pipeline", "text"},
-    "cli": {"__init__", "device", "errors", "events", "media", "parameters", "pipeline", "serving", "text", "weights"},
+    "cli": {
+        "__init__",
+        "device",
+        "engine",
+        "errors",
+        "events",
+        "media",
+        "model",
+        "parameters",
+        "pipeline",
+        "serving",
+        "text",
+        "weights",
+    },
 }
 WITHOUT_TORCH = {
     "errors",
