@@ -1,0 +1,96 @@
+// The settings dialog: what is in its fields, and what is wrong with it.
+import { key } from "./api.js";
+import { byId } from "./dom.js";
+
+const NUMBERS = { budget: "budget", "max-tokens": "maxTokens", temperature: "temperature", "top-p": "topP", seed: "seed" };
+const FIELDS = ["system", "schema", ...Object.keys(NUMBERS)];
+
+/** The settings as they are now, and the fields whose values cannot be sent: [{id, problem}]. */
+export function readSettings() {
+  const settings = { model: byId("model").value, system: byId("system").value.trim() ? byId("system").value : "" };
+  const problems = [];
+  settings.thinks = byId("thinking").getAttribute("aria-pressed") === "true";
+  for (const [id, name] of Object.entries(NUMBERS)) {
+    const field = byId(id);
+    settings[name] = field.value === "" ? null : field.valueAsNumber;
+    if (!field.validity.valid) problems.push({ id, problem: outOfBounds(field) });
+  }
+  const { schema, problem } = readSchema(byId("schema").value);
+  settings.schema = schema;
+  if (problem) problems.push({ id: "schema", problem });
+  return { settings, problems };
+}
+
+function outOfBounds(field) {
+  const name = field.labels[0].textContent;
+  const kind = field.step === "1" ? "a whole number" : "a number";
+  const least = Number(field.min).toLocaleString("en");
+  const most = Number(field.max).toLocaleString("en");
+  return `${name} must be ${kind} from ${least} to ${most}.`;
+}
+
+/** A JSON schema from text: {schema, problem}, of which one is null, or both where there is no text. */
+export function readSchema(text) {
+  if (!text.trim()) return { schema: null, problem: null };
+  let schema;
+  try {
+    schema = JSON.parse(text);
+  } catch (error) {
+    return { schema: null, problem: `This is no JSON yet${placeOf(error, text)}.` };
+  }
+  if (typeof schema !== "object" || schema === null || Array.isArray(schema)) {
+    return { schema: null, problem: "A JSON schema is an object: { … }." };
+  }
+  return { schema, problem: null };
+}
+
+/** Browsers word it differently, and some name no place. */
+function placeOf(error, text) {
+  const line = /line (\d+) column (\d+)/.exec(error.message);
+  if (line) return `: look at line ${line[1]}, column ${line[2]}`;
+  const position = /position (\d+)/.exec(error.message);
+  if (!position) return /end of/i.test(error.message) ? ": something is missing at its end" : "";
+  const before = text.slice(0, Number(position[1])).split("\n");
+  return `: look at line ${before.length}, column ${before.at(-1).length + 1}`;
+}
+
+/** Say beside each field what is wrong with it. */
+export function showProblems() {
+  const { settings, problems } = readSettings();
+  for (const id of FIELDS) {
+    const found = problems.find((problem) => problem.id === id);
+    const place = byId(`${id}-problem`);
+    if (place) place.textContent = found?.problem ?? "";
+    byId(id).setAttribute("aria-invalid", String(Boolean(found)));
+  }
+  byId("json-set").hidden = !byId("schema").value.trim();
+  return { settings, problems };
+}
+
+/** Open the dialog, at a field if one is named. */
+export function openSettings(id = null) {
+  const dialog = byId("settings");
+  byId("key").value = key.get();
+  if (!dialog.open) dialog.showModal();
+  if (id) byId(id).focus();
+}
+
+export function prepareSettings() {
+  const dialog = byId("settings");
+  const form = dialog.querySelector("form");
+  form.addEventListener("input", showProblems);
+  byId("key").addEventListener("change", () => key.set(byId("key").value.trim()));
+  byId("reset").addEventListener("click", () => {
+    for (const id of FIELDS) byId(id).value = "";
+    byId("thinking").setAttribute("aria-pressed", "true");
+    showProblems();
+  });
+  // Enter in a field closes the dialog, but not in a text of several lines; so does a press beside it.
+  form.addEventListener("submit", () => key.set(byId("key").value.trim()));
+  dialog.addEventListener("click", (event) => {
+    if (event.target === dialog) dialog.close();
+  });
+  byId("open-settings").addEventListener("click", () => openSettings());
+  byId("json-set").addEventListener("click", () => openSettings("schema"));
+  showProblems();
+}
