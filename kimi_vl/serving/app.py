@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import mimetypes
-from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -25,17 +22,10 @@ from .access import OPEN_PATHS, Access, Keys
 from .completions import ChatCompletions
 from .errors import ApiError, bad_request, unavailable
 from .options import ServerOptions
+from .page import page_routes
 from .protocol import Fields, read_turns
 from .service import Fetcher, Observer, Service
 
-PAGE = Path(__file__).parent / "page"
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
 MAX_TOKENIZED = 2**20
 """Tokens that ``/tokenize`` counts at most."""
 
@@ -53,7 +43,7 @@ def build_app(
     """
     service = Service(pipeline, options, observer or Observer(), fetch_images)
     api = Api(service)
-    page = _page_routes()
+    page = page_routes()
     routes = [
         *page,
         Route("/v1/chat/completions", ChatCompletions(service), methods=["POST"]),
@@ -88,26 +78,6 @@ def build_app(
     app.router.redirect_slashes = False
     app.state.service = service
     return app
-
-
-def _page_routes() -> list[Route]:
-    """The web page, at ``/``, and what it loads beside it; its files are read once."""
-
-    def route(path: str, file: Path) -> Route:
-        content = file.read_bytes()
-        kind = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
-        tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
-
-        async def answer(request: Request) -> Response:
-            headers = {**PAGE_HEADERS, "ETag": tag}
-            if request.headers.get("if-none-match") == tag:
-                return Response(status_code=304, headers=headers)
-            return Response(content, media_type=kind, headers=headers)
-
-        return Route(path, answer)
-
-    files = sorted(file for file in PAGE.iterdir() if file.suffix != ".py" and file.is_file()) if PAGE.is_dir() else []
-    return [route("/" if file.name == "index.html" else f"/{file.name}", file) for file in files]
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -82,7 +82,7 @@ def page(context: BrowserContext, server: ScriptedServer, noise: Noise) -> Itera
     page = context.new_page()
     noise.listen(page)
     page.goto(server.url)
-    page.get_by_text("kimi-vl-demo").first.wait_for()
+    expect(page.locator("#model-name")).to_have_text("kimi-vl-demo")
     yield page
     assert noise.foreign() == []
     assert [text for text in noise.errors if not text.startswith("Failed to load resource")] == []

@@ -1,0 +1,64 @@
+"""The page and the real server, with the demo model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import BrowserContext, Page, expect
+
+from tests.serving.conftest import ServerProcess
+
+from .conftest import Noise
+from .reading import ask, is_done, last_answer
+
+PICTURE = Path(__file__).resolve().parents[2] / "images" / "math_problem.png"
+KEY = "a-key-of-the-tests"
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[ServerProcess]:
+    with ServerProcess(environment={"KIMI_VL_API_KEYS": KEY}) as running:
+        yield running
+
+
+@pytest.fixture
+def page(context: BrowserContext, demo: ServerProcess, noise: Noise) -> Iterator[Page]:
+    page = context.new_page()
+    noise.listen(page)
+    page.goto(demo.url)
+    yield page
+    assert noise.foreign() == []
+    assert [text for text in noise.errors if "status of 401" not in text] == []
+
+
+def enter_key(page: Page) -> None:
+    expect(page.get_by_role("dialog", name="This server asks for an API key")).to_be_visible()
+    page.get_by_label("API key").and_(page.locator(":focus")).fill(KEY)
+    page.keyboard.press("Enter")
+    expect(page.locator("#model-name")).to_have_text("kimi-vl-demo")
+
+
+def test_a_picture_is_read_and_its_thinking_is_folded(page: Page, demo: ServerProcess) -> None:
+    enter_key(page)
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Temperature").fill("0")
+    page.keyboard.press("Escape")
+    page.locator("#files").set_input_files(PICTURE)
+    expect(page.get_by_role("img", name="math_problem.png")).to_be_visible()
+    ask(page, "What is the result?")
+    is_done(page)
+    expect(last_answer(page)).to_contain_text("25 + 13 = 38")
+    expect(last_answer(page).locator(".thought")).to_be_hidden()
+    last_answer(page).get_by_text("Thought for").click()
+    expect(last_answer(page).locator(".thought")).to_contain_text("Ones: 5 + 3 = 8.")
+    expect(last_answer(page).locator(".figures")).to_contain_text("image")
+    ask(page, "Which number comes first?")
+    is_done(page)
+    expect(last_answer(page)).to_contain_text("25")
+    expect(last_answer(page).locator(".figures")).to_contain_text("cached")
+    page.get_by_role("button", name="Thinking").click()
+    ask(page, "What is 12 + 30?")
+    is_done(page)
+    expect(last_answer(page).locator("details")).to_be_hidden()
