@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import CheckpointError
+from ..quantization.scheme import Quantization
 from . import published
 
 _MISSING = object()
@@ -124,11 +125,12 @@ PUBLISHED_TEXT = TextConfig(
 
 @dataclass(frozen=True)
 class Config:
-    """A whole Kimi-VL checkpoint (``config.json``)."""
+    """A whole Kimi-VL checkpoint (``config.json``). ``quantization`` None: all weights are floating-point."""
 
     vision_config: VisionConfig
     text_config: TextConfig
     media_placeholder_token_id: int
+    quantization: Quantization | None = None
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> Config:
@@ -155,9 +157,10 @@ class Config:
         values = published.config(values)
         vision = _section(values, "vision_config")
         text = _section(values, "text_config")
-        for name, section in (("", values), ("text_config.", text), ("vision_config.", vision)):
+        for name, section in (("text_config", text), ("vision_config", vision)):
             if section.get("quantization_config") is not None:
-                raise CheckpointError(f"{name}quantization_config is there; only weights that are floats are supported")
+                raise CheckpointError(f"{name}.quantization_config is there; only one for the whole model is supported")
+        quantization = values.get("quantization_config")
         for name, (supported, absent) in _TEXT_SUPPORTED.items():
             value = text.get(name, absent)
             if value != supported or isinstance(value, bool) != isinstance(supported, bool):
@@ -168,6 +171,7 @@ class Config:
             vision_config=_read(VisionConfig, vision, "vision_config"),
             text_config=_read(TextConfig, text, "text_config"),
             media_placeholder_token_id=_integer(values, "media_placeholder_token_id", minimum=0),
+            quantization=None if quantization is None else Quantization.from_config(quantization),
         )
         _check_consistency(config, text)
         return config

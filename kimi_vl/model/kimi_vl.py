@@ -25,11 +25,11 @@ class KimiVL(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.language_model.lm_head.weight.dtype
+        return self.language_model.model.embed_tokens.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.language_model.lm_head.weight.device
+        return self.language_model.model.embed_tokens.weight.device
 
     def encode_images(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Vectors (T, H) that take the place of the placeholders of all images, in order.

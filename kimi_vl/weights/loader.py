@@ -6,9 +6,7 @@ Strict: every tensor the configuration calls for, of its shape, and none besides
 from __future__ import annotations
 
 import io
-import json
 import logging
-import math
 import os
 import threading
 import time
@@ -29,13 +27,16 @@ from ..device import memory
 from ..errors import CheckpointError
 from ..model.config import Config
 from ..model.kimi_vl import KimiVL
+from ..quantization import scheme as schemes
+from ..quantization import search
+from ..quantization.scheme import Quantization, Scheme
+from ..quantization.weight import QuantizedWeight
+from . import compressed_tensors
+from .shards import KINDS, Expected, Stored, opened, read_headers
 
 log = logging.getLogger(__name__)
 
-_FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ROUTER_BIAS = "e_score_correction_bias"
-_LONGEST_HEADER = 100_000_000  # bytes; safetensors itself takes no longer ones
-_MOST_DIMENSIONS = 8
 _PIECE = 2**24  # bytes read at a time: small enough that threads end together, large enough that calls cost nothing
 _REPORT_S = 3.0
 
@@ -47,6 +48,11 @@ class Slot:
     parameter: str
     index: tuple[int | slice, ...]
     shape: tuple[int, ...]
+
+    @property
+    def may_be_quantized(self) -> bool:
+        """Whether it is a matrix that the decoder computes with as it is stored."""
+        return self.parameter.startswith("language_model.") and "kv_b_proj" not in self.parameter
 
 
 def checkpoint_layout(config: Config) -> dict[str, Slot]:
@@ -101,24 +107,28 @@ def load(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     threads: int = 0,
+    form: str | None = None,
 ) -> KimiVL:
     """The model of ``directory`` in ``dtype`` on ``device``, ready for inference.
 
-    Raises :class:`CheckpointError` naming each file, missing, unexpected or misshapen tensor. ``threads`` 0 takes
-    :func:`default_threads`.
+    ``form`` quantises the weights of a floating-point checkpoint while they are read, as one of
+    :data:`kimi_vl.quantization.scheme.FORMS`. A quantised checkpoint stays as it is: where the decoder cannot compute
+    with a weight, that one becomes floating-point. Raises :class:`CheckpointError` naming each file, missing,
+    unexpected or misshapen tensor. ``threads`` 0 takes :func:`default_threads`.
     """
     began = time.monotonic()
     directory, device = Path(directory), torch.device(device)
-    model = empty_model(Config.from_directory(directory), dtype)
-    slots = _layout(model)
-    headers = _headers(directory, slots)
+    config = Config.from_directory(directory)
+    model = empty_model(config, dtype)
+    plan = Plan(model, config.quantization, form)
+    headers = read_headers(directory, plan.expected)
+    plan.hold_quantized(model, {name: stored for header in headers.values() for name, stored in header.items()})
     _give_memory(model, device)
     model.eval()
-    total = sum(stored.end - stored.begin for header in headers.values() for stored in header.values())
+    total = sum(stored.nbytes for header in headers.values() for stored in header.values())
     with ExitStack() as stack:
-        files = {file: stack.enter_context(_opened(directory / file)) for file in headers}
-        pieces = _pieces(model, slots, headers, files)
-        _fill(pieces, total, device, threads or default_threads())
+        files = {file: stack.enter_context(opened(directory / file)) for file in headers}
+        _fill(_work(model, plan, headers, files), total, device, threads or default_threads())
     seconds = time.monotonic() - began
     log.info("loaded %.2f GB in %.1f s (%.2f GB/s)", total / 1e9, seconds, total / 1e9 / seconds)
     return model
@@ -132,7 +142,8 @@ def default_threads() -> int:
 def check(directory: str | Path) -> None:
     """Compare the checkpoint's headers with its configuration, reading no values; raises as :func:`load`."""
     directory = Path(directory)
-    _headers(directory, checkpoint_layout(Config.from_directory(directory)))
+    config = Config.from_directory(directory)
+    read_headers(directory, Plan(empty_model(config), config.quantization, None).expected)
 
 
 def save(model: KimiVL, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -146,137 +157,112 @@ def save(model: KimiVL, path: str | Path, dtype: torch.dtype = torch.bfloat16) -
 
 
 # ---------------------------------------------------------------------------------------------
-# Headers
+# Quantised weights
+
+
+class Plan:
+    """What the files hold of each weight, and what becomes of it.
+
+    ``stored`` has the schemes of weights that are quantised in the files, ``held`` of those that are in the model.
+    Raises :class:`CheckpointError` where a scheme does not fit a weight.
+    """
+
+    def __init__(self, model: KimiVL, source: Quantization | None, form: str | None):
+        self.slots = _layout(model)
+        self.stored = self._schemes(model, source)
+        if source is None:
+            self.held = self._schemes(model, schemes.form(form)) if form else {}
+        else:
+            self.held = {name: scheme for name, scheme in self.stored.items() if self._computed_with(name, scheme)}
+            if form and self._schemes(model, schemes.form(form)) != self.stored:
+                raise CheckpointError(f"the checkpoint is quantised already, and not as {form}; take the published one")
+        for name, scheme in (self.stored | self.held).items():
+            search.check_width(self.slots[name].shape[-1], scheme, name)
+        self.expected: dict[str, Expected] = {}
+        for name, slot in self.slots.items():
+            if name in self.stored:
+                self.expected |= compressed_tensors.stored_tensors(name, slot.shape, self.stored[name])
+            else:
+                self.expected[name] = Expected(slot.shape)
+
+    def _schemes(self, model: KimiVL, given: Quantization | None) -> dict[str, Scheme]:
+        """By the names of weights. A module counts as linear where it is in the published model."""
+        if given is None:
+            return {}
+        linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        found = {}
+        for name, slot in self.slots.items():
+            module, _, kind = name.rpartition(".")
+            if kind == "weight" and len(slot.shape) == 2:
+                scheme = given.scheme(module, linear=module in linear or ".experts." in module)
+                found |= {name: scheme} if scheme else {}
+        return found
+
+    def _computed_with(self, name: str, scheme: Scheme) -> bool:
+        return self.slots[name].may_be_quantized and scheme.rows == 1 and not scheme.floating
+
+    def hold_quantized(self, model: KimiVL, stored: Mapping[str, Stored]) -> None:
+        """Quantised weights without memory in the place of parameters of ``model``."""
+        parameters: dict[str, set[Scheme | None]] = {}
+        names: dict[str, str] = {}
+        for name, slot in self.slots.items():
+            parameters.setdefault(slot.parameter, set()).add(self.held.get(name))
+            names[slot.parameter] = name
+        for parameter, found in parameters.items():
+            if len(found) > 1:
+                raise CheckpointError(f"{parameter}: experts of a layer are quantised in different ways")
+            (scheme,) = found
+            if scheme is None:
+                continue
+            above, _, attribute = parameter.rpartition(".")
+            module = model.get_submodule(above)
+            shape = getattr(module, attribute).shape
+            scales = stored.get(f"{names[parameter]}_scale")
+            kind = KINDS[scales.kind] if scales else search.SCALES
+            codes = torch.empty(*shape[:-1], shape[-1] * scheme.bits // 8, dtype=torch.uint8, device="meta")
+            groups = torch.empty(*shape[:-1], shape[-1] // (scheme.group or shape[-1]), dtype=kind, device="meta")
+            delattr(module, attribute)
+            setattr(module, attribute, QuantizedWeight(codes, groups, scheme.bits))
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """A tensor as a file has it: its type by safetensors' name, and where its bytes are, from the file's start."""
+class _Conversion:
+    """A weight that is not in the files as it is to be in the model: its tensors there, and its place here."""
 
-    kind: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
+    name: str
+    parts: Mapping[str, tuple[io.FileIO, Stored]]
+    stored: Scheme | None
+    held: Scheme | None
+    target: Tensor | QuantizedWeight
 
+    @property
+    def nbytes(self) -> int:
+        return sum(stored.nbytes for _, stored in self.parts.values())
 
-def _headers(directory: Path, slots: Mapping[str, Slot]) -> dict[str, dict[str, _Stored]]:
-    """By file and tensor, what each file holds; :class:`CheckpointError` unless that is just what ``slots`` has."""
-    promised = _shards(directory)
-    headers: dict[str, dict[str, _Stored]] = {}
-    problems: list[str] = []
-    for file in sorted(promised):
-        path = directory / file
-        if not path.exists():
-            raise CheckpointError(f"{path}: is missing")
-        held = headers[file] = _header(path)
-        expected = promised[file] & slots.keys()
-        problems += [f"{path}: tensor {name} is not in it" for name in sorted(promised[file] - held.keys())]
-        problems += [f"{path}: unexpected tensor {name}" for name in sorted(held.keys() - expected)]
-        for name in sorted(held.keys() & expected):
-            problems += [f"{path}: tensor {name} {problem}" for problem in _misfits(held[name], slots[name])]
-    found = {name for held in headers.values() for name in held}
-    problems += [f"{directory}: missing tensor {name}" for name in sorted(slots.keys() - found)]
-    if problems:
-        more = f" (and {len(problems) - 5} more problems)" if len(problems) > 5 else ""
-        raise CheckpointError("; ".join(problems[:5]) + more)
-    return headers
-
-
-def _misfits(stored: _Stored, slot: Slot) -> Iterator[str]:
-    if stored.shape != slot.shape:
-        yield f"has shape {stored.shape}; {slot.shape} was expected"
-    if stored.kind not in _FLOATING:
-        yield f"has dtype {stored.kind}; a floating-point one was expected"
+    def run(self, device: torch.device) -> None:
+        tensors = {name: read_tensor(*part) for name, part in self.parts.items()}
+        shape = tuple(self.target.shape)
+        if self.stored is not None:
+            compressed_tensors.check_values(tensors, self.name, shape, self.stored)
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        if isinstance(self.target, Tensor):
+            assert self.stored is not None
+            self.target.copy_(compressed_tensors.dequantized(tensors, self.name, self.stored))
+            return
+        assert self.held is not None
+        if self.stored is None:
+            codes, scales = search.quantize(tensors[self.name], self.held, self.name)
+        else:
+            codes, scales = compressed_tensors.codes_and_scales(tensors, self.name, self.stored)
+        self.target.codes.copy_(codes)
+        self.target.scales.copy_(scales)
 
 
-def _shards(directory: Path) -> dict[str, set[str]]:
-    """File names with the tensors that the index (or the only file itself) says they hold."""
-    index = directory / "model.safetensors.index.json"
-    if not index.exists():
-        single = "model.safetensors"
-        if not (directory / single).exists():
-            raise CheckpointError(f"{directory}: holds neither {index.name} nor {single}")
-        return {single: set(_header(directory / single))}
-    shards: dict[str, set[str]] = {}
-    for name, file in _weight_map(index).items():
-        shards.setdefault(file, set()).add(name)
-    return shards
-
-
-def _weight_map(index: Path) -> Mapping[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{index}: has no readable weight_map") from None
-    if not isinstance(weight_map, Mapping):
-        raise CheckpointError(f"{index}: weight_map is not an object")
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or file != Path(file).name:
-            raise CheckpointError(f"{index}: the file of tensor {name} is not a plain file name")
-    return weight_map
-
-
-def _opened(path: Path) -> io.FileIO:
-    try:
-        return path.open("rb", buffering=0)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _header(path: Path) -> dict[str, _Stored]:
-    """The tensors of a safetensors file, which must follow one another without gap or overlap to its very end."""
-    with _opened(path) as file:
-        try:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(size - 8, _LONGEST_HEADER):
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            return _parsed(file.read(length), 8 + length, size)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: is not a complete safetensors file ({error})") from None
-
-
-def _parsed(text: bytes, begin: int, size: int) -> dict[str, _Stored]:
-    """The header ``text`` of a file of ``size`` bytes whose tensors begin at ``begin``; ValueError says what is off."""
-    if not text.startswith(b"{"):
-        raise ValueError("the header is not an object")
-    entries = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
-    metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("__metadata__ is not an object of texts")
-    "".join(entries).encode()  # an escaped half of a surrogate pair could not even be written in a message
-    tensors = {name: _stored(name, entry, begin) for name, entry in entries.items()}
-    for name, stored in sorted(tensors.items(), key=lambda pair: (pair[1].begin, pair[1].end)):
-        if stored.begin != begin:
-            raise ValueError(f"tensor {name} begins at byte {stored.begin}, where {begin} was expected")
-        begin = stored.end
-    if begin != size:
-        raise ValueError(f"its tensors end at byte {begin}, the file at {size}")
-    return tensors
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        raise ValueError("the header has a name twice")
-    return entries
-
-
-def _stored(name: str, entry: Any, start: int) -> _Stored:
-    try:
-        kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        # type() and not isinstance(): true and false are integers to Python
-        good = type(kind) is str and type(shape) is list and len(shape) <= _MOST_DIMENSIONS
-        if not (good and all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end):
-            raise ValueError
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"the entry of tensor {name} is not one") from None
-    # other types are refused as such
-    if kind in _FLOATING and math.prod(shape) * _FLOATING[kind].itemsize != end - begin:
-        raise ValueError(f"tensor {name} has {end - begin} bytes, which is not {kind} of shape {tuple(shape)}")
-    return _Stored(kind, tuple(shape), start + begin, start + end)
+def read_tensor(file: io.FileIO, stored: Stored) -> Tensor:
+    """A whole tensor, in this machine's memory."""
+    values = torch.empty(stored.shape, dtype=KINDS[stored.kind])
+    _Piece(file, stored.begin, values.dtype, values.view(-1)).read(values.view(-1))
+    return values
 
 
 # ---------------------------------------------------------------------------------------------
@@ -310,25 +296,31 @@ class _Piece:
             done += count
 
 
-def _pieces(
-    model: KimiVL,
-    slots: Mapping[str, Slot],
-    headers: Mapping[str, Mapping[str, _Stored]],
-    files: Mapping[str, io.FileIO],
-) -> Iterator[_Piece]:
-    """All that has to be read, in the order in which the files have it."""
+def _work(
+    model: KimiVL, plan: Plan, headers: Mapping[str, Mapping[str, Stored]], files: Mapping[str, io.FileIO]
+) -> Iterator[_Piece | _Conversion]:
+    """All that has to be read: what is copied in the order in which the files have it, then what is converted."""
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    for file, header in headers.items():
-        for name, stored in sorted(header.items(), key=lambda pair: pair[1].begin):
-            slot, kind = slots[name], _FLOATING[stored.kind]
-            target = parameters[slot.parameter][slot.index].view(-1)
-            count = _PIECE // kind.itemsize
-            for first in range(0, target.numel(), count):
-                part = target[first : first + count]
-                yield _Piece(files[file], stored.begin + first * kind.itemsize, kind, part)
+    parts = {name: (files[file], stored) for file, header in headers.items() for name, stored in header.items()}
+    converted = plan.stored.keys() | plan.held.keys()
+    for name, (file, stored) in sorted(parts.items(), key=lambda pair: (pair[1][0].name, pair[1][1].begin)):
+        if name in converted or name not in plan.slots:
+            continue
+        slot, kind = plan.slots[name], KINDS[stored.kind]
+        target = parameters[slot.parameter][slot.index].view(-1)
+        count = _PIECE // kind.itemsize
+        for first in range(0, target.numel(), count):
+            part = target[first : first + count]
+            yield _Piece(file, stored.begin + first * kind.itemsize, kind, part)
+    for name in sorted(converted):
+        slot, stored = plan.slots[name], plan.stored.get(name)
+        names = [name] if stored is None else compressed_tensors.stored_tensors(name, slot.shape, stored)
+        target = model.get_submodule(slot.parameter) if name in plan.held else parameters[slot.parameter]
+        assert isinstance(target, QuantizedWeight | Tensor)
+        yield _Conversion(name, {part: parts[part] for part in names}, stored, plan.held.get(name), target[slot.index])
 
 
-def _fill(pieces: Iterator[_Piece], total: int, device: torch.device, threads: int) -> None:
+def _fill(pieces: Iterator[_Piece | _Conversion], total: int, device: torch.device, threads: int) -> None:
     """Move all ``pieces``, ``total`` bytes, in ``threads`` threads; the first error ends it."""
     lock, stopped = threading.Lock(), threading.Event()
     moved, began = 0, time.monotonic()
@@ -341,7 +333,10 @@ def _fill(pieces: Iterator[_Piece], total: int, device: torch.device, threads: i
                 piece = next(pieces, None)
             if piece is None:
                 break
-            lane.move(piece)
+            if isinstance(piece, _Conversion):
+                piece.run(device)
+            else:
+                lane.move(piece)
             with lock:
                 moved += piece.nbytes
         lane.finish()
@@ -358,6 +353,8 @@ def _fill(pieces: Iterator[_Piece], total: int, device: torch.device, threads: i
                 job.result()
         finally:
             stopped.set()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # conversions are computed there
 
 
 class _Lane:

@@ -1,7 +1,7 @@
 """Packs a checkpoint as a tar of a Hugging Face cache tree.
 
 In such a tree every file is a blob named by its own hash, so the tar needs nothing beside it to be verified. The same
-files always give the same tar.
+files always give the same tar. On the way weights may be quantised, a tensor at a time.
 """
 
 from __future__ import annotations
@@ -9,17 +9,29 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import io
+import json
 import logging
 import os
+import shutil
 import tarfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
+from torch import Tensor
+
 from ..errors import CheckpointError
-from . import download, loader, verify
+from ..model.config import Config
+from ..quantization import scheme as schemes
+from ..quantization import search
+from . import compressed_tensors, download, loader, verify
 from .foreign import is_foreign
 from .progress import Progress
+from .shards import KINDS, Stored, opened, read_headers
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +46,23 @@ class Packed:
     sha256: str
     revision: str
     left_out: list[str]
+
+
+def pack_quantized(directory: Path, out: Path, form: str) -> Packed | None:
+    """Quantise the checkpoint in ``directory`` as ``form`` says, and :func:`pack` the result.
+
+    Where ``out`` is not named as a tar it becomes a folder, and the result is None.
+    """
+    if out.suffix != ".tar":
+        write_quantized(directory, out, form)
+        return None
+    between = out.with_name(f"{out.name}.{form}")
+    if not out.exists():
+        write_quantized(directory, between, form)
+    try:
+        return pack(between, out)
+    finally:
+        shutil.rmtree(between, ignore_errors=True)
 
 
 def pack(directory: Path, out: Path) -> Packed:
@@ -138,3 +167,120 @@ def _entry(name: str, kind: bytes, size: int = 0) -> tarfile.TarInfo:
     entry = tarfile.TarInfo(name)
     entry.type, entry.size, entry.mode = kind, size, 0o755 if kind == tarfile.DIRTYPE else 0o644
     return entry
+
+
+# Quantising
+
+
+def write_quantized(directory: Path, out: Path, form: str) -> None:
+    """Write the floating-point checkpoint in ``directory`` to the folder ``out``, its weights quantised as ``form``.
+
+    The folder appears when it is complete. Its files have the names of those they are made from, and of each thread one
+    tensor is in memory.
+    """
+    if out.exists():
+        raise CheckpointError(f"{out}: is there already; name another")
+    folder = verify.checkpoint_folder(directory)
+    verify.check(folder)
+    config = Config.from_directory(folder)
+    if config.quantization is not None:
+        raise CheckpointError(f"{folder}: is quantised already; take the published checkpoint")
+    plan = loader.Plan(loader.empty_model(config), None, form)
+    headers = read_headers(folder, plan.expected)
+    files = {file: _Shard(header, plan) for file, header in headers.items()}
+    names, _ = _choose(folder)
+    before = _stamps(folder, names)
+    part = out.with_name(f"{out.name}.part")
+    progress = Progress("quantising", sum(stored.nbytes for header in headers.values() for stored in header.values()))
+    shutil.rmtree(part, ignore_errors=True)  # of one that was killed
+    try:
+        part.mkdir()
+        download.check_space(part, sum(shard.size for shard in files.values()), out.name)
+        for file, shard in files.items():
+            shard.write(folder / file, part / file, progress)
+        for name in names:
+            if not name.endswith((".safetensors", ".safetensors.index.json")):
+                shutil.copyfile(folder / name, part / name)
+        _write_json(part / "config.json", _values(folder / "config.json") | {
+            "quantization_config": schemes.to_config(schemes.form(form))
+        })  # fmt: skip
+        if (index := folder / "model.safetensors.index.json").exists():
+            weight_map = {name: file for file, shard in files.items() for name in shard.places}
+            total = {"total_size": sum(shard.size for shard in files.values())}
+            _write_json(part / index.name, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
+        if _stamps(folder, names) != before:
+            raise CheckpointError(f"{folder}: changed while it was read; start again when nothing writes to it")
+        loader.check(part)
+        part.rename(out)
+    except OSError as error:
+        raise download.disk_error(out.parent, error) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    progress.finish("quantised")
+
+
+class _Shard:
+    """One safetensors file to be written: ``places`` has where the bytes of each of its tensors begin."""
+
+    def __init__(self, source: Mapping[str, Stored], plan: loader.Plan):
+        self._source, self._plan = source, plan
+        entries: dict[str, tuple[str, tuple[int, ...], int]] = {}
+        for name, stored in source.items():
+            scheme = plan.held.get(name)
+            if scheme is None:
+                entries[name] = stored.kind, stored.shape, stored.nbytes
+                continue
+            for part, expected in compressed_tensors.stored_tensors(name, stored.shape, scheme).items():
+                kind = "BF16" if part.endswith("_scale") else expected.kinds[0]
+                nbytes = torch.Size(expected.shape).numel() * KINDS[kind].itemsize
+                entries[part] = kind, expected.shape, nbytes
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self.places, self.size = {}, 0
+        # each is aligned to its type where the wider ones come first
+        for name, (kind, shape, nbytes) in sorted(
+            entries.items(), key=lambda entry: (-KINDS[entry[1][0]].itemsize, entry[0])
+        ):
+            self.places[name] = self.size
+            self.size += nbytes
+            header[name] = {"dtype": kind, "shape": [*shape], "data_offsets": [self.size - nbytes, self.size]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._head = len(text).to_bytes(8, "little") + text
+
+    def write(self, source: Path, target: Path, progress: Progress) -> None:
+        with ExitStack() as stack:
+            read, write = stack.enter_context(opened(source)), stack.enter_context(target.open("wb", buffering=0))
+            write.write(self._head)
+            write.truncate(len(self._head) + self.size)
+
+            def convert(name: str) -> None:
+                stored = self._source[name]
+                for part, values in self._tensors(name, loader.read_tensor(read, stored)):
+                    view = values.contiguous().view(-1).view(torch.uint8).numpy().data
+                    place = len(self._head) + self.places[part]
+                    while view:
+                        done = os.pwrite(write.fileno(), view, place)
+                        view, place = view[done:], place + done
+                progress.add(stored.nbytes)
+
+            with ThreadPoolExecutor(loader.default_threads()) as pool:
+                for _ in pool.map(convert, self._source):  # the first error comes out here
+                    pass
+            os.fsync(write.fileno())
+
+    def _tensors(self, name: str, values: Tensor) -> Iterator[tuple[str, Tensor]]:
+        scheme = self._plan.held.get(name)
+        if scheme is None:
+            yield name, values
+        else:
+            yield from compressed_tensors.as_stored(
+                *search.quantize(values, scheme, name), name, tuple(values.shape)
+            ).items()
+
+
+def _values(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

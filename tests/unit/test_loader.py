@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from kimi_vl.errors import CheckpointError
 from kimi_vl.model.config import Config
 from kimi_vl.model.kimi_vl import KimiVL
-from kimi_vl.weights import loader
+from kimi_vl.weights import loader, shards
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "tests" / "golden" / "golden_a" / "checkpoint"
@@ -366,14 +366,14 @@ def test_values_are_exact_on_a_gpu(tmp_path, odd_config, monkeypatch, dtype):
 
 def test_a_file_cut_off_after_the_check_is_named(tmp_path, odd_config, monkeypatch):
     write_folder(tmp_path, odd_config, random_tensors(odd_config, torch.bfloat16))
-    path, check = tmp_path / "model.safetensors", loader._headers
+    path, check = tmp_path / "model.safetensors", loader.read_headers
 
     def cut(*arguments):
         headers = check(*arguments)
         path.write_bytes(path.read_bytes()[:-9])
         return headers
 
-    monkeypatch.setattr(loader, "_headers", cut)
+    monkeypatch.setattr(loader, "read_headers", cut)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: was cut off while it was read"):
         loader.load(tmp_path)
 
@@ -548,7 +548,7 @@ def test_headers_are_judged_as_by_safetensors(tmp_path, odd_config):
             text = text[:at] + chance.choice([b"", b"0", b" ", b'"', b"}", b"\\"]) + text[at + 1 :]
         path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
         try:
-            held = loader._header(path)
+            held = shards.read_header(path)
         except CheckpointError:
             refused += 1
             continue

@@ -1,0 +1,102 @@
+"""A matrix as small integers and their scales, in the bytes that a compressed-tensors checkpoint has.
+
+The inputs of an output channel are cut into groups, and each group has a scale; a group of all inputs is one scale a
+channel. An integer of ``bits`` bits is stored as its code: the integer plus half of the codes there are, so that codes
+are never negative. Codes follow one another along the inputs, the first in the lowest bits. Knows neither models nor
+files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+# Shapes: E matrices of O output channels and I inputs, G groups of a channel.
+
+
+def pack(integers: Tensor, bits: int) -> Tensor:
+    """Bytes (…, I * bits / 8), uint8, of integers (…, I) between -2^(bits-1) and 2^(bits-1) - 1; ``bits`` 4 or 8."""
+    codes = (integers.to(torch.int16) + (1 << bits - 1)).to(torch.uint8)
+    return codes if bits == 8 else codes[..., 0::2] | codes[..., 1::2] << 4
+
+
+def unpack(codes: Tensor, bits: int) -> Tensor:
+    """The integers (…, I), int8, of :func:`pack`'s bytes."""
+    if bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+    return (codes.to(torch.int16) - (1 << bits - 1)).to(torch.int8)
+
+
+class QuantizedWeight(nn.Module):
+    """One matrix (O, I) or several (E, O, I): integer times scale, in the place of a floating-point parameter.
+
+    ``codes`` (…, O, I * bits / 8) is uint8, as :func:`pack` makes it; ``scales`` (…, O, G) are floating-point. ``bits``
+    is 4 or 8. Raises ValueError where codes and scales do not belong together.
+    """
+
+    def __init__(self, codes: Tensor, scales: Tensor, bits: int):
+        super().__init__()
+        self.codes = nn.Parameter(codes, requires_grad=False)
+        self.scales = nn.Parameter(scales, requires_grad=False)
+        self.bits = bits
+        inputs = codes.shape[-1] * 8 // bits
+        groups = scales.shape[-1]
+        if codes.shape[:-1] != scales.shape[:-1] or not groups or inputs % groups:
+            raise ValueError(f"codes {tuple(codes.shape)} and scales {tuple(scales.shape)} are of different matrices")
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the matrices."""
+        return torch.Size((*self.codes.shape[:-1], self.codes.shape[-1] * 8 // self.bits))
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale."""
+        return self.shape[-1] // self.scales.shape[-1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, index: int | slice | tuple[int | slice, ...]) -> QuantizedWeight:
+        """Some of the matrices, or of their output channels; shares memory with this one."""
+        return QuantizedWeight(self.codes[index], self.scales[index], self.bits)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The matrices (…, O, I) in ``dtype``, each product of integer and scale rounded once."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        integers = unpack(self.codes, self.bits).unflatten(-1, (-1, self.group))  # (…, O, G, I / G)
+        return (integers.to(wide) * self.scales.to(wide).unsqueeze(-1)).flatten(-2).to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.shape)}, bits={self.bits}, group={self.group}"
+
+
+def joined(weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
+    """One matrix of the output channels of several, or None where these are quantised in different ways.
+
+    The given ones become parts of it, so that it takes no memory of its own.
+    """
+    first = weights[0]
+    if any(
+        (each.bits, each.group, each.scales.dtype) != (first.bits, first.group, first.scales.dtype) for each in weights
+    ):
+        return None
+    whole = QuantizedWeight(
+        torch.cat([each.codes for each in weights]), torch.cat([each.scales for each in weights]), first.bits
+    )
+    begin = 0
+    for each in weights:
+        part = whole[begin : begin + len(each)]
+        each.codes.data, each.scales.data = part.codes.data, part.scales.data
+        begin += len(each)
+    return whole
