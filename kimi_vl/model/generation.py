@@ -1,4 +1,4 @@
-"""Prefill once, then one token a row and step: the plain generation loop over a latent cache.
+"""Prefill once, then one token of each sequence a step: the plain generation loop over the reference KV cache.
 
 Knows ids and tensors; no text, no sampling rules, no queue.
 """

@@ -40,9 +40,11 @@ class Contestant(Protocol):
 class Process:
     """A contestant as the one who asks sees it."""
 
-    def __init__(self, name: str, folder: Path, *, device: str, dtype: str, rows: int, threads: int, python: str = ""):
+    def __init__(
+        self, name: str, folder: Path, *, device: str, dtype: str, sequences: int, threads: int, python: str = ""
+    ):
         command = [python or sys.executable, "-P", "-m", f"{__package__}.contestants", name, str(folder)]
-        command += ["--device", device, "--dtype", dtype, "--rows", str(rows), "--threads", str(threads)]
+        command += ["--device", device, "--dtype", dtype, "--sequences", str(sequences), "--threads", str(threads)]
         self.name = name
         # a group of its own, which takes in what a contestant starts
         self._process = subprocess.Popen(
@@ -81,7 +83,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--device", required=True)
     parser.add_argument("--dtype", required=True)
-    parser.add_argument("--rows", type=int, required=True)
+    parser.add_argument("--sequences", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     args = parser.parse_args()
     # answers leave by a descriptor of their own: what libraries print goes elsewhere
@@ -112,7 +114,7 @@ def _kimi_vl(args: argparse.Namespace) -> tuple[str, Contestant]:
     if args.threads:
         torch.set_num_threads(args.threads)
     model = loader.load(args.folder, dtype=getattr(torch, args.dtype), device=torch.device(args.device))
-    options = EngineOptions(prefix_caching=False, max_num_seqs=args.rows, embedding_bytes=0)
+    options = EngineOptions(prefix_caching=False, max_num_seqs=args.sequences, embedding_bytes=0)
     engine = Engine(model, model.config.text_config.vocab_size, options)
 
     class KimiVL:
@@ -216,7 +218,7 @@ def _vllm(args: argparse.Namespace) -> tuple[str, Contestant]:
         model=str(_decoder_alone(args.folder)),
         skip_tokenizer_init=True,
         dtype=args.dtype,
-        max_num_seqs=args.rows,
+        max_num_seqs=args.sequences,
         max_model_len=16384,
         enable_prefix_caching=False,
     )
@@ -232,7 +234,7 @@ def _vllm(args: argparse.Namespace) -> tuple[str, Contestant]:
         def _seconds(self, ids: Sequence[list[int]], count: int) -> float:
             exactly = vllm.SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
             began = time.perf_counter()
-            model.generate([{"prompt_token_ids": row} for row in ids], exactly, use_tqdm=False)
+            model.generate([{"prompt_token_ids": prompt} for prompt in ids], exactly, use_tqdm=False)
             return time.perf_counter() - began
 
     return vllm.__version__, VLLM()

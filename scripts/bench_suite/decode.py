@@ -78,22 +78,22 @@ def attention_weights(config: TextConfig) -> int:
 
 
 def bytes_a_step(
-    config: TextConfig, rows: int, context: int, distinct: float | None = None, itemsize: int = 2
+    config: TextConfig, sequences: int, context: int, distinct: float | None = None, itemsize: int = 2
 ) -> float:
-    """Weights and latents that decoding one token in each of ``rows`` has to read, in bytes.
+    """Weights and latents that decoding one token in each of ``sequences`` has to read, in bytes.
 
     ``distinct`` experts of a layer are read. Where nobody counted them: of E experts, of which a token takes K at
-    random, E (1 - (1 - K/E)^rows) are expected.
+    random, E (1 - (1 - K/E)^sequences) are expected.
     """
     hidden, layers = config.hidden_size, config.num_hidden_layers
     latent = config.kv_lora_rank + config.qk_rope_head_dim
     experts, top_k = config.n_routed_experts, config.num_experts_per_tok
-    distinct = distinct or experts * (1 - (1 - top_k / experts) ** rows)
+    distinct = distinct or experts * (1 - (1 - top_k / experts) ** sequences)
     expert = 3 * hidden * config.moe_intermediate_size
     sparse = layers - config.first_k_dense_replace
     values = layers * attention_weights(config) + config.first_k_dense_replace * 3 * hidden * config.intermediate_size
     values += sparse * ((distinct + config.n_shared_experts) * expert + experts * hidden)
-    values += config.vocab_size * hidden + rows * context * layers * latent
+    values += config.vocab_size * hidden + sequences * context * layers * latent
     return itemsize * values
 
 
@@ -111,14 +111,14 @@ def prefill_operations(config: TextConfig, length: int) -> float:
 
 
 @contextmanager
-def counted_experts(engine: Engine, rows: int) -> Iterator[list[int]]:
-    """How many experts each layer reads in each step that decodes ``rows`` tokens, as long as the block runs."""
+def counted_experts(engine: Engine, sequences: int) -> Iterator[list[int]]:
+    """How many experts each layer reads in each step that decodes ``sequences`` tokens, as long as the block runs."""
     decoder, counts = engine._decoder, []
     ops = decoder._ops
 
     def norm_router(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         results = ops.norm_router(*arguments)
-        if len(results[2]) == rows:
+        if len(results[2]) == sequences:
             counts.append(results[2].unique().numel())
         return results
 
@@ -129,17 +129,17 @@ def counted_experts(engine: Engine, rows: int) -> Iterator[list[int]]:
         decoder._ops = ops
 
 
-def prompts(rows: int, length: int, vocabulary: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(rows * 100_003 + length)
-    return torch.randint(0, vocabulary - 300, (rows, length), generator=generator).tolist()
+def prompts(sequences: int, length: int, vocabulary: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(sequences * 100_003 + length)
+    return torch.randint(0, vocabulary - 300, (sequences, length), generator=generator).tolist()
 
 
 def run_engine(engine: Engine, ids: Sequence[list[int]], max_new_tokens: int) -> tuple[float, float]:
-    """(seconds to the first token of the last row, seconds a step after that)."""
+    """(seconds to the first token of the last sequence, seconds a step after that)."""
     began = time.perf_counter()
     clocks = [Clock(max_new_tokens) for _ in ids]
-    for row, clock in zip(ids, clocks, strict=True):
-        engine.submit(row, [], max_new_tokens, clock)
+    for prompt, clock in zip(ids, clocks, strict=True):
+        engine.submit(prompt, [], max_new_tokens, clock)
     for clock in clocks:
         clock.wait()
     all_begun = max(clock.times[0] for clock in clocks)

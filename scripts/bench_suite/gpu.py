@@ -128,7 +128,7 @@ def kernels_against_twins(job: Job) -> None:
             hold(f"moe {count} not shared", inputs.moe(count, shared=False, weights=weights))
         for lengths in contexts:
             call = inputs.mla_decode(lengths, 2 * max(lengths) // 8 + 1)
-            hold(f"mla_decode {len(lengths)} rows", call)
+            hold(f"mla_decode {len(lengths)} sequences", call)
         for splits in (1, 7):
             (result,) = call.run(ops, splits=splits)
             found = max(distances([result], call.twin()))
@@ -197,17 +197,17 @@ def decoder_against_float64(job: Job) -> None:
     generator, size = torch.Generator(job.device).manual_seed(1), 32
     context = 40 if job.rehearsal else 2048
     works = [(3, 1), (1, 9)] if job.rehearsal else [(1, 1), (32, 1), (128, 1), (1, 1000)]
-    for rows, new in works:
+    for sequences, new in works:
         pages = -(-(context + new) // size)
-        chunks = [Chunk(range(row * pages, (row + 1) * pages), context, context + new) for row in range(rows)]
+        chunks = [Chunk(range(at * pages, (at + 1) * pages), context, context + new) for at in range(sequences)]
         latent = config.text_config.kv_lora_rank + config.text_config.qk_rope_head_dim
-        past = torch.randn(2, rows * pages, size, latent, generator=generator, device=device).bfloat16()
-        states = torch.randn(rows * new, config.text_config.hidden_size, generator=generator, device=device)
+        past = torch.randn(2, sequences * pages, size, latent, generator=generator, device=device).bfloat16()
+        states = torch.randn(sequences * new, config.text_config.hidden_size, generator=generator, device=device)
         states = states.bfloat16()
         results: dict[str, torch.Tensor] = {}
         for name, decoder in (("float64", exact), ("torch", plain), ("triton", fused)):
             dtype = torch.float64 if name == "float64" else torch.bfloat16
-            cache = PagedCache(config.text_config, rows * pages, size, dtype=dtype, device=device)
+            cache = PagedCache(config.text_config, sequences * pages, size, dtype=dtype, device=device)
             cache.kv_cache.copy_(past)
             step = cache.step(chunks)
             with torch.inference_mode():
@@ -218,8 +218,8 @@ def decoder_against_float64(job: Job) -> None:
             name: float(((found - right).norm(dim=-1) / right.norm(dim=-1)).nan_to_num(torch.inf).median())
             for name, found in results.items()
         }
-        job.check(f"{rows} rows, {new} new", errors["triton"] <= 1.25 * errors["torch"] + 2**-10, errors)
-        job.check(f"{rows} rows, {new} new, plain", errors["torch"] <= 0.03, errors["torch"])
+        job.check(f"{sequences} sequences, {new} new", errors["triton"] <= 1.25 * errors["torch"] + 2**-10, errors)
+        job.check(f"{sequences} sequences, {new} new, plain", errors["torch"] <= 0.03, errors["torch"])
 
 
 def engine_against_plain(job: Job) -> None:
@@ -381,13 +381,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def summary(results: dict[str, Any]) -> dict[str, Any]:
-    """How each section ended, and the ladder: tokens a second by rung, rows and context."""
+    """How each section ended, and the ladder: tokens a second by rung, sequences and context."""
     ended = {name: [result["ended"], result.get("passed"), result.get("checks")] for name, result in results.items()}
     rates: dict[str, Any] = {}
     for result in results.values():
         for _, value in result.get("reports", []):
             if isinstance(value, dict) and "tokens_per_second" in value:
-                place = f"{value['rows']} rows of {value['context']}"
+                place = f"{value['sequences']} sequences of {value['context']}"
                 rates.setdefault(place, {})[value["rung"]] = value["tokens_per_second"]
     return {"sections": ended, "tokens_per_second": rates}
 

@@ -156,26 +156,26 @@ class Cases:
         nbytes = weights + 2 * tokens * (joined + 2 * widths.rope + written)
         return Case("mla_prepare", f"{tokens} tokens", calls, nbytes, tokens * weights)
 
-    def mla_decode(self, rows: int, context: int) -> Case:
+    def mla_decode(self, sequences: int, context: int) -> Case:
         """Pages in any order, each set its own; the page table has room for twice the context."""
         widths, size = self.widths, self.widths.page_size
         width, pages = widths.rank + widths.rope, -(-context // size)
-        read = 2 * rows * context * width
+        read = 2 * sequences * context * width
         count = _sets(read, self.cold)
-        kv_cache = self.inputs.normal(count * rows * pages, size, width)
-        places = self.inputs.shuffled(len(kv_cache)).view(count, rows, pages)
-        seq_lens = torch.full((rows,), context, dtype=torch.int32, device=self.device)
+        kv_cache = self.inputs.normal(count * sequences * pages, size, width)
+        places = self.inputs.shuffled(len(kv_cache)).view(count, sequences, pages)
+        seq_lens = torch.full((sequences,), context, dtype=torch.int32, device=self.device)
         scale, to_value = 2 * width**-0.5, self.inputs.to_value()
         calls = []
         for own in places:
-            page_table = torch.zeros(rows, 2 * pages, dtype=torch.int32, device=self.device)
+            page_table = torch.zeros(sequences, 2 * pages, dtype=torch.int32, device=self.device)
             page_table[:, :pages] = own
-            query = self.inputs.normal(rows, widths.heads, width)
-            seen = DecodeMetadata(page_table, seq_lens, size, [context] * rows)
+            query = self.inputs.normal(sequences, widths.heads, width)
+            seen = DecodeMetadata(page_table, seq_lens, size, [context] * sequences)
             calls.append(Call("mla_decode", (query, kv_cache, seen, scale, to_value), 3))
-        nbytes = read + 2 * rows * widths.heads * (width + widths.nope) + to_value.nbytes
-        operations = 2 * rows * widths.heads * (context * (width + widths.rank) + widths.rank * widths.nope)
-        return Case("mla_decode", f"{rows} rows of {context}", calls, nbytes, operations)
+        nbytes = read + 2 * sequences * widths.heads * (width + widths.nope) + to_value.nbytes
+        operations = 2 * sequences * widths.heads * (context * (width + widths.rank) + widths.rank * widths.nope)
+        return Case("mla_decode", f"{sequences} sequences of {context}", calls, nbytes, operations)
 
 
 def measure(case: Case, where: Machine, ops: Ops, budget: float = 0.2, **more: Any) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def row(result: dict[str, Any]) -> str:
 
 
 def sizes(cases: Cases, cuda: bool, quick: bool) -> list[Callable[[], Case]]:
-    """What is measured, smallest first: decoding by rows, and a chunk of a prefill."""
+    """What is measured, smallest first: decoding by sequences, and a chunk of a prefill."""
     tokens = [1, 3] if quick else [1, 4, 32, 128] if cuda else [1, 4, 16]
     long = [] if quick or not cuda else [1024, 4096]
     contexts = [(1, 40), (2, 40)] if quick else [(1, 2048), (32, 2048), (128, 2048)] if cuda else [(1, 2048), (16, 512)]
@@ -312,8 +312,8 @@ def tune(where: Machine, cases: Cases, report: Callable[[dict[str, Any]], None],
         for name, plan in (("pairs", PAIRS), ("few", FEW)):
             attempt(case, name, plan=plan)
     shares = [(1, 40, [1])] if quick else [(1, 2048, [8, 16, 32]), (32, 2048, [4, 8, 16]), (128, 2048, [1, 2, 4, 8])]
-    for rows, context, splits in shares:
-        case = cases.mla_decode(rows, context)
+    for sequences, context, splits in shares:
+        case = cases.mla_decode(sequences, context)
         for split in splits:
             attempt(case, f"{split} splits", splits=split)
         for share in (

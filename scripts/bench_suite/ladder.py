@@ -27,7 +27,7 @@ from . import checkpoint, decode
 
 RUNGS = {"torch": ("torch", "0"), "kernels": ("triton", "0"), "graphs": ("triton", "1")}
 H200_BYTES_PER_SECOND = 4.8e12
-ROWS = [1, 4, 16, 32, 64, 128]
+SEQUENCES = [1, 4, 16, 32, 64, 128]
 Report = Callable[[str, Any], None]
 Check = Callable[[str, bool, Any], None]
 
@@ -61,9 +61,9 @@ def random_model(config: Config, device: torch.device, dtype: torch.dtype = torc
 def engine(model: KimiVL, rung: str, rehearsal: bool, max_num_seqs: int = 128) -> Engine:
     """An engine on a rung; nothing of earlier requests is used again. A rehearsal calls what a GPU replays."""
     os.environ[kernels.VARIABLE], os.environ[graphs.VARIABLE] = RUNGS[rung]
-    rows, gigabytes = (4, 0.02) if rehearsal else (max_num_seqs, 12)
+    sequences, gigabytes = (4, 0.02) if rehearsal else (max_num_seqs, 12)
     options = EngineOptions(
-        prefix_caching=False, max_num_seqs=rows, cache_bytes=int(gigabytes * 1e9), embedding_bytes=0
+        prefix_caching=False, max_num_seqs=sequences, cache_bytes=int(gigabytes * 1e9), embedding_bytes=0
     )
     ops = kernels.select_ops(model.device, "triton") if rehearsal and rung == "graphs" else None  # as steps of a GPU
     return Engine(model, model.config.text_config.vocab_size, options, ops=ops)
@@ -98,7 +98,7 @@ class _Keeper(decode.Clock):
 
 
 def measure(rung: str, rehearsal: bool, device: str, report: Report, check: Check) -> None:
-    """The full model on a rung: that it works at all, its decoding by rows, and its first tokens."""
+    """The full model on a rung: that it works at all, its decoding by sequences, and its first tokens."""
     began = time.perf_counter()
     shape = config(rehearsal, vision_blocks=1 if rehearsal else 27)
     model = random_model(shape, torch.device(device))
@@ -108,24 +108,24 @@ def measure(rung: str, rehearsal: bool, device: str, report: Report, check: Chec
     _smoke(running, rehearsal, check)
     context, max_new_tokens = (9, 3) if rehearsal else (2048, 64)
     _first_tokens(rung, running, rehearsal, report)
-    for rows in [3] if rehearsal else ROWS:
-        ids = decode.prompts(rows, context, shape.text_config.vocab_size)
+    for sequences in [3] if rehearsal else SEQUENCES:
+        ids = decode.prompts(sequences, context, shape.text_config.vocab_size)
         if not rehearsal:
-            decode.run_engine(running, [row[:8] for row in ids], 3)  # compiles, captures
+            decode.run_engine(running, [prompt[:8] for prompt in ids], 3)  # compiles, captures
         first, step = decode.run_engine(running, ids, max_new_tokens)
-        nbytes = decode.bytes_a_step(shape.text_config, rows, context + max_new_tokens // 2)
+        nbytes = decode.bytes_a_step(shape.text_config, sequences, context + max_new_tokens // 2)
         figures = {
             "rung": rung,
-            "rows": rows,
+            "sequences": sequences,
             "context": context,
             "step_ms": round(step * 1e3, 3),
-            "tokens_per_second": round(rows / step, 1),
+            "tokens_per_second": round(sequences / step, 1),
             "all_begun_s": round(first, 3),
             "gb_a_step": round(nbytes / 1e9, 3),
             "gb_per_s": round(nbytes / step / 1e9, 1),
             "percent_of_4.8_tb_per_s": round(100 * nbytes / step / H200_BYTES_PER_SECOND, 1),
         }
-        report(f"{rows} rows", figures)
+        report(f"{sequences} sequences", figures)
     if torch.device(device).type == "cuda":
         report("peak_memory_gb", round(torch.cuda.max_memory_allocated() / 1e9, 1))
     running.close()

@@ -31,7 +31,7 @@ Result = dict[str, Any]
 class Run:
     """The contestants and the ceilings; the contestants end with the block."""
 
-    def __init__(self, args: argparse.Namespace, most_rows: int):
+    def __init__(self, args: argparse.Namespace, most_sequences: int):
         device = torch.device(args.device)
         layers = args.layers or (27 if device.type == "cuda" else 6)
         if args.model:
@@ -43,7 +43,12 @@ class Run:
         self.machine = kernels.machine(device)
         self.reading = decode.read_bandwidth(device)
         self.results: list[Result] = []
-        common = {"device": args.device, "dtype": args.dtype, "rows": max(64, most_rows), "threads": args.threads}
+        common = {
+            "device": args.device,
+            "dtype": args.dtype,
+            "sequences": max(64, most_sequences),
+            "threads": args.threads,
+        }
         self.contestants: list[Process] = []
         with contextlib.ExitStack() as stack:
             for name in ("kimi_vl", *args.peer):
@@ -110,17 +115,17 @@ def latency(arguments: list[str]) -> int:
 
 def throughput(arguments: list[str]) -> int:
     """Several requests at once, all alike."""
-    rows = [1, 4, 16, 32, 64, 128] if torch.cuda.is_available() else [1, 4, 16]
-    return _decoding("throughput", arguments, rows, [128])
+    sequences = [1, 4, 16, 32, 64, 128] if torch.cuda.is_available() else [1, 4, 16]
+    return _decoding("throughput", arguments, sequences, [128])
 
 
-def _decoding(name: str, arguments: list[str], all_rows: list[int], contexts: list[int]) -> int:
+def _decoding(name: str, arguments: list[str], all_sequences: list[int], contexts: list[int]) -> int:
     parser = _parser(name)
-    parser.add_argument("--rows", type=int, nargs="*", default=all_rows, help="requests at once")
+    parser.add_argument("--sequences", type=int, nargs="*", default=all_sequences, help="requests at once")
     parser.add_argument("--context", type=int, nargs="*", default=contexts, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of each request")
     args = _parsed(parser, arguments)
-    with Run(args, max(args.rows)) as run:
+    with Run(args, max(args.sequences)) as run:
         _equal(run)
         return run.finish(name)
 
@@ -128,26 +133,26 @@ def _decoding(name: str, arguments: list[str], all_rows: list[int], contexts: li
 def _equal(run: Run) -> None:
     args, text = run.args, run.config.text_config
     itemsize = getattr(torch, args.dtype).itemsize
-    print("| rows | prompt | who | first token s | of GEMM | step ms | tok/s | GB a step | GB/s | of reading |")
+    print("| sequences | prompt | who | first token s | of GEMM | step ms | tok/s | GB a step | GB/s | of reading |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    for rows in args.rows:
+    for sequences in args.sequences:
         for context in args.context:
-            ids = decode.prompts(rows, context, text.vocab_size)
+            ids = decode.prompts(sequences, context, text.vocab_size)
             experts = run.contestants[0].ask("count", ids, args.tokens)["experts"]
             answers = run.ask("decode", ids, args.tokens)
-            nbytes = decode.bytes_a_step(text, rows, context + args.tokens // 2, experts, itemsize)
-            operations = rows * decode.prefill_operations(text, context)
+            nbytes = decode.bytes_a_step(text, sequences, context + args.tokens // 2, experts, itemsize)
+            operations = sequences * decode.prefill_operations(text, context)
             for who, given in answers.items():
                 first, step = (statistics.median(answer[key] for answer in given) for key in ("first", "step"))
                 result = {
-                    "rows": rows,
+                    "sequences": sequences,
                     "context": context,
                     "who": who,
                     "first_token_s": rounded(first),
                     "first_token_percent_of_gemm": run.of_product(operations, first),
                     "step_ms": rounded(step * 1e3),
                     "step_ms_range": [rounded(1e3 * pick(answer["step"] for answer in given)) for pick in (min, max)],
-                    "tokens_per_second": rounded(rows / step),
+                    "tokens_per_second": rounded(sequences / step),
                     "experts_read": experts and round(experts, 1),
                     "gb_a_step": rounded(nbytes / 1e9),
                     "gb_per_s": rounded(nbytes / step / 1e9),
@@ -155,8 +160,8 @@ def _equal(run: Run) -> None:
                 }
                 run.results.append(result)
                 print(
-                    f"| {rows} | {context} | {who} | {first:.3f} | {result['first_token_percent_of_gemm']} % "
-                    f"| {step * 1e3:.1f} | {rows / step:.1f} | {nbytes / 1e9:.2f} | {result['gb_per_s']} "
+                    f"| {sequences} | {context} | {who} | {first:.3f} | {result['first_token_percent_of_gemm']} % "
+                    f"| {step * 1e3:.1f} | {sequences / step:.1f} | {nbytes / 1e9:.2f} | {result['gb_per_s']} "
                     f"| {result['percent_of_reading']} % |",
                     flush=True,
                 )

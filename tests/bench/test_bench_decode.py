@@ -38,12 +38,12 @@ def bench(tmp_path: Path, *arguments: str) -> dict[str, Any]:
 
 
 def test_the_report_of_equal_requests_is_complete(tmp_path):
-    results = bench(tmp_path, *"throughput --rows 1 3 --context 20".split())["results"]
-    assert [(result["rows"], result["who"]) for result in results] == [
-        (rows, who) for rows in (1, 3) for who in ("kimi_vl", "transformers")
+    results = bench(tmp_path, *"throughput --sequences 1 3 --context 20".split())["results"]
+    assert [(result["sequences"], result["who"]) for result in results] == [
+        (sequences, who) for sequences in (1, 3) for who in ("kimi_vl", "transformers")
     ]
     for result in results:
-        assert result["tokens_per_second"] == pytest.approx(result["rows"] / result["step_ms"] * 1e3, rel=0.01)
+        assert result["tokens_per_second"] == pytest.approx(result["sequences"] / result["step_ms"] * 1e3, rel=0.01)
         assert result["gb_per_s"] == pytest.approx(result["gb_a_step"] / result["step_ms"] * 1e3, rel=0.01)
         assert min(result["first_token_s"], result["percent_of_reading"]) > 0
     assert results[0]["experts_read"] == 6  # of one row: those it chose
@@ -75,7 +75,7 @@ def test_mixed_requests_are_the_same_each_time_and_of_all_kinds():
 def test_a_contestant_that_ends_is_named():
     with pytest.raises(SystemExit, match="vllm ended with status"):
         contestants.Process(
-            "vllm", Path("/nowhere"), device="cpu", dtype="bfloat16", rows=1, threads=1, python=sys.executable
+            "vllm", Path("/nowhere"), device="cpu", dtype="bfloat16", sequences=1, threads=1, python=sys.executable
         )
 
 
@@ -114,7 +114,7 @@ def test_a_checkpoint_with_fewer_ids_is_one_of_its_own(tmp_path):
     assert fewer.nbytes < whole.nbytes
 
 
-def test_many_rows_read_all_experts_and_no_more():
+def test_many_sequences_read_all_experts_and_no_more():
     text = published(27)
     assert bytes_a_step(text, 1000, 0) == pytest.approx(bytes_a_step(text, 1, 0, distinct=text.n_routed_experts))
     assert bytes_a_step(text, 2, 0) < 2 * bytes_a_step(text, 1, 0)

@@ -98,7 +98,7 @@ def test_a_rehearsal_passes(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert checks and all(checks)
     if name == "ladder_graphs":
         whole = {name: {"ended": "done", "passed": 1, "checks": 1, "reports": reports}}
-        assert gpu.summary(whole)["tokens_per_second"].keys() == {"3 rows of 9"}
+        assert gpu.summary(whole)["tokens_per_second"].keys() == {"3 sequences of 9"}
 
 
 STAND_IN = """

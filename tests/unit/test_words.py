@@ -17,6 +17,7 @@ GONE = {
     r"\bnot paid\b": "no speed-up",
     r"\bfaults of\b": "failure modes",
     r"\b(max_rows|step_tokens)\b": "max_num_seqs, max_num_batched_tokens",
+    r"--rows\b|\b(a|each|every|per) row and step\b|\bat (one|\d+) rows?\b": "sequences",
     r"\b(continue_last)\b": "continue_final_message",
     r"\b(latent_write)\b": "write to the KV cache",
     r"\bgive_back\(|\.(forget|remember)\(": "release, evict, register",
