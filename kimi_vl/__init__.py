@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, UserError
-from .events import Answer, Done, Event, Reasoning, Usage
+from .events import Answer, Done, Estimate, Event, MediaUse, Reasoning, Usage
 
 if TYPE_CHECKING:
     from .hf import KimiVLConfig, KimiVLForConditionalGeneration, KimiVLProcessor
@@ -19,10 +19,12 @@ __all__ = [
     "Answer",
     "CheckpointError",
     "Done",
+    "Estimate",
     "Event",
     "KimiVLConfig",
     "KimiVLForConditionalGeneration",
     "KimiVLProcessor",
+    "MediaUse",
     "Pipeline",
     "Reasoning",
     "Usage",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "stop_sequence"]
@@ -38,8 +38,41 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class MediaUse:
+    """What was taken of a video, a document or an image, and what it cost.
+
+    ``taken`` are the times of the frames in seconds, or the numbers of the pages; ``wanted`` of them were asked for, so
+    that a larger number says that some did not fit or could not be decoded. ``width`` and ``height`` are of a frame, of
+    the largest page, or of the image, in pixels; ``tokens`` are part of the input, labels included.
+    """
+
+    kind: Literal["video", "document", "image"]
+    tokens: int
+    width: int
+    height: int
+    taken: tuple[float, ...] = ()
+    wanted: int = 1
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a request would cost: ``input_tokens`` in all, of which ``text_tokens`` are neither images nor labels.
+
+    ``media`` has each image, video and document in order, ``context`` is what prompt and new tokens share.
+    """
+
+    input_tokens: int
+    text_tokens: int
+    context: int
+    media: tuple[MediaUse, ...]
+
+
+@dataclass(frozen=True)
 class Done:
-    """The end of a request: the pieces joined, why it ended, and its figures (times in seconds)."""
+    """The end of a request: the pieces joined, why it ended, and its figures (times in seconds).
+
+    ``media`` has what was taken of each video and document, in order.
+    """
 
     reasoning: str
     answer: str
@@ -49,6 +82,7 @@ class Done:
     seed: int
     time_to_first_token: float
     tokens_per_second: float
+    media: tuple[MediaUse, ...] = field(default=(), repr=False)
 
 
 Event = Reasoning | Answer | Done

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from .engine.sampling import Sampling
-from .events import Done, Event, FinishReason, Usage
+from .events import Done, Event, FinishReason, MediaUse, Usage
 from .text.output_text import OutputText
 from .text.thinking import ThinkingBudget
 from .text.tokenizer import Tokenizer
@@ -31,6 +31,7 @@ class TextOutputProcessor:
         usage: Usage,
         began: float,
         deliver: Deliver,
+        media: tuple[MediaUse, ...] = (),
     ):
         self._stop_ids = tokenizer.stop_ids
         self.sampling = sampling
@@ -38,6 +39,7 @@ class TextOutputProcessor:
         self._began, self._first_at = began, None
         self._count = 0
         self._deliver = deliver
+        self._media = media
         if thinking.closing:
             text.drop_unfinished()
 
@@ -92,5 +94,6 @@ class TextOutputProcessor:
                 seed=self.sampling.seed,
                 time_to_first_token=first_at - self._began,
                 tokens_per_second=(self._count - 1) / elapsed if self._count > 1 and elapsed > 0 else 0.0,
+                media=self._media,
             )
         )

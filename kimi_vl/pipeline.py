@@ -12,21 +12,24 @@ import queue
 import secrets
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from . import kernels, parameters
+from . import attachments, kernels, parameters
+from .attachments import ReadingOptions, Share
 from .coalescer import Coalescer
 from .engine.engine import Engine, EngineOptions, Patches, RequestHandle
 from .engine.sampling import Sampling
 from .engine.warm_up import warm_up
 from .errors import UserError
-from .events import Done, Event, Usage
+from .events import Done, Estimate, Event, MediaUse, Usage
 from .media import data_url, images
 from .media.images import ImageOptions
+from .media.sources import FileSource
 from .model.config import Config
 from .model.kimi_vl import KimiVL
 from .output_processor import Deliver, TextOutputProcessor
@@ -40,6 +43,7 @@ from .weights import loader, resolve
 
 ImageSource = bytes | bytearray | str | Path | Image.Image
 Images = Iterable[ImageSource] | ImageSource | None
+Files = Sequence[FileSource] | FileSource | None
 POLL_S = 0.05  # an exception that is raised in a waiting thread from outside is seen this soon
 
 
@@ -74,6 +78,16 @@ def load(
     return pipeline
 
 
+@dataclass(frozen=True)
+class _Prompt:
+    """A request as the engine takes it; ``prefill`` is what the answer begins with, where it is to be continued."""
+
+    ids: list[int]
+    patches: list[Patches]
+    prefill: str | None
+    media: tuple[MediaUse, ...]
+
+
 class Pipeline:
     """A loaded model with its tokenizer and its engine. Any number of threads may send requests at once."""
 
@@ -106,9 +120,11 @@ class Pipeline:
         """Events of one request: :class:`Reasoning` and :class:`Answer` pieces as they come, then :class:`Done`.
 
         ``messages`` have the chat form; image parts take ``images`` (bytes, paths, data URLs or PIL images) in order.
-        A single image is a list of one, and None is none.
+        A single image is a list of one, and None is none. Videos and documents are parts of the messages, or ``videos``
+        and ``documents`` (bytes, paths or data URLs) for the bare ones.
         ``params`` are ``temperature`` (0.6), ``top_p`` (1.0), ``top_k`` (0), ``max_length_tokens`` (8192),
-        ``thinking_budget`` (None), ``stop_sequences`` (()), ``seed`` (None), ``deadline`` (seconds, None) and
+        ``thinking_budget`` (None), ``stop_sequences`` (()), ``seed`` (None), those of
+        :class:`~kimi_vl.attachments.ReadingOptions`, ``deadline`` (seconds, None) and
         ``interval`` (0.0): for so many seconds pieces are joined to one, but for the first; many streams at a time
         disturb each other less. The request is checked at once, by this call: :class:`UserError` says what the caller
         should change. Closing the stream frees everything within a step.
@@ -169,8 +185,14 @@ class Pipeline:
         seed: int | None = None,
         deadline: float | None = None,
         interval: float = 0.0,
+        videos: Files = (),
+        documents: Files = (),
+        **reading: Any,
     ) -> RequestHandle:
-        """Send a request whose events (or error, which ends it) are delivered by the engine's thread."""
+        """Send a request whose events (or error, which ends it) are delivered by the engine's thread.
+
+        ``reading`` are the fields of :class:`~kimi_vl.attachments.ReadingOptions`.
+        """
         began = time.monotonic()
         sampling = Sampling(temperature, top_p, top_k, secrets.randbelow(2**31) if seed is None else seed)
         max_length_tokens = parameters.integer("max_length_tokens", max_length_tokens, 1, parameters.MAX_LENGTH_TOKENS)
@@ -180,15 +202,18 @@ class Pipeline:
             deadline = parameters.number("deadline", deadline, 0)
         interval = parameters.number("interval", interval, 0)
         stops = StopSequences(parameters.texts("stop_sequences", stop_sequences))
-        ids, patches, prefill = self._prompt(messages, image_list(images))
-        context = self.model.config.text_config.max_position_embeddings
+        prompt = self._prompt(
+            messages, image_list(images), videos, documents, ReadingOptions(**reading), max_length_tokens
+        )
+        ids, patches = prompt.ids, prompt.patches
+        context = self._context
         max_new_tokens = min(max_length_tokens, context - len(ids))
         if max_new_tokens < 1:
             raise UserError(
                 "E_PROMPT_TOO_LONG",
                 f"the prompt takes {len(ids)} tokens of {context}; shorten it or send fewer images.",
             )
-        text = OutputText(self.tokenizer, stops, prefill or "")
+        text = OutputText(self.tokenizer, stops, prompt.prefill or "")
         processor = TextOutputProcessor(
             self.tokenizer,
             sampling,
@@ -198,15 +223,49 @@ class Pipeline:
             Usage(len(ids), sum(image.tokens for image in patches), 0, 0),
             began,
             Coalescer(deliver, interval) if interval else deliver,
+            tuple(use for use in prompt.media if use.kind != "image"),
         )
         return self.engine.submit(
             ids, patches, max_new_tokens, processor, float("inf") if deadline is None else deadline
         )
 
+    def estimate(
+        self,
+        messages: Sequence[Message | Turn],
+        images: Images = (),
+        *,
+        videos: Files = (),
+        documents: Files = (),
+        max_length_tokens: int = 8192,
+        **reading: Any,
+    ) -> Estimate:
+        """What a request would cost, in tokens by part. Nothing is decoded but the images, and the model does nothing.
+
+        The parameters are those of :meth:`stream`; raises the same :class:`UserError`.
+        """
+        max_length_tokens = parameters.integer("max_length_tokens", max_length_tokens, 1, parameters.MAX_LENGTH_TOKENS)
+        found = self._prompt(
+            messages, image_list(images), videos, documents, ReadingOptions(**reading), max_length_tokens, decode=False
+        )
+        return Estimate(
+            len(found.ids), len(found.ids) - sum(use.tokens for use in found.media), self._context, found.media
+        )
+
+    @property
+    def _context(self) -> int:
+        return self.model.config.text_config.max_position_embeddings
+
     def _prompt(
-        self, messages: Sequence[Message | Turn], sources: Sequence[ImageSource]
-    ) -> tuple[list[int], list[Patches], str | None]:
-        """The ids, the images, and with what the answer begins, if a turn of it is to be continued."""
+        self,
+        messages: Sequence[Message | Turn],
+        sources: Sequence[ImageSource],
+        videos: Files,
+        documents: Files,
+        reading: ReadingOptions,
+        max_length_tokens: int,
+        decode: bool = True,
+    ) -> _Prompt:
+        """A request as the engine takes it. Without ``decode`` there are no patches, and images are among the media."""
         turns = read(messages)
         prefill = chat.assistant_prefill(turns)
         continues = prefill is not None
@@ -217,14 +276,45 @@ class Pipeline:
         parts = [part for turn in turns for part in turn.images]
         if max(len(parts), len(sources)) > images.MAX_IMAGES:
             raise UserError("E_TOO_MANY_IMAGES", f"a request may have {images.MAX_IMAGES} images; send fewer.")
-        patches = [
-            Patches(*images.preprocess(images.load(source, self.image_options), self.image_options))
-            for source in image_sources(parts, sources)
-        ]
-        context = self.model.config.text_config.max_position_embeddings
-        counts = [image.tokens for image in patches]
-        ids = chat.encode(self.tokenizer, turns, counts, limit=context, continue_final_message=continues)
-        return ids, patches, prefill
+        video_files = attachments.file_list("videos", videos, "E_VIDEO_SOURCE")
+        document_files = attachments.file_list("documents", documents, "E_DOCUMENT_SOURCE")
+        found = image_sources(parts, sources)
+
+        def encode(turns: Sequence[Turn]) -> list[int]:
+            counts = [part.source.tokens for turn in turns for part in turn.images]
+            return chat.encode(self.tokenizer, turns, counts, limit=self._context, continue_final_message=continues)
+
+        with attachments.opened(turns, video_files, document_files, reading, self.image_options) as files:
+            loaded = (images.load(source, self.image_options) for source in found)  # one at a time in memory
+            turns = attachments.with_images(turns, [self._seen(image, decode) for image in loaded])
+            shares: list[Share] = []
+            if files:
+                others = len(encode(attachments.expanded(turns, [()] * len(files))))
+                room = self._context - min(max_length_tokens, self._context // 4) - others
+                shares = attachments.share(files, room, self._label_tokens, self.image_options)
+            shown = [
+                [self._seen(picture, decode) for picture in (file.read(share.sizes) if decode else share.blanks())]
+                for file, share in zip(files, shares, strict=True)
+            ]
+        shares = [share.of(pictures, self._label_tokens) for share, pictures in zip(shares, shown, strict=True)]
+        media = attachments.uses(turns, shares, self._label_tokens(""), self.image_options.patch_size)
+        turns = attachments.expanded(
+            turns,
+            [list(zip(share.labels, pictures, strict=True)) for share, pictures in zip(shares, shown, strict=True)],
+        )
+        patches = [part.source for turn in turns for part in turn.images]
+        return _Prompt(encode(turns), patches, prefill, tuple(media))
+
+    def _seen(self, picture: Image.Image, decode: bool) -> Patches | images.Plan:
+        """An image as the engine takes it, or how large that would be."""
+        if not decode:
+            return images.plan(*picture.size, self.image_options)
+        return Patches(*images.preprocess(picture, self.image_options))
+
+    def _label_tokens(self, label: str) -> int:
+        """What an image costs beside its own tokens, with a text before it."""
+        encode = self.tokenizer.encode
+        return len(encode(label)) + len(encode(chat.IMAGE_SLOT_TEXT)) + chat.IMAGE_SLOT_CONTROLS
 
 
 def image_list(images: Images) -> list[ImageSource]:

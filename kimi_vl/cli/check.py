@@ -141,12 +141,12 @@ def _existing(path: Path) -> Path:
 
 def _limits() -> dict[str, int]:
     from .. import parameters
-    from ..media import images
+    from ..media import image_files, images
     from ..text import stop_sequences
 
     return {
         "images a request": images.MAX_IMAGES,
-        "bytes an image": images.MAX_BYTES,
+        "bytes an image": image_files.MAX_BYTES,
         "pixels an image": images.MAX_PIXELS,
         "new tokens": parameters.MAX_LENGTH_TOKENS,
         "stop sequences": stop_sequences.MAX_SEQUENCES,

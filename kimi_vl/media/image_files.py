@@ -25,6 +25,11 @@ MAX_TILE_PIXELS = 40_000_000
 """Of one TIFF tile, which may be larger than its picture."""
 
 
+_PNG, _JPEG, _BMP = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM"
+_GIF, _TIFF = (b"GIF87a", b"GIF89a"), (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_STARTS = (_PNG, _JPEG, _BMP, *_GIF, *_TIFF)
+
+
 class UnsupportedError(ValueError):
     """A file that is whole, but of a kind that nothing here decodes."""
 
@@ -47,19 +52,24 @@ class ImageFile:
     whole: bool = True
 
 
+def is_image(head: bytes) -> bool:
+    """Whether a file that begins so is of a format that :func:`read` knows."""
+    return head.startswith(_STARTS) or (head[:4], head[8:12]) == (b"RIFF", b"WEBP")
+
+
 def read(data: bytes) -> ImageFile | None:
     """The parts of ``data`` that decoding needs; None where it is of none of the formats known here."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+    if data.startswith(_PNG):
         return _png(data)
-    if data.startswith(b"\xff\xd8\xff"):
+    if data.startswith(_JPEG):
         return _jpeg(data)
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return _webp(data)
-    if data.startswith((b"GIF87a", b"GIF89a")):
+    if data.startswith(_GIF):
         return ImageFile("GIF", data)
-    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+    if data.startswith(_TIFF):
         return _tiff(data)
-    if data.startswith(b"BM"):
+    if data.startswith(_BMP):
         return ImageFile("BMP", data, profile=_bmp_profile(data))
     return None
 

@@ -10,7 +10,6 @@ import contextlib
 import io
 import json
 import math
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -23,8 +22,7 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from ..errors import CheckpointError, UserError
 from ..model import published
 from ..model.config import num_image_tokens
-from . import data_url, icc, image_files, tiff_samples
-from .image_files import MAX_BYTES
+from . import icc, image_files, kinds, sources, tiff_samples
 
 MAX_PIXELS = 40_000_000
 MAX_SIDE = 1_000_000
@@ -169,7 +167,7 @@ def load(source: bytes | bytearray | str | Path | Image.Image, options: ImageOpt
         with _refusals():
             image = _rgb(source, source.info.get("icc_profile") or b"")
             return _fitted(_upright(image, source.getexif().get(ExifTags.Base.Orientation, 1)), options)
-    data = _read(source)
+    data = sources.read(source, kinds.IMAGE)
     with _refusals():
         file = image_files.read(data)
         if file is None:
@@ -226,33 +224,6 @@ def _refusals() -> Iterator[None]:
             "E_IMAGE_UNREADABLE",
             "an image is damaged or cut off; send the file again, or save it anew as PNG or JPEG.",
         ) from None
-
-
-def _read(source: bytes | bytearray | str | Path) -> bytes:
-    if isinstance(source, bytes | bytearray):
-        data = bytes(source)
-    elif isinstance(source, str) and data_url.is_data_url(source):
-        data = data_url.decode(source)
-    else:
-        try:
-            with open(source, "rb", opener=_open_at_once) as file:
-                data = file.read(MAX_BYTES + 1)
-        except (OSError, ValueError):  # a path with a zero byte is a ValueError
-            raise UserError("E_IMAGE_UNREADABLE", "an image file cannot be read; send it again.") from None
-    if len(data) > MAX_BYTES:
-        raise UserError(
-            "E_IMAGE_TOO_LARGE", f"an image file is larger than {MAX_BYTES // 2**20} MiB; send a smaller one."
-        )
-    if not data:
-        raise UserError("E_IMAGE_UNREADABLE", "an image is empty; send the file again.")
-    return data
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Opens a pipe that nobody writes to, which then reads as empty, in place of waiting for a writer for ever."""
-    number = os.open(path, flags | os.O_NONBLOCK)
-    os.set_blocking(number, True)
-    return number
 
 
 def _decoded(opened: ImageFile.ImageFile, animated: bool) -> Image.Image:
@@ -367,16 +338,20 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
-def _fitted(image: Image.Image, options: ImageOptions) -> Image.Image:
-    width, height = image.size
+def fitted_size(width: int, height: int, options: ImageOptions) -> tuple[int, int]:
+    """The size itself, or the largest of its shape that :func:`plan` accepts."""
     longest = (_MAX_GRID - 1) // 2 * 2 * options.patch_size  # the largest side whose padded grid stays below the end
     try:
         plan(width, height, options)
-        return image
+        return width, height
     except ValueError:
         # the longer side after the published rescale is what does not fit
         patches = (width // options.patch_size) * (height // options.patch_size)
         shrink = min(1.0, math.sqrt(options.in_token_limit / patches)) if patches else 1.0
         scale = longest / max(width * shrink, height * shrink) * shrink
-        size = (max(1, min(longest, int(width * scale))), max(1, min(longest, int(height * scale))))
-        return image.resize(size, Image.Resampling.BICUBIC)
+        return max(1, min(longest, int(width * scale))), max(1, min(longest, int(height * scale)))
+
+
+def _fitted(image: Image.Image, options: ImageOptions) -> Image.Image:
+    size = fitted_size(*image.size, options)
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import UserError
-from .messages import ImagePart, Message, Role, Turn, read
+from .messages import ImagePart, Message, Part, Role, Turn, read
 from .thinking import answer_of
 from .tokenizer import Tokenizer
 
@@ -32,9 +32,13 @@ class _Text:
 
 _Part = _Control | _Text
 
+IMAGE_SLOT_TEXT = "image"
+IMAGE_SLOT_CONTROLS = 3
+"""Tokens that an image takes beside this text and its placeholders."""
+
 _IMAGE_SLOT: tuple[_Part, ...] = (
     _Control("<|media_start|>"),
-    _Text("image"),
+    _Text(IMAGE_SLOT_TEXT),
     _Control("<|media_content|>"),
     _Control(MEDIA_PAD),
     _Control("<|media_end|>"),
@@ -103,7 +107,7 @@ def without_earlier_thinking(turns: Sequence[Turn]) -> list[Turn]:
 def _answer(turn: Turn) -> Turn:
     """``turn`` without its thinking, which may go over several parts."""
     begin = len(turn.text) - len(answer_of(turn.text))
-    parts: list[str | ImagePart] = []
+    parts: list[Part] = []
     for part in turn.parts:
         if isinstance(part, str):
             parts.append(part[begin:])
@@ -128,6 +132,10 @@ def _layout(messages: Sequence[Message | Turn], add_generation_prompt: bool) -> 
 def _turn(turn: Turn) -> list[_Part]:
     content: list[_Part] = []
     for part in turn.parts:
+        if not isinstance(part, str | ImagePart):
+            raise UserError(
+                "E_MESSAGES_INVALID", "the format knows no videos and documents; send frames and pages as images."
+            )
         content += [_Text(part)] if isinstance(part, str) else _IMAGE_SLOT
     return [*_opening(turn.role), *content, _Control("<|im_end|>")]
 

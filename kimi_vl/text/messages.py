@@ -1,4 +1,5 @@
-"""Messages as clients send them, in one form: roles, and texts and images in the order in which they come.
+"""Messages as clients send them, in one form: roles, and texts, images, videos and documents in the order in which they
+come.
 
 Reads what the chat APIs in use write where its meaning is clear, and refuses the rest by name: nothing that a message
 says is dropped. A key that is null is absent, wherever it is. Knows neither tokens nor pixels.
@@ -7,8 +8,8 @@ says is dropped. A key that is null is absent, wherever it is. Knows neither tok
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import UserError
@@ -19,31 +20,36 @@ Role = Literal["system", "user", "assistant"]
 _ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _TOOL_ROLES = frozenset({"tool", "function"})
 _TOOL_KEYS = ("tool_calls", "function_call")
-_IMAGES_BESIDE_CONTENT = ("image", "images", "image_url", "attachments", "experimental_attachments")
+_BESIDE_CONTENT = ("image", "images", "image_url", "video", "video_url", "attachments", "experimental_attachments")
 _REASONING_KEYS = ("reasoning_content", "reasoning")
 
 _TEXT_TYPES = frozenset({"text", "input_text", "output_text"})
-_IMAGE_TYPES = frozenset({"image", "image_url", "input_image"})
 _THINKING_TYPES = frozenset({"thinking", "redacted_thinking", "reasoning"})
-_TYPES = _TEXT_TYPES | _IMAGE_TYPES | _THINKING_TYPES | {"refusal"}
 
-_IMAGE_KEYS = ("image", "image_url", "input_image", "inline_data", "inlineData")
-"""A part with one of these is an image, whatever its type says."""
-
-_URL_KEYS = frozenset({*_IMAGE_KEYS, "source", "url", "path"})
+_URL_KEYS = frozenset({"source", "url", "path"})
 _BASE64_KEYS = frozenset({"data", "base64", "bytes"})
-_ELSEWHERE_KEYS = frozenset(
-    {"file", "file_id", "file_uri", "fileUri", "file_url", "file_path", "file_data", "fileData", "uri", "s3Location"}
-)
-_LOCATION_KEYS = _URL_KEYS | _BASE64_KEYS | _ELSEWHERE_KEYS
+_ELSEWHERE_KEYS = frozenset({"file_id", "file_uri", "fileUri", "file_path", "uri", "s3Location"})
 _DEEPEST = 3
-"""Objects inside a part that may lead to its image, one inside the other."""
+"""Objects inside a part that may lead to its file, one inside the other."""
 
 _BARE_KEYS = frozenset(
     {"type", "text", "id", "index", "detail", "cache_control", "width", "height"}
     | {"min_pixels", "max_pixels", "resized_width", "resized_height"}
 )
-"""What a part without an image of its own may have: with any other key it may be an image that is not understood."""
+"""What a part without a file of its own may have: with any other key it may be a file that is not understood."""
+
+_VIDEO_OPTIONS = {
+    "fps": "fps",
+    "max_frames": "max_frames",
+    "num_frames": "max_frames",
+    "nframes": "max_frames",
+    "start": "start",
+    "video_start": "start",
+    "end": "end",
+    "video_end": "end",
+}
+_DOCUMENT_OPTIONS = {"pages": "pages"}
+"""What a part may say of how its file is read, and what that is called here."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,34 @@ class ImagePart:
 
 
 @dataclass(frozen=True)
+class VideoPart:
+    """A video in a message, with a source as an :class:`ImagePart` has it.
+
+    ``options`` are those of ``fps``, ``max_frames``, ``start`` and ``end`` that the part has, unchecked.
+    """
+
+    source: Any = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DocumentPart:
+    """A document in a message, with a source as an :class:`ImagePart` has it; ``options`` may have ``pages``."""
+
+    source: Any = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+FilePart = ImagePart | VideoPart | DocumentPart
+Part = str | FilePart
+
+
+@dataclass(frozen=True)
 class Turn:
-    """A message: who speaks, and the texts and images in order."""
+    """A message: who speaks, and the texts and files in order."""
 
     role: Role
-    parts: tuple[str | ImagePart, ...]
+    parts: tuple[Part, ...]
 
     @property
     def text(self) -> str:
@@ -74,16 +103,21 @@ class Turn:
         return [part for part in self.parts if isinstance(part, ImagePart)]
 
     @property
+    def files(self) -> list[FilePart]:
+        """Images, videos and documents."""
+        return [part for part in self.parts if not isinstance(part, str)]
+
+    @property
     def says_something(self) -> bool:
-        """Whether there is an image, or a text that is not white space."""
-        return bool(self.images or self.text.strip())
+        """Whether there is a file, or a text that is not white space."""
+        return bool(self.files or self.text.strip())
 
 
 def read(messages: Sequence[Message | Turn]) -> list[Turn]:
     """The messages in one form; what was read before is kept as it is.
 
-    Raises :class:`UserError`: E_MESSAGES_INVALID for what is malformed or not understood, E_IMAGE_SOURCE for images
-    that only another service could look up.
+    Raises :class:`UserError`: E_MESSAGES_INVALID for what is malformed or not understood, E_IMAGE_SOURCE,
+    E_VIDEO_SOURCE and E_DOCUMENT_SOURCE for files that only another service could look up.
     """
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
         raise UserError("E_MESSAGES_INVALID", "messages must be a list of objects with a role and a content.")
@@ -108,10 +142,10 @@ def _turn(message: Any) -> Turn:
     for key in _TOOL_KEYS:
         if given.get(key):
             raise UserError("E_MESSAGES_INVALID", f"the model calls no tools; leave {key} out of the messages.")
-    for key in _IMAGES_BESIDE_CONTENT:
+    for key in _BESIDE_CONTENT:
         if given.get(key):
             raise UserError(
-                "E_MESSAGES_INVALID", f"{key} of a message is not read; put each image into a part of its content."
+                "E_MESSAGES_INVALID", f"{key} of a message is not read; put each file into a part of its content."
             )
     content = given.get("content")
     if content is None and role == "assistant":
@@ -134,49 +168,119 @@ def _role(role: Any) -> Role:
     return _ROLES[role]
 
 
-def _part(part: Any, role: Role) -> str | ImagePart | None:
+@dataclass(frozen=True)
+class _Form:
+    """How parts that hold files of one kind are written.
+
+    A part of one of the ``types``, or with one of the ``keys``, whatever its type says, is such a file; one of the
+    ``bare`` types may leave the file to those beside the messages.
+    """
+
+    noun: str
+    part: Callable[[Any, Mapping[str, Any]], FilePart]
+    types: frozenset[str]
+    keys: tuple[str, ...]
+    bare: frozenset[str]
+    urls: frozenset[str]
+    base64: frozenset[str]
+    elsewhere: frozenset[str]
+    options: Mapping[str, str]
+    source_code: str
+    example: str
+
+
+_FORMS = (
+    _Form(
+        "an image",
+        lambda source, options: ImagePart(source),
+        frozenset({"image", "image_url", "input_image"}),
+        ("image", "image_url", "input_image", "inline_data", "inlineData"),
+        frozenset({"image"}),
+        _URL_KEYS | {"image", "image_url", "input_image", "inline_data", "inlineData"},
+        _BASE64_KEYS,
+        _ELSEWHERE_KEYS | {"file", "file_url", "file_data", "fileData"},
+        {},
+        "E_IMAGE_SOURCE",
+        '{"type": "image_url", "image_url": {"url": …}}',
+    ),
+    _Form(
+        "a video",
+        VideoPart,
+        frozenset({"video", "video_url", "input_video"}),
+        ("video", "video_url", "input_video"),
+        frozenset({"video"}),
+        _URL_KEYS | {"video", "video_url", "input_video"},
+        _BASE64_KEYS,
+        _ELSEWHERE_KEYS | {"file", "file_url", "file_data", "fileData"},
+        _VIDEO_OPTIONS,
+        "E_VIDEO_SOURCE",
+        '{"type": "video_url", "video_url": {"url": …}}',
+    ),
+    _Form(
+        "a document",
+        DocumentPart,
+        frozenset({"file", "input_file", "document"}),
+        (),
+        frozenset({"file", "document"}),
+        _URL_KEYS | {"file", "input_file", "document", "file_url"},
+        _BASE64_KEYS | {"file_data"},
+        _ELSEWHERE_KEYS,
+        _DOCUMENT_OPTIONS,
+        "E_DOCUMENT_SOURCE",
+        '{"type": "file", "file": {"filename": …, "file_data": …}}',
+    ),
+)
+_TYPES = _TEXT_TYPES | _THINKING_TYPES | {"refusal"} | {name for form in _FORMS for name in form.types}
+
+
+def _part(part: Any, role: Role) -> Part | None:
     """A part of a message; None for thinking of the assistant's own, which is not given to the model again."""
     if not isinstance(part, Mapping):
         raise UserError("E_MESSAGES_INVALID", "each part of a content must be an object with a type.")
     given = _given(part)
     kind = given.get("type")
     if kind is not None and not (isinstance(kind, str) and kind in _TYPES):
-        raise UserError("E_MESSAGES_INVALID", "the type of a content part must be text, image or image_url.")
+        raise UserError(
+            "E_MESSAGES_INVALID", "the type of a content part must be text, image_url, video_url or file; change it."
+        )
     if kind in _THINKING_TYPES and role == "assistant":
         return None
     text = given.get("refusal" if kind == "refusal" else "text")
-    if kind in _IMAGE_TYPES or any(key in given for key in _IMAGE_KEYS):
-        if text is not None and text != "":
-            raise UserError("E_MESSAGES_INVALID", "a content part is a text or an image; make two parts of it.")
-        return _image(given)
+    for form in _FORMS:
+        if kind in form.types or any(key in given for key in form.keys):
+            if text is not None and text != "":
+                raise UserError("E_MESSAGES_INVALID", "a content part is a text or a file; make two parts of it.")
+            return _file(given, form)
     if not isinstance(text, str) or kind in _THINKING_TYPES:
-        raise UserError("E_MESSAGES_INVALID", "a content part must be an image or have a text.")
+        raise UserError("E_MESSAGES_INVALID", "a content part must have a text or be an image, a video or a document.")
     return text
 
 
-def _image(part: dict[str, Any]) -> ImagePart:
-    """The image of a part, which may stand there itself or in objects like ``{"source": {"data": …}}``."""
+def _file(part: dict[str, Any], form: _Form) -> FilePart:
+    """The file of a part, which may stand there itself or in objects like ``{"source": {"data": …}}``."""
     inner = part
+    options: dict[str, Any] = {}
     for _ in range(_DEEPEST + 1):
-        keys = [key for key in inner if key in _LOCATION_KEYS]
-        if not keys and inner is part and part.get("type") == "image" and part.keys() <= _BARE_KEYS:
-            return ImagePart()
-        if len(keys) != 1:
+        options |= {name: inner[key] for key, name in form.options.items() if key in inner and name not in options}
+        keys = [key for key in inner if key in form.urls or key in form.base64 or key in form.elsewhere]
+        if not keys and inner is part and part.get("type") in form.bare and part.keys() <= _BARE_KEYS | {*form.options}:
+            return form.part(None, options)
+        if len(keys) != 1 or (inner is not part and inner.get("type") == "text"):
             break
         key, value = keys[0], inner[keys[0]]
-        if key in _ELSEWHERE_KEYS:
+        if key in form.elsewhere:
             raise UserError(
-                "E_IMAGE_SOURCE", f"an image named by {key} is not looked up; send its data, as a data URL."
+                form.source_code, f"{form.noun} named by {key} is not looked up; send its data, as a data URL."
             )
         if isinstance(value, Mapping):
             inner = _given(value)
         elif isinstance(value, bool | int | float | list | tuple):
             break
-        elif isinstance(value, str) and key in _BASE64_KEYS and value[:5].lower() != "data:":
-            return ImagePart("data:;base64," + value)
+        elif isinstance(value, str) and key in form.base64 and value[:5].lower() != "data:":
+            return form.part("data:;base64," + value, options)
         else:
-            return ImagePart(value)
-    raise UserError("E_MESSAGES_INVALID", 'write an image part as {"type": "image_url", "image_url": {"url": …}}.')
+            return form.part(value, options)
+    raise UserError("E_MESSAGES_INVALID", f"write {form.noun} as {form.example}.")
 
 
 def _given(values: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -23,7 +23,7 @@ import torch
 
 from kimi_vl.cli import programs
 from kimi_vl.cli.main import main
-from kimi_vl.media import images
+from kimi_vl.media import sources
 
 from .conftest import heed_interrupts
 
@@ -215,7 +215,7 @@ def test_a_question_that_never_ends_is_too_long(run, monkeypatch: pytest.MonkeyP
 
 
 def test_a_pipe_is_an_image_where_somebody_writes_to_it(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pipe, opened = tmp_path / "pipe.png", images._open_at_once
+    pipe, opened = tmp_path / "pipe.png", sources._open_at_once
     os.mkfifo(pipe)
     found = run("ask", "What is the result?", str(pipe))
     assert (found.returncode, found.stderr.splitlines()[-1]) == (1, "error: an image is empty; send the file again.")
@@ -227,7 +227,7 @@ def test_a_pipe_is_an_image_where_somebody_writes_to_it(run, monkeypatch: pytest
         os.close(writer)
         return number
 
-    monkeypatch.setattr(images, "_open_at_once", open_then_end)
+    monkeypatch.setattr(sources, "_open_at_once", open_then_end)
     found = run("ask", "--temperature", "0", "What is the result?", str(pipe))
     assert (found.returncode, found.stdout) == (0, "25 + 13 = 38\n")
 

@@ -13,7 +13,7 @@ import predict
 from cog_local import schema
 from kimi_vl import parameters
 from kimi_vl.cli import main as command
-from kimi_vl.media import images
+from kimi_vl.media import image_files, images
 from kimi_vl.text import stop_sequences
 from tests.unit.test_cog_yaml import extra
 
@@ -113,7 +113,7 @@ def test_the_limits_are_those_that_hold() -> None:
     limits = "\n".join(table("inputs.md", "| limit |"))
     for limit in (
         f"| images in a request | {images.MAX_IMAGES} |",
-        f"{images.MAX_BYTES // 2**20} MiB; {images.MAX_PIXELS // 10**6} million pixels; {images.MAX_SIDE:,} pixels a",
+        f"{image_files.MAX_BYTES // 2**20} MiB; {images.MAX_PIXELS // 10**6} million pixels; {images.MAX_SIDE:,} pixels",
         f"{stop_sequences.MAX_SEQUENCES}, of {stop_sequences.MAX_CHARACTERS:,} characters each",
         f"below 2^{parameters.MAX_SEED.bit_length()}",
         f"{predict.DEFAULT_DEADLINE_S:,.0f} (`KIMI_VL_DEADLINE_S`)",

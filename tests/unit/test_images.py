@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from kimi_vl.errors import CheckpointError, UserError
-from kimi_vl.media import images
+from kimi_vl.media import image_files, images
 from kimi_vl.media.images import ImageOptions
 
 DATA = Path(__file__).parents[1] / "golden"
@@ -127,7 +127,7 @@ def test_transparency_becomes_white_and_deep_samples_are_scaled():
         (encoded(Image.new("RGB", (300, 300)), "ICO"), "E_IMAGE_FORMAT"),
         (encoded(Image.new("1", (50_000, 50_000)), "PNG"), "E_IMAGE_TOO_LARGE"),
         (encoded(Image.new("1", (8_000, 8_000)), "PNG"), "E_IMAGE_TOO_LARGE"),
-        (bytes(images.MAX_BYTES + 1), "E_IMAGE_TOO_LARGE"),
+        (bytes(image_files.MAX_BYTES + 1), "E_IMAGE_TOO_LARGE"),
     ],
     ids=["empty", "html", "svg", "cut", "ico", "bomb", "large", "heavy"],
 )
