@@ -15,7 +15,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cog import BasePredictor, CancelationException, ConcatenateIterator, Input, Path, concurrent, streaming
@@ -25,7 +25,7 @@ from kimi_vl import parameters
 from kimi_vl.cog_streaming import Streams, on_cancel
 from kimi_vl.errors import UserError
 from kimi_vl.events import Answer, Done, Event, Reasoning
-from kimi_vl.media import data_url
+from kimi_vl.media import data_url, kinds
 
 if TYPE_CHECKING:
     from kimi_vl.pipeline import Pipeline
@@ -78,7 +78,7 @@ class Inputs:
     system_prompt = Input(default="", description="Replaces the default system message.")
     messages = Input(
         default=[],
-        description="A conversation in the OpenAI chat form, instead of prompt and system_prompt. An image part holds a data URL, or is a bare {type: image} that takes the next of image and images.",  # noqa: E501
+        description="A conversation in the OpenAI chat form, instead of prompt and system_prompt. An image part holds a data URL, or is a bare {type: image} that takes the next of image and images; parts of type video and file do the same for videos and documents.",  # noqa: E501
     )
     thinking_budget = Input(
         default=None,
@@ -95,6 +95,20 @@ class Inputs:
         default="text",
         choices=["text", "think_tags", "answer", "json"],
         description="text: thinking between the markers of the model, then the answer. think_tags: the same with think tags. answer: the answer alone. json: one JSON object per line.",  # noqa: E501
+    )
+    video = Input(default=None, description="A video: MP4, MOV, MKV, WebM or AVI, up to 100 MiB.")
+    document = Input(default=None, description="A PDF document without a password, up to 100 MiB.")
+    fps = Input(default=1.0, ge=0, le=60, description="Frames of a video that are taken a second, above 0.")
+    max_frames = Input(
+        default=64,
+        ge=1,
+        le=512,
+        description="The most frames that are taken of a video, evenly spread where there would be more.",
+    )
+    start = Input(default=0.0, ge=0, description="Seconds of the video before the first frame that is taken.")
+    end = Input(default=None, ge=0, description="The second of the video at which no more frames are taken.")
+    pages = Input(
+        default="", description="The pages of the document, as in 1-3,7. Empty is all of them, which may be 120."
     )
     max_tokens = Input(default=None, description="Another name of max_length_tokens.", deprecated=True)
     max_new_tokens = Input(default=None, description="Another name of max_length_tokens.", deprecated=True)
@@ -127,6 +141,13 @@ class Predictor(BasePredictor):
         stop_sequences: str = Inputs.stop_sequences,
         seed: int | None = Inputs.seed,
         output_format: str = Inputs.output_format,
+        video: Path | None = Inputs.video,
+        document: Path | None = Inputs.document,
+        fps: float = Inputs.fps,
+        max_frames: int = Inputs.max_frames,
+        start: float = Inputs.start,
+        end: float | None = Inputs.end,
+        pages: str = Inputs.pages,
         max_tokens: int | None = Inputs.max_tokens,
         max_new_tokens: int | None = Inputs.max_new_tokens,
     ) -> ConcatenateIterator[str]:  # pyright: ignore[reportInvalidTypeForm]
@@ -168,6 +189,13 @@ class ConcurrentPredictor(BasePredictor):
         stop_sequences: str = Inputs.stop_sequences,
         seed: int | None = Inputs.seed,
         output_format: str = Inputs.output_format,
+        video: Path | None = Inputs.video,
+        document: Path | None = Inputs.document,
+        fps: float = Inputs.fps,
+        max_frames: int = Inputs.max_frames,
+        start: float = Inputs.start,
+        end: float | None = Inputs.end,
+        pages: str = Inputs.pages,
         max_tokens: int | None = Inputs.max_tokens,
         max_new_tokens: int | None = Inputs.max_new_tokens,
     ) -> ConcatenateIterator[str]:  # pyright: ignore[reportInvalidTypeForm]
@@ -197,12 +225,24 @@ def load_model() -> "Pipeline":
 def answer(predictor: Predictor | ConcurrentPredictor, inputs: dict[str, Any]) -> Generator[str, None, None]:
     """The text of one request, piece by piece; `inputs` has every input by its name."""
     with only_promised_errors():
+        videos, documents = (
+            [] if inputs[name] is None else [_file(inputs[name], kind)]
+            for name, kind in (("video", kinds.VIDEO), ("document", kinds.DOCUMENT))
+        )
         chat, chat_images = build_chat(
-            inputs["prompt"], inputs["system_prompt"], inputs["messages"], inputs["image"], inputs["images"]
+            inputs["prompt"],
+            inputs["system_prompt"],
+            inputs["messages"],
+            inputs["image"],
+            inputs["images"],
+            [*({"type": "video"} for _ in videos), *({"type": "document"} for _ in documents)],
         )
         events = predictor.pipeline.stream(
             chat,
             chat_images,
+            videos=videos,
+            documents=documents,
+            **{name: inputs[name] for name in ("fps", "max_frames", "start", "end", "pages")},
             temperature=inputs["temperature"],
             top_p=inputs["top_p"],
             top_k=inputs["top_k"],
@@ -255,32 +295,38 @@ def _deadline() -> float:
 
 
 def build_chat(
-    prompt: str, system_prompt: str, messages: list[Message], image: Any, images: list[Any]
+    prompt: str,
+    system_prompt: str,
+    messages: list[Message],
+    image: Any,
+    images: list[Any],
+    others: Sequence[Message] = (),
 ) -> tuple[list[Message], list[Any]]:
     """The conversation, and the images that its bare image parts take, in order; both are checked by the pipeline.
 
-    An image is a Path that Cog wrote, or the bytes of a data URL that Cog did not read.
+    An image is a Path that Cog wrote, or the bytes of a data URL that Cog did not read. ``others`` are the bare parts
+    of a video and a document.
     """
-    files = [_file(value) for value in ([] if image is None else [image]) + list(images or [])]
+    files = [_file(value, kinds.IMAGE) for value in ([] if image is None else [image]) + list(images or [])]
     if messages:
         if prompt or system_prompt:
             raise UserError(
                 "E_PARAMETER", "give either messages or prompt and system_prompt, and leave the other empty."
             )
         return messages, files
-    content: list[Message] = [{"type": "image"} for _ in files]
+    content: list[Message] = [*({"type": "image"} for _ in files), *others]
     chat: list[Message] = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
     if system_prompt:
         chat.insert(0, {"role": "system", "content": system_prompt})
     return chat, files
 
 
-def _file(value: Any) -> Path | bytes:
+def _file(value: Any, kind: kinds.Kind) -> Path | bytes:
     """Refuses what Cog did not fetch itself: it passes strings like "/etc/hostname" and "DATA:…" on as they came."""
     if isinstance(value, str) and data_url.is_data_url(value):
-        return data_url.decode(value)
+        return data_url.decode(value, kind)
     if not isinstance(value, Path):
-        raise UserError("E_IMAGE_SOURCE", "give each image as a file upload, an http or https URL, or a data URL.")
+        raise UserError(kind.source, f"give {kind.noun} as a file upload, an http or https URL, or a data URL.")
     return value
 
 
@@ -347,6 +393,8 @@ def _json_lines(events: Iterable[Reasoning | Answer | Done]) -> Iterator[str]:
                 "usage": dataclasses.asdict(event.usage),
                 "seed": event.seed,
             }
+            if event.media:
+                line["media"] = [dataclasses.asdict(use) for use in event.media]
         else:
             line = {"type": "reasoning" if isinstance(event, Reasoning) else "answer", "text": event.text}
         yield json.dumps(line, ensure_ascii=False).translate(LINE_ENDS) + "\n"
@@ -364,6 +412,7 @@ def metrics(done: Done) -> dict[str, Any]:
         "time_to_first_token": done.time_to_first_token,
         "tokens_per_second": done.tokens_per_second,
         "seed": done.seed,
+        "media": [{**dataclasses.asdict(use), "taken": list(use.taken)} for use in done.media] or None,
     }
     return {name: value for name, value in values.items() if value is not None}
 

@@ -103,7 +103,7 @@ def opened(
         if parts:
             stack.enter_context(sandbox.turn())
         found: list[Pictures] = []
-        for part, how in zip(parts, asked, strict=True):
+        for how in asked:
             if isinstance(how, VideoOptions):
                 found.append(stack.enter_context(Video(next(video_files), how)))
             else:
@@ -137,7 +137,7 @@ def _matched(
     if bare != len(beside):
         raise UserError(
             "E_MESSAGES_INVALID",
-            f"the messages have {bare} bare parts for {kind.noun} and {len(beside)} came beside them; make these equal.",
+            f"the messages have {bare} bare parts for {kind.noun} and {len(beside)} came with them; make these equal.",
         )
     waiting = iter(beside)
     return [next(waiting) if part.source is None else part.source for part in parts]

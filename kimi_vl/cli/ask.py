@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from ..errors import UserError
 from ..events import Answer, Done, Reasoning
+from ..media import kinds
 
 if TYPE_CHECKING:
     from ..pipeline import EventStream
@@ -27,7 +28,7 @@ _INERT = {code: "�" for code in [*range(32), 127, *range(128, 160)] if chr(cod
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", help="the question; - or nothing reads it from standard input")
-    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="PNG, JPEG, WebP, GIF, BMP or TIFF files")
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="images, videos and PDF documents")
     parser.add_argument("--model", help="as KIMI_VL_MODEL: a published name, demo, auto, a folder, … (auto)")
     parser.add_argument("--system", default="", metavar="TEXT", help="replaces the default system message")
     parser.add_argument(
@@ -36,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show it (dimmed on a terminal, and the default there), hide it (the default elsewhere), or it alone",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of text")
+    parser.add_argument("--estimate", action="store_true", help="print what the question would cost in tokens, as JSON")
+    reading = parser.add_argument_group("videos and documents")
+    reading.add_argument("--fps", type=float, help="frames of a video a second (1)")
+    reading.add_argument("--max-frames", type=int, metavar="N", help="frames of a video at most, evenly spread (64)")
+    reading.add_argument("--start", type=float, metavar="SECONDS", help="where frames begin (0)")
+    reading.add_argument("--end", type=float, metavar="SECONDS", help="where frames end (the end)")
+    reading.add_argument("--pages", metavar="PAGES", help="pages of a document, as in 1-3,7 (all, 120 at most)")
     sampling = parser.add_argument_group("generation")
     sampling.add_argument("--temperature", type=float, default=0.6, help="0 takes the likeliest token (0.6)")
     sampling.add_argument("--top-p", type=float, default=1.0, help="of the likeliest tokens up to this total (1.0)")
@@ -49,19 +57,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    prompt, images = _question(arguments)
+    prompt, files = _question(arguments)
     status = _Status(sys.stderr)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_LogToStatus(status)])
     model = arguments.model or os.environ.get("KIMI_VL_MODEL") or "auto"
-    chat = [{"role": "user", "content": [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]}]
+    parts = [{"type": _kind(file)} for file in files]
+    chat = [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
+    beside = {
+        f"{kind}s": [file for file, part in zip(files, parts, strict=True) if part["type"] == kind]
+        for kind in ("image", "video", "document")
+    }
+    reading = {name: getattr(arguments, name) for name in ("fps", "max_frames", "start", "end", "pages")}
     if arguments.system:
         chat.insert(0, {"role": "system", "content": arguments.system})
     status.show("loading the model")
     pipeline = _load(model, status)
     try:
+        if arguments.estimate:
+            found = pipeline.estimate(chat, **beside, **reading, max_length_tokens=arguments.max_tokens)
+            status.clear()
+            print(json.dumps(dataclasses.asdict(found), ensure_ascii=False, indent=2))
+            return 0
         events = pipeline.stream(
             chat,
-            images,
+            **beside,
+            **reading,
             temperature=arguments.temperature,
             top_p=arguments.top_p,
             top_k=arguments.top_k,
@@ -77,9 +97,18 @@ def run(arguments: argparse.Namespace) -> int:
         pipeline.close()
 
 
+def _kind(file: Path) -> str:
+    """The type of the part that a file is, by its content; what nobody knows is taken for an image, and refused so."""
+    if file.is_fifo():  # which can be read only once
+        return "image"
+    with file.open("rb") as opened:
+        kind = kinds.of(opened.read(kinds.HEAD_BYTES))
+    return "video" if kind is kinds.VIDEO else "document" if kind is kinds.DOCUMENT else "image"
+
+
 def _question(arguments: argparse.Namespace) -> tuple[str, list[Path]]:
-    """The prompt and the images; raises :class:`UserError` for what can be seen to be wrong without a model."""
-    prompt, images = arguments.prompt, arguments.images
+    """The prompt and the files; raises :class:`UserError` for what can be seen to be wrong without a model."""
+    prompt, files = arguments.prompt, arguments.files
     if prompt in (None, "-"):
         if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
             raise UserError("E_PROMPT_EMPTY", 'ask something: kimi-vl ask "What is in the picture?" photo.jpg')
@@ -89,15 +118,15 @@ def _question(arguments: argparse.Namespace) -> tuple[str, list[Path]]:
             raise UserError("E_PARAMETER", "the question on standard input is not text in UTF-8.") from None
         if len(prompt) > _MAX_PROMPT:
             raise UserError("E_PROMPT_TOO_LONG", "the question on standard input is too long; shorten it.")
-    elif not images and Path(prompt).suffix and os.path.isfile(prompt):  # Path.is_file() raises for long names
+    elif not files and Path(prompt).suffix and os.path.isfile(prompt):  # Path.is_file() raises for long names
         raise UserError("E_PROMPT_EMPTY", f'the question comes before the image: kimi-vl ask "What is this?" {prompt}')
-    for image in images:
+    for file in files:
         try:
-            if not image.is_fifo():  # whoever writes to a pipe would take this for its reader
-                image.open("rb").close()
+            if not file.is_fifo():  # whoever writes to a pipe would take this for its reader
+                file.open("rb").close()
         except OSError as error:
-            raise UserError("E_IMAGE_UNREADABLE", f"{image}: {error.strerror}; name an image file.") from None
-    return prompt, images
+            raise UserError("E_IMAGE_UNREADABLE", f"{file}: {error.strerror}; name an image file.") from None
+    return prompt, files
 
 
 def _load(model: str, status: _Status):
@@ -118,7 +147,10 @@ def _print_json(events: EventStream, status: _Status) -> int:
     for event in events:
         if isinstance(event, Done):
             status.clear()
-            print(json.dumps(dataclasses.asdict(event), ensure_ascii=False, indent=2))
+            summary = dataclasses.asdict(event)
+            if not event.media:
+                del summary["media"]
+            print(json.dumps(summary, ensure_ascii=False, indent=2))
     return 0
 
 

@@ -49,7 +49,7 @@ _BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 
 def of(head: bytes) -> Kind | None:
     """The kind of a file that begins so; None for what is neither."""
-    if image_files.is_image(head) or head[4:8] == b"ftyp" and head[8:12] in _STILL_BRANDS:
+    if image_files.is_image(head) or (head[4:8] == b"ftyp" and head[8:12] in _STILL_BRANDS):
         return IMAGE
     if head[4:8] in _BOXES or head.startswith(b"\x1aE\xdf\xa3") or (head[:4], head[8:12]) == (b"RIFF", b"AVI "):
         return VIDEO

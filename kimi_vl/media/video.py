@@ -130,7 +130,7 @@ class Video:
         return [images.plan(*images.fitted_size(*size, options), options).resized] * count
 
     def read(self, sizes: Sequence[tuple[int, int]]) -> Iterator[Image.Image]:
-        """The frames at :meth:`taken`; fewer where the last ones cannot be decoded, but one. Raises :class:`UserError`."""
+        """The frames at :meth:`taken`, at least one; the last ones may be damaged. Raises :class:`UserError`."""
         (width, height), count = sizes[0], len(sizes)
         try:
             self._sandbox.ask(times=self.taken(count), width=width, height=height)

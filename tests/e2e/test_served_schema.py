@@ -32,7 +32,7 @@ def bounded(document: dict[str, Any]) -> dict[str, Any]:
         request.pop(name, None)
     for name in ("max_length_tokens", "max_tokens", "max_new_tokens"):
         inputs[name]["maximum"] = 12
-    for field in (inputs["image"], inputs["images"]["items"]):
+    for field in (inputs["image"], inputs["video"], inputs["document"], inputs["images"]["items"]):
         field.pop("format")
         field["enum"] = FILES
     schemas["PredictionRequest"]["additionalProperties"] = False

@@ -113,7 +113,7 @@ def test_the_limits_are_those_that_hold() -> None:
     limits = "\n".join(table("inputs.md", "| limit |"))
     for limit in (
         f"| images in a request | {images.MAX_IMAGES} |",
-        f"{image_files.MAX_BYTES // 2**20} MiB; {images.MAX_PIXELS // 10**6} million pixels; {images.MAX_SIDE:,} pixels",
+        f"{image_files.MAX_BYTES // 2**20} MiB; {images.MAX_PIXELS // 10**6} million pixels; {images.MAX_SIDE:,}",
         f"{stop_sequences.MAX_SEQUENCES}, of {stop_sequences.MAX_CHARACTERS:,} characters each",
         f"below 2^{parameters.MAX_SEED.bit_length()}",
         f"{predict.DEFAULT_DEADLINE_S:,.0f} (`KIMI_VL_DEADLINE_S`)",

@@ -73,6 +73,7 @@ def ask(demo: Pipeline, request: pytest.FixtureRequest) -> Any:
         "prompt": ASK[0]["content"], "image": None, "top_p": 1.0, "temperature": 0.6, "max_length_tokens": 4,
         "images": [], "system_prompt": "", "messages": [], "thinking_budget": None, "top_k": 0, "stop_sequences": "",
         "seed": 3, "output_format": "json", "max_tokens": None, "max_new_tokens": None,
+        "video": None, "document": None, "fps": 1.0, "max_frames": 64, "start": 0.0, "end": None, "pages": "",
     }  # fmt: skip
 
     def by_python(**given: Any) -> int:

@@ -34,6 +34,13 @@ DEFAULTS: dict[str, Any] = {
     "stop_sequences": "",
     "seed": None,
     "output_format": "text",
+    "video": None,
+    "document": None,
+    "fps": 1.0,
+    "max_frames": 64,
+    "start": 0.0,
+    "end": None,
+    "pages": "",
     "max_tokens": None,
     "max_new_tokens": None,
 }
@@ -244,6 +251,28 @@ def test_what_cog_did_not_fetch_is_refused(source: Any) -> None:
         assert "hostname" not in message
 
 
+def test_a_video_and_a_document_come_after_the_images_and_before_the_question() -> None:
+    picture, film, paper = Path("/a.png"), Path("/b.mp4"), Path("/c.pdf")
+    messages, images = chat(prompt="hi", image=picture, video=film, document=paper)
+    assert messages == [
+        user({"type": "image"}, {"type": "video"}, {"type": "document"}, {"type": "text", "text": "hi"})
+    ]
+    assert images == [picture]
+    found = parameters(video=film, document=paper, fps=2, start=1, end=3.5, max_frames=9, pages="2-3")
+    assert (found["videos"], found["documents"]) == ([film], [paper])
+    assert [found[name] for name in ("fps", "start", "end", "max_frames", "pages")] == [2, 1, 3.5, 9, "2-3"]
+    assert parameters(video="DATA:video/mp4;base64,eHk=")["videos"] == [b"xy"]
+    said = [user({"type": "video"})]
+    assert chat(messages=said, video=film) == (said, [])
+
+
+@pytest.mark.parametrize("name", ["video", "document"])
+@pytest.mark.parametrize("source", ["/etc/hostname", "file:///etc/hostname", "", 3])
+def test_a_video_or_document_that_cog_did_not_fetch_is_refused(name: str, source: Any) -> None:
+    message = refusal(prompt="hi", **{name: source})
+    assert message.startswith(f"E_{name.upper()}_SOURCE: ") and "hostname" not in message
+
+
 # Messages
 
 
@@ -294,6 +323,13 @@ def test_parameters_reach_the_pipeline() -> None:
         "seed": None,
         "deadline": 1800.0,
         "interval": 0.07,
+        "videos": [],
+        "documents": [],
+        "fps": 1.0,
+        "max_frames": 64,
+        "start": 0.0,
+        "end": None,
+        "pages": "",
     }
     given = parameters(temperature=1, top_p=0, top_k=5, thinking_budget=0, seed=0, stop_sequences="END")
     assert (given["temperature"], given["top_p"], given["top_k"]) == (1.0, 0.0, 5)

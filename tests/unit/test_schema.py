@@ -28,6 +28,13 @@ PROMISED: list[tuple[str, dict[str, Any]]] = [
     ("stop_sequences", {"type": "string", "default": ""}),
     ("seed", {"type": "integer", **NONE}),
     ("output_format", {"allOf": [{"$ref": "#/components/schemas/output_format"}], "default": "text"}),
+    ("video", {**URI, **NONE}),
+    ("document", {**URI, **NONE}),
+    ("fps", {"type": "number", "default": 1.0, "minimum": 0, "maximum": 60}),
+    ("max_frames", {"type": "integer", "default": 64, "minimum": 1, "maximum": 512}),
+    ("start", {"type": "number", "default": 0.0, "minimum": 0}),
+    ("end", {"type": "number", **NONE, "minimum": 0}),
+    ("pages", {"type": "string", "default": ""}),
     ("max_tokens", {"type": "integer", **NONE, "deprecated": True}),
     ("max_new_tokens", {"type": "integer", **NONE, "deprecated": True}),
 ]
