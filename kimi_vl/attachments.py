@@ -17,7 +17,7 @@ from PIL import Image
 from .errors import UserError
 from .events import MediaUse
 from .media import data_url, images, kinds, sandbox
-from .media.documents import MAX_PAGES, Document, too_many
+from .media.documents import MAX_PAGES, Document, ranges, too_many
 from .media.images import ImageOptions
 from .media.sources import FileSource
 from .media.video import MAX_FRAMES, Video, VideoOptions
@@ -98,7 +98,8 @@ def opened(
         raise UserError("E_TOO_MANY_FILES", f"a request may have {MAX_FILES} videos and documents; send fewer.")
     video_files = iter(_matched([p for p in parts if isinstance(p, VideoPart)], videos, kinds.VIDEO))
     document_files = iter(_matched([p for p in parts if isinstance(p, DocumentPart)], documents, kinds.DOCUMENT))
-    asked = [_asked(part, reading) for part in parts]  # the cheap checks first
+    # the request's own values are checked even where nothing uses them
+    asked = [_asked(part, reading) for part in (VideoPart(), DocumentPart(), *parts)][2:]
     with contextlib.ExitStack() as stack:
         if parts:
             stack.enter_context(sandbox.turn())
@@ -119,8 +120,7 @@ def _asked(part: VideoPart | DocumentPart, reading: ReadingOptions) -> VideoOpti
             **{name: part.options.get(name, getattr(reading, name)) for name in ("fps", "max_frames", "start", "end")}
         )
     pages = part.options.get("pages", reading.pages)
-    if pages is not None and not isinstance(pages, str):
-        raise UserError("E_PARAMETER", 'pages must be a text like "1-3,7"; change it.')
+    ranges(pages)
     return pages
 
 
@@ -151,7 +151,7 @@ def _check_totals(files: Sequence[Pictures]) -> None:
         )
     pages = sum(file.wanted for file in files if file.kind == "document")
     if pages > MAX_PAGES:
-        raise too_many(pages)
+        raise too_many()
 
 
 def share(files: Sequence[Pictures], budget: int, overhead: Callable[[str], int], options: ImageOptions) -> list[Share]:

@@ -98,37 +98,50 @@ class Document:
             raise _refusal(error) from None
 
 
-def chosen(pages: str | None, count: int) -> list[int]:
-    """Numbers of the pages that a text like ``"1-3,7,9-"`` names, each once and in its order; None is all of them.
+def ranges(pages: str | None) -> list[tuple[int, int | None]]:
+    """First and last page of each piece of a text like ``"1-3,7,9-"``; None is the end. All pages for an empty one.
 
-    Raises :class:`UserError`: E_PARAMETER for a text of another form, E_DOCUMENT_PAGES for pages that the document
-    does not have, or for too many.
+    Raises :class:`UserError` (E_PARAMETER) for what is no such text.
+    """
+    if pages is not None and not isinstance(pages, str):
+        raise _misspelt()
+    found: list[tuple[int, int | None]] = []
+    for piece in (pages if pages and pages.strip() else "1-").split(","):
+        match = _RANGE.fullmatch(piece)
+        if match is None:
+            raise _misspelt()
+        first = int(match[1])
+        found.append((first, int(match[3]) if match[3] else None if match[2] else first))
+    return found
+
+
+def chosen(pages: str | None, count: int) -> list[int]:
+    """Numbers of the pages that such a text names, each once and in its order.
+
+    Raises :class:`UserError`: E_PARAMETER, or E_DOCUMENT_PAGES for pages that are not among the ``count`` of the
+    document, or for too many.
     """
     if count < 1:
         raise UserError(*_UNREADABLE)
     found: dict[int, None] = {}
-    for piece in (pages if pages and pages.strip() else "1-").split(","):
-        match = _RANGE.fullmatch(piece)
-        if match is None:
-            raise UserError("E_PARAMETER", 'pages must be numbers and ranges like "1-3,7"; change it.')
-        first = int(match[1])
-        last = int(match[3] or count) if match[2] else first
+    for first, end in ranges(pages):
+        last = count if end is None else end
         if not 1 <= first <= last <= count:
             raise UserError(
                 "E_DOCUMENT_PAGES", f"the document has the pages 1 to {count}; ask for some of these with pages."
             )
-        if len(found) + last - first >= 2 * MAX_PAGES:
-            raise too_many(count)
-        found |= dict.fromkeys(range(first, last + 1))
-    if len(found) > MAX_PAGES:
-        raise too_many(count)
+        found |= dict.fromkeys(range(first, min(last, first + MAX_PAGES) + 1))
+        if len(found) > MAX_PAGES:
+            raise too_many()
     return list(found)
 
 
-def too_many(count: int) -> UserError:
-    return UserError(
-        "E_DOCUMENT_PAGES", f"{count} pages are too many: a request may have {MAX_PAGES}; choose some with pages."
-    )
+def _misspelt() -> UserError:
+    return UserError("E_PARAMETER", 'pages must be numbers and ranges like "1-3,7"; change it.')
+
+
+def too_many() -> UserError:
+    return UserError("E_DOCUMENT_PAGES", f"a request may have {MAX_PAGES} pages; choose fewer with pages.")
 
 
 def _size(width: float, height: float, options: ImageOptions) -> tuple[int, int]:
