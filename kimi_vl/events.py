@@ -58,13 +58,15 @@ class MediaUse:
 class Estimate:
     """What a request would cost: ``input_tokens`` in all, of which ``text_tokens`` are neither images nor labels.
 
-    ``media`` has each image, video and document in order, ``context`` is what prompt and new tokens share.
+    ``media`` has each image, video and document in order, ``context`` is what prompt and new tokens share, ``ids`` are
+    the tokens of the prompt, each image as its placeholders.
     """
 
     input_tokens: int
     text_tokens: int
     context: int
     media: tuple[MediaUse, ...]
+    ids: tuple[int, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)

@@ -166,10 +166,6 @@ class Pipeline:
                 return event
         raise AssertionError("a request ends with Done")
 
-    def tokenize(self, messages: Sequence[Message | Turn], images: Images = ()) -> list[int]:
-        """The token ids of a prompt, each image as its placeholders; raises what :meth:`submit` does."""
-        return self._prompt(messages, image_list(images))[0]
-
     def submit(
         self,
         messages: Sequence[Message | Turn],
@@ -247,9 +243,9 @@ class Pipeline:
         found = self._prompt(
             messages, image_list(images), videos, documents, ReadingOptions(**reading), max_length_tokens, decode=False
         )
-        return Estimate(
-            len(found.ids), len(found.ids) - sum(use.tokens for use in found.media), self._context, found.media
-        )
+        count = len(found.ids)
+        text = count - sum(use.tokens for use in found.media)
+        return Estimate(count, text, self._context, found.media, tuple(found.ids))
 
     @property
     def _context(self) -> int:

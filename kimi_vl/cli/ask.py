@@ -76,7 +76,9 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.estimate:
             found = pipeline.estimate(chat, **beside, **reading, max_length_tokens=arguments.max_tokens)
             status.clear()
-            print(json.dumps(dataclasses.asdict(found), ensure_ascii=False, indent=2))
+            shown = dataclasses.asdict(found)
+            del shown["ids"]
+            print(json.dumps(shown, ensure_ascii=False, indent=2))
             return 0
         events = pipeline.stream(
             chat,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from typing import Any
 
 from starlette.applications import Starlette
@@ -15,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from .. import __version__
+from ..events import MediaUse
 from ..pipeline import Pipeline
 from ..text.messages import Turn
 from . import responses
@@ -23,7 +25,7 @@ from .completions import ChatCompletions
 from .errors import ApiError, bad_request, unavailable
 from .options import ServerOptions
 from .page import page_routes
-from .protocol import Fields, read_turns
+from .protocol import Fields, read_file_options, read_turns
 from .service import Fetcher, Observer, Service
 
 MAX_TOKENIZED = 2**20
@@ -119,7 +121,7 @@ class Api:
         return JSONResponse({"version": __version__})
 
     async def tokenize(self, request: Request) -> Response:
-        """``prompt`` or ``messages`` to token ids, in vLLM's form."""
+        """``prompt`` or ``messages`` to token ids, in vLLM's form; ``media`` says what images and files take of them."""
         body = await self._service.bodies.json(request.scope, request.receive)
         try:
             fields = Fields.of(body.value)
@@ -127,26 +129,27 @@ class Api:
             turns = None
             if fields.get("messages") is not None:
                 turns = await self._service.with_pictures(read_turns(fields), body)
-            tokens = await self._in_thread(self._tokens, fields, turns)
+            tokens, media = await self._in_thread(self._tokens, fields, turns)
         finally:
             body.release()
         strings = bool(fields.boolean("return_token_strs"))
         pieces = [self._service.available().tokenizer.decode([token]) for token in tokens] if strings else None
         found = {"count": len(tokens), "max_model_len": self._service.max_model_len, "tokens": tokens}
-        return JSONResponse({**found, "token_strs": pieces})
+        return JSONResponse({**found, "token_strs": pieces, "media": [dataclasses.asdict(use) for use in media]})
 
-    def _tokens(self, fields: Fields, turns: tuple[Turn, ...] | None) -> list[int]:
+    def _tokens(self, fields: Fields, turns: tuple[Turn, ...] | None) -> tuple[list[int], tuple[MediaUse, ...]]:
         pipeline, prompt = self._service.available(), fields.text("prompt")
         if (prompt is None) == (turns is None):
             raise bad_request("prompt", "give either prompt or messages.")
         if prompt is None:
-            return pipeline.tokenize(turns or ())
+            found = pipeline.estimate(turns or (), **read_file_options(fields))
+            return list(found.ids), found.media
         tokens = pipeline.tokenizer.encode(prompt, limit=MAX_TOKENIZED)
         if len(tokens) > MAX_TOKENIZED:
             raise bad_request(
                 "prompt", f"prompt may have {MAX_TOKENIZED} tokens; shorten it.", "context_length_exceeded"
             )
-        return tokens
+        return tokens, ()
 
     async def detokenize(self, request: Request) -> Response:
         """Token ids to ``prompt``, their text."""

@@ -44,7 +44,7 @@ READ = frozenset(
     | {"reasoning_effort", "thinking", "reasoning", "chat_template_kwargs", "enable_thinking", "include_reasoning"}
     | {"separate_reasoning", "response_format", "structured_outputs", "logprobs", "top_logprobs", "logit_bias"}
     | {"tools", "tool_choice", "functions", "function_call", "modalities", "continue_final_message"}
-    | {*LENGTH_NAMES, *BUDGET_NAMES, *NEUTRAL}
+    | {"media_io_kwargs", *LENGTH_NAMES, *BUDGET_NAMES, *NEUTRAL}
 )
 
 ReasoningForm = Literal["separate", "inline", "omitted"]
@@ -96,6 +96,7 @@ def read_chat(body: Any, rules: Rules = Rules()) -> ChatRequest:
         "max_length_tokens": _length(fields),
         "thinking_budget": _thinking_budget(fields),
         "stop_sequences": _stops(fields),
+        **read_file_options(fields),
     }
     return ChatRequest(
         model=model,
@@ -230,6 +231,13 @@ def _check_continued(fields: Fields, last: Fields, turn: Turn) -> None:
 
 
 # Parameters
+
+
+def read_file_options(fields: Fields) -> dict[str, Any]:
+    """How many frames of videos are taken, as clients of vLLM say it: keyword arguments of the pipeline."""
+    videos = (fields.object("media_io_kwargs") or Fields({})).object("video") or Fields({})
+    found = {"fps": videos.number("fps", 0), "max_frames": videos.integer("num_frames", 1)}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _top_k(fields: Fields) -> int | None:

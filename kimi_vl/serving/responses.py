@@ -6,6 +6,7 @@ OpenAI's own types.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -75,11 +76,14 @@ def finish_reason(done: Done) -> str:
 
 def details(done: Done) -> dict[str, Any]:
     """What else is known of an answer; OpenAI's clients keep such a field."""
-    return {
+    found: dict[str, Any] = {
         "seed": done.seed,
         "thinking_closed_by": done.thinking_closed_by,
         "time_to_first_token": round(done.time_to_first_token, 6),
     }
+    if done.media:
+        found["media"] = [dataclasses.asdict(use) for use in done.media]
+    return found
 
 
 def usage(choices: Iterable[Done]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from .. import __version__
 from ..event_loop import Bell
 from ..events import Done
 from ..pipeline import Pipeline
-from ..text.messages import ImagePart, Turn
+from ..text.messages import ImagePart, Part, Turn
 from .bodies import Bodies, Body
 from .errors import ApiError, unavailable
 from .options import ServerOptions
@@ -127,7 +127,7 @@ class Service:
         self.executor.shutdown(wait=False, cancel_futures=True)
 
 
-def _is_url(part: str | ImagePart) -> TypeGuard[ImagePart]:
+def _is_url(part: Part) -> TypeGuard[ImagePart]:
     return (
         isinstance(part, ImagePart)
         and isinstance(part.source, str)
