@@ -121,7 +121,7 @@ class Api:
         return JSONResponse({"version": __version__})
 
     async def tokenize(self, request: Request) -> Response:
-        """``prompt`` or ``messages`` to token ids, in vLLM's form; ``media`` says what images and files take of them."""
+        """``prompt`` or ``messages`` to token ids, in vLLM's form; ``media`` is what images and files take of them."""
         body = await self._service.bodies.json(request.scope, request.receive)
         try:
             fields = Fields.of(body.value)
