@@ -31,6 +31,23 @@ def _fields(config: PreTrainedConfig) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
+_EOS_OFFSET, _IM_END_OFFSET = 1, 2  # from the first special token, [BOS]
+
+
+def complete_generation_config(defaults: Any, config: Any) -> None:
+    """Stop at [EOS] and <|im_end|>: published generation configurations name the first alone, turns end with the
+    second. ``defaults`` is a GenerationConfig or None, ``config`` the model's."""
+    text = config.text_config
+    if text.bos_token_id is None or defaults is None:
+        return
+    named = defaults.eos_token_id
+    named = [] if named is None else [named] if isinstance(named, int) else list(named)
+    ends = [text.bos_token_id + _EOS_OFFSET, text.bos_token_id + _IM_END_OFFSET]
+    defaults.eos_token_id = list(dict.fromkeys([*named, *ends]))
+    defaults.bos_token_id = text.bos_token_id if defaults.bos_token_id is None else defaults.bos_token_id
+    defaults.pad_token_id = text.pad_token_id if defaults.pad_token_id is None else defaults.pad_token_id
+
+
 class KimiVLTextConfig(DeepseekV3Config):
     """The decoder (``text_config``): the fields of the published file, by default those of Kimi-VL-A3B."""
 

@@ -28,9 +28,9 @@ from transformers.utils.generic import can_return_tuple
 
 from ..errors import CheckpointError
 from ..model.config import num_image_tokens
-from .configuration import KimiVLConfig, KimiVLVisionConfig
+from . import on_mindspore
+from .configuration import KimiVLConfig, KimiVLVisionConfig, complete_generation_config
 
-_EOS_OFFSET, _IM_END_OFFSET = 1, 2  # from the first special token, [BOS]
 # What the KV cache is called among the decoder's arguments and outputs: newer versions have renamed it.
 _CACHE = "cache" if "cache" in inspect.signature(DeepseekV3Model.forward).parameters else "past_key_values"
 
@@ -196,14 +196,19 @@ class KimiVLForConditionalGeneration(KimiVLPreTrainedModel, GenerationMixin):
         self.post_init()
         # the decoder's class would have layer 61, which is beyond ours, ignored in a checkpoint
         self._keys_to_ignore_on_load_unexpected = set()
-        self._complete_generation_config()
+        complete_generation_config(self.generation_config, config)
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
     ) -> Any:
         """As in transformers, but strict: :class:`CheckpointError` names tensors that are missing, unexpected
-        or of the wrong shape. No code of the folder is run, whatever ``trust_remote_code`` says."""
+        or of the wrong shape. No code of the folder is run, whatever ``trust_remote_code`` says.
+
+        A dtype of MindSpore's, or any ``mindspore_dtype``, gives a model on MindSpore instead
+        (:mod:`kimi_vl.hf.on_mindspore`)."""
+        if on_mindspore.wanted(kwargs):
+            return on_mindspore.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         kwargs.pop("trust_remote_code", None)
         report = kwargs.pop("output_loading_info", False)
         own_generation_config = kwargs.get("generation_config") is not None
@@ -215,21 +220,15 @@ class KimiVLForConditionalGeneration(KimiVLPreTrainedModel, GenerationMixin):
         model, info = loaded
         _require_complete(info, pretrained_model_name_or_path)
         if not own_generation_config:
-            model._complete_generation_config()
+            complete_generation_config(model.generation_config, model.config)
         return (model, info) if report else model
 
-    def _complete_generation_config(self) -> None:
-        """Stop at [EOS] and <|im_end|>: published generation configurations name the first alone, turns end
-        with the second."""
-        text, defaults = self.config.text_config, self.generation_config
-        if text.bos_token_id is None or defaults is None:
-            return
-        named = defaults.eos_token_id
-        named = [] if named is None else [named] if isinstance(named, int) else list(named)
-        ends = [text.bos_token_id + _EOS_OFFSET, text.bos_token_id + _IM_END_OFFSET]
-        defaults.eos_token_id = list(dict.fromkeys([*named, *ends]))
-        defaults.bos_token_id = text.bos_token_id if defaults.bos_token_id is None else defaults.bos_token_id
-        defaults.pad_token_id = text.pad_token_id if defaults.pad_token_id is None else defaults.pad_token_id
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As in transformers; a dtype of MindSpore's gives a model on MindSpore instead."""
+        if on_mindspore.wanted(kwargs):
+            return on_mindspore.from_config(config, **kwargs)
+        return super()._from_config(config, **kwargs)
 
     def vision_features(self, pixel_values: torch.Tensor, image_grid_hws: torch.Tensor) -> torch.Tensor:
         """See :meth:`KimiVLModel.vision_features`: ``(T, 4, C)``."""
@@ -255,6 +254,8 @@ class KimiVLForConditionalGeneration(KimiVLPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits ``(B, S, V)``, or of the last ``logits_to_keep`` positions alone, and the loss of labels."""
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values}
+        on_mindspore.refuse_tensors(given | {"image_grid_hws": image_grid_hws})
         kwargs.setdefault(_CACHE, past_key_values)
         outputs = self.model(
             input_ids=input_ids,
@@ -283,6 +284,7 @@ class KimiVLForConditionalGeneration(KimiVLPreTrainedModel, GenerationMixin):
         self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any
     ) -> Any:
         """As in transformers. Prefill in chunks is refused with images: 5.17 would drop them silently."""
+        on_mindspore.refuse_tensors({"input_ids": inputs} | kwargs)
         chunk = kwargs.get("prefill_chunk_size") or getattr(
             generation_config or self.generation_config, "prefill_chunk_size", None
         )

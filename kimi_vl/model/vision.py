@@ -48,11 +48,16 @@ class PositionTable(nn.Module):
         return patches + torch.cat([resized[grid] for grid in grids])  # (P, C)
 
     def resized(self, grid: Grid) -> Tensor:
-        if grid == tuple(self.weight.shape[:2]):
-            return self.weight.flatten(0, 1)  # (rows * columns, C)
-        table = self.weight.permute(2, 0, 1).unsqueeze(0)  # (1, C, height, width)
-        table = F.interpolate(table, size=grid, mode="bicubic", align_corners=False)
-        return table.squeeze(0).permute(1, 2, 0).flatten(0, 1)  # (rows * columns, C)
+        return resize(self.weight, grid)
+
+
+def resize(table: Tensor, grid: Grid) -> Tensor:
+    """A table (height, width, C) resized to a grid, as :class:`PositionTable` says: (rows * columns, C)."""
+    if grid == tuple(table.shape[:2]):
+        return table.flatten(0, 1)
+    planes = table.permute(2, 0, 1).unsqueeze(0)  # (1, C, height, width)
+    planes = F.interpolate(planes, size=grid, mode="bicubic", align_corners=False)
+    return planes.squeeze(0).permute(1, 2, 0).flatten(0, 1)
 
 
 def rope_angles(grids: Sequence[Grid], head_dim: int, device: torch.device) -> Tensor:
