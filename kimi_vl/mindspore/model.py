@@ -16,9 +16,10 @@ from mindspore.common.initializer import initializer
 
 from .. import parameters
 from ..engine import sampling
-from ..errors import UserError
+from ..errors import CheckpointError, UserError
 from ..model.config import Config
-from ..weights import loader
+from ..weights.loader import checkpoint_layout, read_tensor
+from ..weights.shards import Expected, opened, read_headers
 from . import language, vision
 from .inputs import Batch, read
 from .layers import Weights, from_torch, linear
@@ -37,17 +38,24 @@ def usable_dtype(dtype: Any) -> Any:
 
 
 def load(directory: str | Path, config: Config, dtype: Any) -> dict[str, Parameter]:
-    """The weights of a checkpoint with ``config`` by their names, one tensor at a time; raises as
+    """The weights of a checkpoint with ``config`` by their names, read one at a time; raises as
     :func:`kimi_vl.weights.loader.load`."""
-    return {name: _parameter(name, from_torch(v, _dtype(name, dtype))) for name, v in loader.stream(directory, config)}
+    if config.quantization is not None:
+        raise CheckpointError("quantization_config is there; MindSpore takes floating-point weights alone")
+    expected, found = {name: Expected(slot.shape) for name, slot in checkpoint_layout(config).items()}, {}
+    for file, header in read_headers(Path(directory), expected).items():
+        with opened(Path(directory) / file) as shard:
+            for name, stored in header.items():
+                found[name] = _parameter(name, from_torch(read_tensor(shard, stored), _dtype(name, dtype)))
+    return found
 
 
 def start(config: Config, dtype: Any) -> dict[str, Parameter]:
     """Weights as before training, from ``mindspore.set_seed``: norms of one, biases of zero, else normal values."""
     found = {}
-    for name, slot in loader.checkpoint_layout(config).items():
+    for name, slot in checkpoint_layout(config).items():
         kind = "zeros" if name.endswith("bias") else "ones" if len(slot.shape) == 1 else "normal"
-        found[name] = _parameter(name, initializer(kind, slot.shape, _dtype(name, dtype)))
+        found[name] = _parameter(name, initializer(kind, slot.shape, _dtype(name, dtype)).init_data())
     return found
 
 
@@ -65,6 +73,8 @@ class KimiVLForConditionalGeneration(nn.Cell):
 
     def __init__(self, config: Any, network: Config, weights: dict[str, Parameter], generation_config: Any):
         super().__init__(auto_prefix=False)
+        if ms.get_context("device_target") == "CPU":  # launching asynchronously takes longer than what it overlaps with
+            ms.runtime.launch_blocking()
         for name, values in weights.items():
             self.insert_param_to_cell(name, values, check_name_contain_dot=False)
         self.config, self.network, self.generation_config = config, network, generation_config
@@ -136,7 +146,9 @@ class KimiVLForConditionalGeneration(nn.Cell):
         if room < 1:
             raise UserError("E_PROMPT_TOO_LONG", "the prompt and its images do not fit the context; shorten either.")
         limit = parameters.integer("max_new_tokens", max_new_tokens, 1, room)
-        seed = int(np.random.randint(2**62)) if seed is None else seed
+        seed = (
+            int(np.random.randint(2**62)) if seed is None else parameters.integer("seed", seed, 0, parameters.MAX_SEED)
+        )
         chosen = (temperature if do_sample else 0, top_p, top_k)
         samplings = [sampling.Sampling(*chosen, seed + index) for index in range(count)]
         named = self.generation_config.eos_token_id if eos_token_id is None else eos_token_id

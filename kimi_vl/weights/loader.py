@@ -146,18 +146,6 @@ def check(directory: str | Path) -> None:
     read_headers(directory, Plan(empty_model(config), config.quantization, None).expected)
 
 
-def stream(directory: str | Path, config: Config) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor of a checkpoint with ``config``, with its name, as it is stored; the next one is read when it is
-    asked for. Raises as :func:`load`, before the first."""
-    directory = Path(directory)
-    for file, header in _headers(directory, checkpoint_layout(config)).items():
-        with _opened(directory / file) as opened:
-            for name, stored in sorted(header.items(), key=lambda pair: pair[1].begin):
-                values = torch.empty(stored.shape, dtype=_FLOATING[stored.kind])
-                _Piece(opened, stored.begin, values.dtype, values).read(values.view(-1))
-                yield name, values
-
-
 def save(model: KimiVL, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write the weights to one safetensors file with the checkpoint's tensor names; router biases as float32."""
     parameters = dict(model.named_parameters())

@@ -27,7 +27,8 @@ ALLOWED = {
     "media": {"errors", "model", "parameters"},
     "weights": {"device", "errors", "model", "quantization"},
     "engine": {"device", "errors", "kernels", "model", "parameters"},
-    "hf": {"errors", "media", "model", "text", "weights"},
+    "mindspore": {"engine", "errors", "model", "parameters", "weights"},
+    "hf": {"errors", "media", "mindspore", "model", "text", "weights"},
     "output_processor": {"engine", "events", "text"},
     "coalescer": {"events", "output_processor"},
     "event_loop": {"events"},
@@ -135,6 +136,7 @@ def test_directions(module):
     assert own <= ALLOWED[room(module)]
     assert "cog" not in foreign
     assert "transformers" not in foreign or room(module) == "hf"
+    assert "mindspore" not in foreign or room(module) == "mindspore"
     if module in WITHOUT_TORCH or room(module) in WITHOUT_TORCH:
         assert "torch" not in foreign
 
@@ -145,7 +147,7 @@ def test_importing_the_package_is_light():
     loaded = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    for heavy in ("transformers", "cog", "torchvision", "torch", "numpy", "PIL", "huggingface_hub"):
+    for heavy in ("transformers", "cog", "torchvision", "torch", "mindspore", "numpy", "PIL", "huggingface_hub"):
         assert f"'{heavy}'" not in loaded
 
 
