@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from .events import Event
 
-PACE_PER_STREAM_S = 0.0006
+PACE_PER_STREAM_S = 0.001
 MAX_PACE_S = 0.07
 """A wake-up serves every stream that has something. Many streams wait a little longer for each, so that writing to them
 takes a bounded share of a core; one stream gets every token at once."""

@@ -304,7 +304,9 @@ def _refuse_unsupported(fields: Fields, rules: Rules) -> None:
         if value is not None and value != neutral and not rules.lenient:
             raise unsupported(name, f"{name} is not applied here; leave it out, or give {neutral}.")
     for name in sorted(UNSUPPORTED):
-        if fields.get(name) not in (None, False, [], {}) and not (name == "best_of" and fields.get(name) == 1):
+        value = fields.get(name)
+        asks = value is not None and value is not False and value != [] and not (name == "best_of" and value == 1)
+        if asks:
             raise unsupported(name, f"{name} is not supported; leave it out.")
     modalities = fields.get("modalities")
     if modalities not in (None, [], ["text"]):
