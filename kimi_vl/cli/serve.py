@@ -24,8 +24,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("E_PARAMETER", 'the server is not installed; pip install "kimi-vl[server]" adds it')
     try:
         chosen = settled(options.gather(arguments))
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         from ..serving import server
+        from ..serving.access import JsonLines
+
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(JsonLines())
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
         return server.serve(chosen, ready=_ready)
     except options.OptionError as error:

@@ -11,6 +11,8 @@ import time
 import traceback
 import uuid
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -124,15 +126,31 @@ class _Exchange:
             "seconds": round(time.monotonic() - self._began, 4),
             **self._scope["state"].get("log", {}),
         }
-        log.info("%s", json.dumps(record))
+        log.info(record)
 
 
 def log_error(error: BaseException, request_id: str) -> None:
+    log.error({"event": "error", "id": request_id, "errors": places(error)})
+
+
+def places(error: BaseException | None) -> list[dict[str, Any]]:
     """Where an error and its causes came from, without their messages: these may quote what a client sent."""
-    seen: BaseException | None = error
-    places = []
-    while seen is not None:
-        frames = traceback.extract_tb(seen.__traceback__)
-        places.append({"type": type(seen).__name__, "at": [f"{f.filename}:{f.lineno} in {f.name}" for f in frames]})
-        seen = seen.__cause__ or seen.__context__
-    log.error("%s", json.dumps({"event": "error", "id": request_id, "errors": places}))
+    found, seen = [], set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        frames = traceback.extract_tb(error.__traceback__)
+        found.append({"type": type(error).__name__, "at": [f"{f.filename}:{f.lineno} in {f.name}" for f in frames]})
+        error = error.__cause__ or error.__context__
+    return found
+
+
+class JsonLines(logging.Formatter):
+    """A line of JSON for each record: the fields of a dict, or a text as ``message``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        fields = record.msg if isinstance(record.msg, dict) else {"event": "log", "message": record.getMessage()}
+        line: dict[str, Any] = {"time": moment, "level": record.levelname.lower(), **fields}
+        if record.exc_info:
+            line["errors"] = places(record.exc_info[1])
+        return json.dumps(line)

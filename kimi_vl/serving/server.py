@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import uvicorn
+from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from ..engine.engine import EngineOptions
@@ -20,6 +23,10 @@ from .errors import ApiError, unavailable
 from .options import OptionError, ServerOptions
 
 MAX_HEAD_BYTES = 64 << 10
+SEND_BUFFER_BYTES = 128 << 10
+MAX_PIPELINED = 16
+"""Requests that a client may send on a connection before it has its answers."""
+
 _PROBES = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
 """After two minutes without an answer from the other side's system a connection is over."""
 
@@ -38,7 +45,7 @@ class Connection(HttpToolsProtocol):
         self._in_head = True
         self._reading: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
-        _probe(transport.get_extra_info("socket"))
+        _set_up(transport.get_extra_info("socket"))
         if len(self.connections) > self.options.max_connections:
             self._refuse(unavailable("too many connections; try again later.", 1))
             return
@@ -70,6 +77,9 @@ class Connection(HttpToolsProtocol):
         if size > MAX_HEAD_BYTES:
             self._refuse_head()
             return
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self.transport.abort()
+            return
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -80,6 +90,11 @@ class Connection(HttpToolsProtocol):
         self._in_head, self._head_bytes = True, 0
         if not self.transport.is_closing():
             super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self._in_head:  # a body that nobody reads could drip for ever
+            self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -101,8 +116,11 @@ class Connection(HttpToolsProtocol):
         self._refuse(ApiError(431, "the headers of a request may have 64 KiB; send less.", code="headers_too_large"))
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer before there is a request, and close."""
+        """Answer before there is a request, and close. In the middle of another answer nothing can be said."""
         if self.transport.is_closing():
+            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.transport.abort()
             return
         body = error.body()
         headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
@@ -111,9 +129,10 @@ class Connection(HttpToolsProtocol):
         self.transport.close()
 
 
-def _probe(connection: Any) -> None:
-    """Let the system notice a client that is gone without having closed its connection."""
+def _set_up(connection: Any) -> None:
+    """Bound what the system keeps for a client, and let it notice one that is gone without having said so."""
     with contextlib.suppress(OSError, AttributeError):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in _PROBES:
             if hasattr(socket, name):
@@ -133,7 +152,8 @@ class Server(uvicorn.Server):
         if self._service.draining or self._service.pipeline is None:  # the second signal means now
             self.should_exit = self.force_exit = True
         self._service.draining = True
-        self._stop_at = min(self._stop_at, time.monotonic() + self._service.options.drain_delay_s)
+        delay = 0.0 if sig == signal.SIGINT else self._service.options.drain_delay_s  # somebody waits at a terminal
+        self._stop_at = min(self._stop_at, time.monotonic() + delay)
 
     async def on_tick(self, counter: int) -> bool:
         return await super().on_tick(counter) or time.monotonic() >= self._stop_at
@@ -152,14 +172,9 @@ def listen(options: ServerOptions) -> socket.socket:
     return listener
 
 
-def serve(options: ServerOptions, ready: Callable[[str], None], load: Callable[[], Pipeline] | None = None) -> int:
-    """Serve until a signal; the exit status. ``ready`` is told the address once the model is loaded."""
-    listener = listen(options)
-    host, port = listener.getsockname()[:2]
-    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    app = build_app(None, options)
-    service: Service = app.state.service
-    config = uvicorn.Config(
+def configuration(app: Starlette, options: ServerOptions) -> uvicorn.Config:
+    """How uvicorn runs the application."""
+    return uvicorn.Config(
         app,
         http=type("Connection", (Connection,), {"options": options}),
         loop="uvloop" if sys.platform != "win32" else "asyncio",
@@ -172,28 +187,34 @@ def serve(options: ServerOptions, ready: Callable[[str], None], load: Callable[[
         timeout_keep_alive=options.keep_alive_s,
         timeout_graceful_shutdown=max(1, round(options.drain_s)),
     )
+
+
+def serve(options: ServerOptions, ready: Callable[[str], None]) -> int:
+    """Serve until a signal; the exit status. ``ready`` is told the address once the model is loaded.
+
+    Raises :class:`OptionError` for an address that cannot be used, and whatever loading the model raises.
+    """
+    listener = listen(options)
+    host, port = listener.getsockname()[:2]
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    app = build_app(None, options)
+    service: Service = app.state.service
+    config = configuration(app, options)
     server = Server(config, service)
     failed: list[BaseException] = []
 
-    async def run() -> None:
-        loading = asyncio.ensure_future(asyncio.to_thread(load or (lambda: load_pipeline(options))))
-
-        def loaded(task: asyncio.Future[Pipeline]) -> None:
-            if task.cancelled():
-                return
-            error = task.exception()
-            if error is not None:
-                failed.append(error)
-                server.should_exit = True
-                return
-            service.loaded(task.result())
+    def load_beside() -> None:
+        try:
+            service.loaded(load_pipeline(options))
             ready(address)
+        except BaseException as error:
+            failed.append(error)
+            server.should_exit = True
 
-        loading.add_done_callback(loaded)
-        await server.serve(sockets=[listener])
-
+    # as a daemon: a signal must not wait for gigabytes
+    threading.Thread(target=load_beside, name="kimi_vl loading", daemon=True).start()
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(run())
+        runner.run(server.serve(sockets=[listener]))
     if failed:
         raise failed[0]
     if service.pipeline is not None:

@@ -1,11 +1,13 @@
-"""The OpenAI-compatible server in a process of its own, on the demo model, once for each module of tests."""
+"""The OpenAI-compatible server on the demo model, in a process of its own or in a thread, once a module of tests."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +18,17 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from openai import OpenAI
+
+import kimi_vl
+from kimi_vl.engine.engine import Engine, EngineOptions
+from kimi_vl.events import Done
+from kimi_vl.serving import server
+from kimi_vl.serving.app import build_app
+from kimi_vl.serving.options import ServerOptions
+from kimi_vl.serving.service import Observer, Service
+from tests.e2e.scripted import make_thinker
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 300
@@ -92,22 +104,82 @@ class ServerProcess:
         self.stop()
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[ServerProcess]:
-    with ServerProcess() as running:
-        yield running
+class ServerThread:
+    """The same application on the same uvicorn, beside the test, which sees the engine."""
+
+    def __init__(self, model: str | Path = "demo", **options: Any):
+        torch.set_num_threads(1)
+        self.options = ServerOptions(model=str(model), port=0, drain_s=1.0, **options)
+        engine = EngineOptions(max_num_seqs=self.options.max_num_seqs, max_waiting=self.options.max_waiting)
+        self.pipeline = kimi_vl.load(str(model), options=engine)
+        self.observer = Recorder()
+        self.app = build_app(self.pipeline, self.options, self.observer)
+        listener = server.listen(self.options)
+        self.address: tuple[str, int] = listener.getsockname()[:2]
+        self.url = f"http://{self.address[0]}:{self.address[1]}"
+        config = server.configuration(self.app, self.options)
+        self._server = server.Server(config, self.service)
+        self._thread = threading.Thread(target=self._run, args=(config.get_loop_factory(), listener))
+        self._thread.start()
+        until(lambda: self._server.started)
+
+    def _run(self, loop_factory: Any, listener: socket.socket) -> None:
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            runner.run(self._server.serve(sockets=[listener]))
+
+    @property
+    def service(self) -> Service:
+        return self.app.state.service
+
+    @property
+    def engine(self) -> Engine:
+        return self.pipeline.engine
+
+    def idle(self) -> bool:
+        """Whether nothing is left of any request: neither in the engine nor a body in memory."""
+        return self.engine.idle() and self.service.bodies.held == 0
+
+    def client(self, **options: Any) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, **options})
+
+    def http(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=PATIENCE_S, **options)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.address, PATIENCE_S)
+
+    def __enter__(self) -> ServerThread:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+        self.pipeline.close()
 
 
-@pytest.fixture(scope="module")
-def client(server: ServerProcess) -> Iterator[OpenAI]:
-    with server.client() as client:
-        yield client
+class Recorder(Observer):
+    """Keeps what an observer is told."""
 
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
 
-@pytest.fixture(scope="module")
-def http(server: ServerProcess) -> Iterator[httpx.Client]:
-    with server.http() as client:
-        yield client
+    def begins(self) -> None:
+        self.calls.append(("begins",))
+
+    def first_token(self, seconds: float) -> None:
+        self.calls.append(("first_token", seconds))
+
+    def chunk(self, seconds: float, events: int) -> None:
+        self.calls.append(("chunk", seconds, events))
+
+    def ends(self, status: int, seconds: float, choices: Sequence[Done]) -> None:
+        self.calls.append(("ends", status, seconds, choices))
+
+    def rejects(self, status: int, code: str | None) -> None:
+        self.calls.append(("rejects", status, code))
+
+    def named(self, name: str) -> list[tuple[Any, ...]]:
+        return [call for call in self.calls if call[0] == name]
 
 
 def user(text: str) -> list[Any]:
@@ -122,8 +194,29 @@ def until(condition: Any) -> None:
         time.sleep(0.02)
 
 
+@pytest.fixture(scope="module")
+def demo() -> Iterator[ServerThread]:
+    with ServerThread() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def http(demo: ServerThread) -> Iterator[httpx.Client]:
+    with demo.http() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(demo: ServerThread) -> Iterator[OpenAI]:
+    with demo.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def endless_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that thinks for ever, and answers for ever once its thinking is closed."""
+    return make_thinker(tmp_path_factory.mktemp("endless"))
+
+
 def ask(http: httpx.Client, **body: Any) -> httpx.Response:
     return http.post("/v1/chat/completions", json={"messages": user("What is 12 + 30?"), "temperature": 0, **body})
-
-
-__all__: Sequence[str] = ("PATIENCE_S", "ROOT", "ServerProcess", "ask", "until", "user")
