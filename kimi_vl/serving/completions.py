@@ -18,8 +18,7 @@ from ..event_loop import Bell, Inbox
 from ..events import Done, Event
 from ..pipeline import Pipeline
 from . import responses
-from .access import log_error
-from .bodies import Body, Disconnected
+from .access import Body, Disconnected, log_error
 from .errors import ApiError, from_exception
 from .protocol import ChatRequest, read_chat
 from .responses import Chunks, Head

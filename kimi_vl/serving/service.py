@@ -17,7 +17,7 @@ from ..event_loop import Bell
 from ..events import Done
 from ..pipeline import Pipeline
 from ..text.messages import ImagePart, Part, Turn
-from .bodies import Bodies, Body
+from .access import Bodies, Body
 from .errors import ApiError, unavailable
 from .options import ServerOptions
 from .protocol import Rules
