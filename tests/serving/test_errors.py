@@ -176,7 +176,7 @@ def test_a_fault_of_the_server_tells_its_id_alone(
 
 
 def test_a_fault_in_another_route(demo: ServerThread, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo.pipeline, "tokenize", lambda *_: 1 / 0)
+    monkeypatch.setattr(demo.pipeline, "estimate", lambda *_, **__: 1 / 0)
     found = error(http.post("/tokenize", json={"messages": user("Hello.")}), 500)
     assert found["type"] == "api_error"
 
