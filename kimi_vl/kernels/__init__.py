@@ -1,8 +1,8 @@
-"""The decoder's operations behind one table: plain PyTorch everywhere, Triton on a GPU for what serves there.
+"""The decoder's operations in one table: PyTorch on every device, and on a GPU the Triton kernels that pass a check.
 
-Triton is imported only when it is chosen; nothing else of the package knows it. Kernels name the integers that differ
-from step to step as ``do_not_specialize``: Triton compiles a kernel once more for an integer that is 1 and for one that
-16 divides, which would happen while requests are served.
+Triton is imported only where it is selected, and only by this package. Kernels list the integers that differ from step
+to step in ``do_not_specialize``: otherwise Triton compiles a kernel once more for an integer that is 1 and for one that
+16 divides, while requests are served.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 
 VARIABLE = "KIMI_VL_KERNELS"
 SYNCHRONISING = frozenset({"moe", "mla_prepare", "mla_decode"})
-"""Plain operations that no captured step may hold: they synchronise the device, or need a slot for every token."""
+"""PyTorch operations that cannot be captured: they synchronise with the device, or need a slot for every token."""
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +46,9 @@ log = logging.getLogger(__name__)
 class Ops:
     """One implementation of every operation; :mod:`kimi_vl.kernels.reference` says what each computes.
 
-    ``static`` ones never synchronise, and leave tokens without a slot unwritten: what steps over buffers that
-    stay (:mod:`kimi_vl.engine.cuda_graphs`) need. ``prepack`` packs weights for what may take them packed:
-    :func:`project`, :func:`mlp`, and ``moe``, ``mla_prepare`` and ``mla_decode`` of the same table as their ``packed``.
+    ``static`` operations never synchronise with the device and skip tokens without a slot, so that they can be captured
+    (:mod:`kimi_vl.engine.cuda_graphs`). ``prepack`` packs weights; the result is the argument ``packed`` of
+    :func:`project`, :func:`mlp`, and of ``moe``, ``mla_prepare`` and ``mla_decode`` of the same table.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Widths:
 
 @dataclass(frozen=True)
 class Use:
-    """What an engine asks of the operations: the widths of its model, and how much it takes on in one step."""
+    """What an engine will call the operations with: the widths of its model, and the sizes of its largest step."""
 
     widths: Widths
     dtype: torch.dtype
@@ -119,10 +119,11 @@ TORCH = Ops(
 def select_ops(device: torch.device | str, name: str | None = None, use: Use | None = None) -> Ops:
     """The operations for a device: those called ``name``, else what the variable KIMI_VL_KERNELS names, else "auto".
 
-    "auto" is "torch" on a CPU. On a GPU it takes every kernel that proves itself there at the sizes of ``use``, and
-    plain PyTorch for the others, with a line in the log for each reason; see :mod:`kimi_vl.kernels.startup_check`.
-    With ``use``, kernels are compiled for every launch that a step can need before this returns. Raises ValueError for
-    an unknown name or without what "auto" needs, and RuntimeError where Triton is asked for and cannot be had.
+    "auto" is "torch" on a CPU. On a GPU it is every kernel that passes the check of :mod:`startup_check
+    <kimi_vl.kernels.startup_check>` at the sizes of ``use``; the others fall back to PyTorch, and the log gives the
+    reason. With ``use``, kernels are compiled for every launch that a step can need before this returns. Raises
+    ValueError for an unknown name, or for "auto" without ``use`` on a GPU, and RuntimeError where Triton is asked for
+    and not available.
     """
     device, asked = torch.device(device), _asked(name)
     if asked == "torch" or (asked == "auto" and device.type != "cuda"):
@@ -141,7 +142,7 @@ def select_ops(device: torch.device | str, name: str | None = None, use: Use | N
 
 
 def prepare(device: torch.device | str, use: Use) -> None:
-    """Begin what :func:`select_ops` will wait for, so that it goes on while the weights are loaded."""
+    """Start the check that :func:`select_ops` waits for, so that it runs while the weights are loaded."""
     device = torch.device(device)
     if _asked(None) == "auto" and device.type == "cuda":
         from . import startup_check
@@ -150,7 +151,7 @@ def prepare(device: torch.device | str, use: Use) -> None:
 
 
 def triton_ops() -> Ops:
-    """All kernels. Raises ImportError where Triton is missing."""
+    """The table of all Triton kernels. Raises ImportError where Triton is missing."""
     from . import triton_mla, triton_moe, triton_norm, triton_router
 
     return Ops(
@@ -165,13 +166,13 @@ def triton_ops() -> Ops:
 
 
 def without(ops: Ops, refused: Collection[str]) -> Ops:
-    """``ops`` with plain PyTorch in the place of some operations."""
+    """``ops`` with PyTorch as the fallback for the operations in ``refused``."""
     if not refused:
         return ops
     if all(name in refused or getattr(ops, name) is getattr(TORCH, name) for name in OPERATIONS):
         return TORCH
-    plainly = {name: getattr(TORCH, name) for name in refused}
-    return dataclasses.replace(ops, name="mixed", static=ops.static and not SYNCHRONISING & set(refused), **plainly)
+    fallbacks = {name: getattr(TORCH, name) for name in refused}
+    return dataclasses.replace(ops, name="mixed", static=ops.static and not SYNCHRONISING & set(refused), **fallbacks)
 
 
 def _asked(name: str | None) -> str:
@@ -211,7 +212,7 @@ def _automatic(device: torch.device, use: Use) -> Ops:
 
 
 def report(refused: Mapping[str, str], ops: Ops) -> None:
-    """One line for each reason, and one where the step cannot be captured for it."""
+    """Log one line for each reason, and one where decode steps can no longer be captured."""
     for reason in dict.fromkeys(refused.values()):
         names = ", ".join(name for name, own in refused.items() if own == reason)
         log.warning("plain PyTorch instead of kernels for %s: %s", names, reason)

@@ -1,6 +1,6 @@
-"""What the attention of one step needs to know about its tokens: where each sequence's KV cache is, and how long.
+"""The attention metadata of one step: where the KV cache of each sequence is, and how long it is.
 
-Values only; which page belongs to which sequence is decided by the scheduler.
+Values only: the scheduler decides which page belongs to which sequence.
 """
 
 from __future__ import annotations
@@ -15,45 +15,43 @@ from torch import Tensor
 # Shapes: B sequences that decode one token each, M pages a sequence, T tokens of a step, R + P values of a token's
 # latent and rotary key.
 
-GATHERED = 1 << 19  # cached tokens that are gathered at a time, about 0.6 GB in bfloat16 at the published widths
+GATHERED = 1 << 19  # cached tokens gathered at a time: about 0.6 GB in bfloat16 at the published widths
 
 
 @dataclass(frozen=True)
 class PrefillChunk:
     """Several new tokens of one sequence within a step."""
 
-    tokens: slice  # their places in the step
-    pages: Tensor  # those of everything up to ``end``
+    tokens: slice  # among those of the step
+    pages: Tensor  # of all tokens up to ``end``
     end: int
-    mask: Tensor | None  # (S, end); None: plainly causal, or that flash_attn needs none
+    mask: Tensor | None  # (S, end); None: causal attention without a past, or FlashAttention, which needs none
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some of the sequences of a step, whose cached tokens are gathered together; L is the greatest of their
-    lengths."""
+    """Some sequences of a step whose cached tokens are gathered together; L is the greatest of their lengths."""
 
-    sequences: Tensor | slice  # their places in the batch (b)
-    slots: Tensor  # (b, L) int64, slots of the KV cache; past a sequence's end its first one stands again
-    mask: Tensor | None  # (b, L), true up to each sequence's length; None: everywhere
-    empty: Tensor  # (b), whose length is 0
+    sequences: Tensor | slice  # of the batch (b)
+    slots: Tensor  # (b, L) int64, slots of the KV cache, padded with each sequence's first one
+    mask: Tensor | None  # (b, L), true up to each sequence's length; None: no padding
+    empty: Tensor  # (b), true where the length is 0
 
 
 @dataclass(frozen=True)
 class DecodeMetadata:
-    """What each of B sequences attends to with its one new token."""
+    """What the one new token of each of B sequences attends to."""
 
-    page_table: Tensor  # (B, M) int32, its pages in order; what follows those in use means nothing
-    seq_lens: Tensor  # (B) int32, cached tokens of each sequence, the new one among them
+    page_table: Tensor  # (B, M) int32, pages in order; entries past those in use are ignored
+    seq_lens: Tensor  # (B) int32, cached tokens of each sequence, including the new one
     page_size: int
-    host_seq_lens: Sequence[int] | None = None  # the same on the host; without them ``blocks`` synchronises
+    host_seq_lens: Sequence[int] | None = None  # the same on the host; without it ``blocks`` synchronises
 
     @cached_property
     def blocks(self) -> list[Block]:
-        """The sequences, in as many blocks as it takes for none to gather more than GATHERED cached tokens.
+        """The sequences in blocks, each of which gathers at most GATHERED cached tokens or is a single sequence.
 
-        A sequence that is longer than that is alone. Where there are several blocks, no sequence is with another that
-        is more than twice as long.
+        With several blocks, no sequence shares one with another that is more than twice as long: padding stays small.
         """
         lengths = self.seq_lens.tolist() if self.host_seq_lens is None else self.host_seq_lens
         if len(lengths) * max(lengths, default=0) <= GATHERED or len(lengths) == 1:
@@ -81,10 +79,10 @@ class DecodeMetadata:
 
 @dataclass(frozen=True)
 class StepMetadata:
-    """New tokens as all layers see them: one of each of B sequences that decode, then those of prefill chunks."""
+    """The new tokens of a step, for all layers: one of each of B decoding sequences, then those of prefill chunks."""
 
     kv_cache: Tensor  # (layers, pages, page_size, R+P), written to
     positions: Tensor  # (T) int64
-    slot_mapping: Tensor  # (T) int64, where each is written: page * page_size + offset; a negative one is not
+    slot_mapping: Tensor  # (T) int64, page * page_size + offset; a token with a negative one is not written
     decode: DecodeMetadata
     prefills: Sequence[PrefillChunk] = ()

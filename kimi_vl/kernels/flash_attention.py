@@ -1,8 +1,9 @@
-"""Attention over long inputs by a FlashAttention package, where one is installed that takes the tensors.
+"""Attention of prompts and images by a FlashAttention package, where one is installed that supports the tensors.
 
-FlashAttention 4 (``flash_attn.cute``) is for compute capabilities 9 and 10 and takes values of fewer dims than keys;
-FlashAttention 2 (``flash_attn``) is for 8.0 and later, and needs the values padded. Nothing depends on either: who
-finds neither :func:`usable` asks torch. A package is tried before its first use, and one that fails is left alone.
+FlashAttention 4 (``flash_attn.cute``) is for compute capabilities 9 and 10 and takes values of fewer dims than keys.
+FlashAttention 2 (``flash_attn``) is for 8.0 and later, and needs the values padded. Both are optional: without one,
+:func:`usable` is false and the caller falls back to torch. A package is compared with torch before its first use, and
+never used if it fails.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Package:
-    """The functions of one package. ``narrow`` ones take values of fewer dims than keys."""
+    """The functions of one package. With ``narrow``, values may have fewer dims than keys."""
 
     narrow: bool
     function: Callable[..., object]
@@ -40,7 +41,7 @@ def usable(states: Tensor) -> bool:
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Heads (B, N, S, V) of queries (B, N, S, D), which are the last S of the keys (B, N, L, D)."""
+    """Causal attention (B, N, S, V) of queries (B, N, S, D), which belong to the last S of the keys (B, N, L, D)."""
     package = _package(query.device)
     assert package is not None
     return _causal(package, query, key, value, scale)
@@ -72,14 +73,14 @@ def _packed(package: Package, query: Tensor, key: Tensor, value: Tensor, lengths
 
 
 def _output(result: object) -> Tensor:
-    """FlashAttention 4 gives logarithms of sums besides."""
+    """FlashAttention 4 also returns the log-sum-exp."""
     output = result[0] if isinstance(result, tuple) else result
     assert isinstance(output, Tensor)
     return output
 
 
 def candidates(device: torch.device) -> list[str]:
-    """Modules that are for a device, whether installed or not, the one to be preferred first."""
+    """The modules that support a device, installed or not, in order of preference."""
     if device.type != "cuda":
         return []
     major, _ = torch.cuda.get_device_capability(device)
@@ -87,7 +88,7 @@ def candidates(device: torch.device) -> list[str]:
 
 
 def refuse(name: str, reason: str) -> None:
-    """Do not use a module."""
+    """Never use this module; the log gives the reason."""
     log.warning("%s is not used: %s", name, reason)
     _refused.add(name)
     _package.cache_clear()
@@ -95,8 +96,11 @@ def refuse(name: str, reason: str) -> None:
 
 @torch.inference_mode()
 def reason_against(name: str, device: torch.device) -> str:
-    """Why a module does not serve on a device, or "", also where it is not installed. Both functions are held to torch
-    at head dims of the published model, within four roundings of bfloat16: two of each."""
+    """Why a module cannot be used on a device, or "", also where it is not installed.
+
+    Both functions are compared with torch at head dims of the published model, within four roundings of bfloat16: two
+    of each side.
+    """
     package = _imported(name)
     if package is None:
         return ""
@@ -122,7 +126,7 @@ def reason_against(name: str, device: torch.device) -> str:
 
 @functools.cache
 def _package(device: torch.device) -> Package | None:
-    """The first of the installed packages that is for the device and agrees there with torch."""
+    """The first installed package that supports the device and agrees with torch on it."""
     for name in candidates(device):
         package = None if name in _refused else _imported(name)
         reason = reason_against(name, device) if package else ""
@@ -138,11 +142,11 @@ def _imported(name: str) -> Package | None:
     try:
         found = importlib.import_module(name)
         return Package(name == "flash_attn.cute", found.flash_attn_func, found.flash_attn_varlen_func)
-    except (ImportError, AttributeError):  # also one that was built for another torch
+    except (ImportError, AttributeError):  # or it was built for another torch
         return None
 
 
 @functools.lru_cache(maxsize=16)
 def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """The same for all layers, so it goes to the device once."""
+    """Cumulative lengths (n + 1) for all layers of a pass, copied to the device once."""
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)

@@ -1,6 +1,6 @@
-"""Inputs for each operation of :mod:`kimi_vl.kernels`, the float64 twin of a call, and how far a result is from it.
+"""Random inputs of the operations, their results in float64, and the error of a result.
 
-The values are scaled so that softmax, router and gates are decisive: on flat ones a wrong kernel looks right.
+Values are scaled so that softmax, router and gates are decisive: with flat ones a wrong kernel would look right.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from . import REFERENCE, Ops, Widths, reference
 from .attention_metadata import DecodeMetadata
 
-# Unit roundoffs: a rounding to bfloat16 (8 significant bits) is off by at most 2^-8 of the value. Float32 sums of
-# some thousand terms in an unknown order are off by some ten of its 2^-24.
+# The relative error of one rounding: to bfloat16 (8 significant bits) at most 2^-8; for float32, sums of some thousand
+# terms in an unknown order, some ten times 2^-24.
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-19}
 
 
@@ -25,9 +25,9 @@ PUBLISHED = Widths()
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an operation, and how often its results have been rounded to bfloat16 on their way, if so.
+    """One call of an operation; ``roundings`` is how often a result is rounded to bfloat16, where that is the dtype.
 
-    Results are what it returns and, for ``written``, that argument after the call.
+    Results are what it returns and, with ``written``, that argument after the call.
     """
 
     op: str
@@ -37,7 +37,7 @@ class Call:
     options: dict[str, Any] = field(default_factory=dict)
 
     def run(self, ops: Ops, **more: Any) -> tuple[Tensor, ...]:
-        """The results; what is written to is a copy."""
+        """The results. The argument that is written to is copied first."""
         arguments = list(self.arguments)
         if self.written is not None:
             arguments[self.written] = arguments[self.written].clone()
@@ -79,10 +79,10 @@ def distances(results: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[float
 def apart(
     call: Call, results: Sequence[Tensor], dtype: torch.dtype, ties: bool = False, wanted: Sequence[Tensor] = ()
 ) -> float:
-    """How far results are from ``wanted``, or else the float64 twin of their call, as a multiple of what is allowed.
+    """The error of results against ``wanted``, or against the call in float64, as a multiple of the tolerance.
 
-    Experts are held to the states as the same call has stored them, so that a rounding of those is no fault of the
-    choice. With ``ties`` scores may lie closer than float32 tells apart, as they will among many tokens.
+    Routing is compared with that of the states as the call has stored them, so that their rounding is no error of the
+    router. With ``ties``, scores may be closer than float32 can tell, as happens among many tokens.
     """
     twin = wanted or call.twin()
     if call.op != "norm_router":
@@ -94,10 +94,10 @@ def apart(
 
 
 def routed_alike(router: tuple[Any, ...], results: Sequence[Tensor]) -> float:
-    """How far a choice is from that of a router's arguments in float64, whose scores may nearly tie.
+    """The error of a routing against the router's arguments in float64, where scores may nearly tie.
 
-    The larger of two: how much worse the selected experts score than the best ones, and how far the weights are from
-    those that belong to the experts that were selected.
+    The larger of two: how much lower the selected experts score than the best ones, and the error of the weights as
+    those of the selected experts.
     """
     topk_ids, topk_weights = results
     states, weight, bias, top_k, scaling = router
@@ -113,7 +113,7 @@ def routed_alike(router: tuple[Any, ...], results: Sequence[Tensor]) -> float:
 
 
 class Inputs:
-    """Draws the arguments of operations; the same seed gives the same on the same kind of device."""
+    """Draws arguments of operations; a seed gives the same values on the same kind of device."""
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class Inputs:
         return Call("add_rms_norm", (states, added, 1 + self.normal(width, scale=0.3), self.widths.eps), 3)
 
     def norm_router(self, tokens: int) -> Call:
-        """The scores spread over all of 0 to 1, and the bias is large enough to change choices."""
+        """Scores cover all of 0 to 1, and the bias is large enough to change which experts are selected."""
         widths = self.widths
         states = self.add_rms_norm(tokens).arguments
         weight = self.normal(widths.experts, widths.hidden, scale=2 * widths.hidden**-0.5)
@@ -150,8 +150,8 @@ class Inputs:
         return Call("norm_router", (*states, weight, bias, widths.top_k, widths.scaling), roundings=3)
 
     def choices(self, tokens: int, routing: str = "random") -> tuple[Tensor, Tensor]:
-        """``topk_ids`` and ``topk_weights`` (T, K): at random, all tokens the ``same``, or as many ``distinct`` ones as
-        there are."""
+        """``topk_ids`` and ``topk_weights`` (T, K): "random" experts, the "same" for all tokens, or else as many
+        distinct ones as there are."""
         experts, top_k = self.widths.experts, self.widths.top_k
         if routing == "random":
             drawn = torch.rand(tokens, experts, generator=self._generator, device=self.device)
@@ -180,14 +180,14 @@ class Inputs:
         shared: bool = True,
         weights: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
     ) -> Call:
-        """``weights`` are those of experts and shared experts, where they are at hand."""
+        """``weights`` of experts and shared experts are used instead of drawing new ones."""
         routed, always = weights or (self.experts(), self.shared_experts() if shared else None)
         states = self.normal(tokens, self.widths.hidden)
         return Call("moe", (states, *self.choices(tokens, routing), *routed, always if shared else None), roundings=3)
 
     def mla_prepare(self, tokens: int, decoding: int | None = None, unwritten: int = 0) -> Call:
-        """Of ``tokens``, the first ``decoding`` are a sequence's only one (None: all); the last ``unwritten`` have no
-        slot. The weight is laid out as the checkpoint has it."""
+        """The first ``decoding`` of ``tokens`` (None: all) decode; the last ``unwritten`` have no slot. ``to_key`` has
+        the strides of the checkpoint's weight."""
         widths = self.widths
         joined = self.normal(tokens, widths.heads * (widths.nope + widths.rope) + widths.rank + widths.rope, scale=2)
         to_key = self.normal(widths.heads, widths.nope, widths.rank, scale=widths.nope**-0.5).transpose(1, 2)
@@ -205,9 +205,9 @@ class Inputs:
         return Call("mla_prepare", arguments, roundings=2, written=4)
 
     def mla_decode(self, lengths: Sequence[int], table_pages: int = 0, spare: int = 2, common: int = 0) -> Call:
-        """Sequences with pages out of order, ``spare`` unused pages, the first ``common`` ones shared by all.
+        """Sequences of these lengths with shuffled pages; the first ``common`` pages of each are shared.
 
-        Slots past the end of a sequence are NaN, and so is every unused page; the page table goes on with -1.
+        Slots past a sequence's end and the ``spare`` unused pages are NaN; the page table is padded with -1.
         """
         widths, size = self.widths, self.widths.page_size
         needed = [-(-length // size) for length in lengths]
@@ -217,28 +217,30 @@ class Inputs:
         )
         prefix = [free.pop() for _ in range(common)]
         page_table = torch.full((len(lengths), table_pages or max([1, *needed])), -1, dtype=torch.int32)
-        for row, (length, need) in enumerate(zip(lengths, needed, strict=True)):
+        for sequence, (length, need) in enumerate(zip(lengths, needed, strict=True)):
             own = [*prefix[:need], *(free.pop() for _ in range(need - common))]
-            page_table[row, :need] = torch.tensor(own, dtype=torch.int32)
+            page_table[sequence, :need] = torch.tensor(own, dtype=torch.int32)
             for number, page in enumerate(own):
                 count = min(size, length - number * size)
                 known = kv_cache[page, :count]
                 drawn = self.normal(*known.shape)
                 kv_cache[page, :count] = torch.where(known.isnan(), drawn, known)
         query = self.normal(len(lengths), widths.heads, widths.rank + widths.rope)
-        scale = 2 * (widths.rank + widths.rope) ** -0.5  # scores of a spread of 2: some tokens clearly win
+        scale = (
+            2 * (widths.rank + widths.rope) ** -0.5
+        )  # scores have a standard deviation of about 2, so some tokens dominate
         seq_lens = torch.tensor(lengths, dtype=torch.int32, device=self.device)
         decode = DecodeMetadata(page_table.to(self.device), seq_lens, size)
         return Call("mla_decode", (query, kv_cache, decode, scale, self.to_value()), roundings=3)
 
     def to_value(self) -> Tensor:
-        """The weight that leads out of the latent space (N, V, R), with as many dims of values as of keys."""
+        """The weight (N, V, R) out of the latent space, with as many dims of values as of keys."""
         widths = self.widths
         return self.normal(widths.heads, widths.nope, widths.rank, scale=widths.rank**-0.5)
 
 
 class Unset(Inputs):
-    """Inputs whose values mean nothing and are not drawn, for calls of which only the launches matter."""
+    """Inputs of zeros, for calls of which only the launches matter."""
 
     def __init__(
         self, widths: Widths = PUBLISHED, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"

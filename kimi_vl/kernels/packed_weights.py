@@ -1,9 +1,9 @@
-"""Weights packed for GEMV on a CPU, whose speed is that of reading them.
+"""Weights packed for GEMV on a CPU, which is bound by memory bandwidth.
 
-A core reads memory half as fast again from eight streams as from one. So a matrix (O, I) is cut into panels of some of
-its rows, and a panel has one line of these for each input, in eight streams: input i is in stream i % 8. A panel's part
-of the result is the sum of its lines, weighted by the vector, and one call of torch's ``embedding_bag`` computes all
-such sums, of several matrices too. Knows matrices and vectors alone.
+One core reads memory 1.5 times as fast from eight streams as from one. A matrix (O, I) is cut into panels of some of
+its rows; a panel has one line of weights for each input, and the lines are in eight streams: input i is in stream
+i % 8. A panel's outputs are the sum of its lines, weighted by the vector. One call of torch's ``embedding_bag``
+computes all such sums, of several matrices too.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ..device import memory
 # Shapes: E matrices of O rows and I inputs, each in S panels; n vectors.
 
 STREAMS = 8
-_WIDEST = 384  # as many sums stay in registers
+_WIDEST = 384  # outputs of a panel: so many sums fit into registers
 
 
 class PackedWeight:
-    """Some ``matrices`` (O, I), panel by panel."""
+    """A packed copy of some ``matrices`` (O, I), panel by panel."""
 
     @torch.no_grad()
     def __init__(self, matrices: Sequence[Tensor]):
@@ -39,9 +39,8 @@ class PackedWeight:
         self._lines = lines.flatten(0, 3)  # (E S I, width)
 
     def gemv(self, vectors: Tensor, matrices: Tensor | None = None) -> Tensor:
-        """(n, O) of ``vectors`` (n, I), each by one of ``matrices`` (n), their numbers; None: by all, in order.
-
-        :func:`naive_gemv` says what it computes.
+        """(n, O) of ``vectors`` (n, I): vector i by the matrix with the number ``matrices[i]``, or without these by
+        matrix i. :func:`naive_gemv` is the obvious form.
         """
         if matrices is None:
             numbers = _stream_order(self.count * self._panels, self._inputs)
@@ -50,13 +49,13 @@ class PackedWeight:
             numbers = (matrices.int().unsqueeze(1) * len(own) + own).flatten()  # (n S I)
         weights = vectors.unsqueeze(1).expand(-1, self._panels, -1).reshape(-1)  # (n S I)
         offsets = _offsets(len(vectors) * self._panels, self._inputs)
-        # torch.nn.functional's would check again what is right here, for as long as a small operation takes
+        # not torch.nn.functional.embedding_bag, whose checks take as long as a small GEMV
         sums = torch.embedding_bag(self._lines, numbers, offsets, mode=0, per_sample_weights=weights)[0]
         return sums.view(len(vectors), -1)
 
 
 def naive_gemv(weights: Sequence[Tensor], vectors: Tensor, matrices: Tensor | None = None) -> Tensor:
-    """What :meth:`PackedWeight.gemv` computes, one product after another."""
+    """What :meth:`PackedWeight.gemv` computes, one GEMV after another."""
     numbers = range(len(weights)) if matrices is None else matrices.tolist()
     return torch.stack([weights[number] @ vector for number, vector in zip(numbers, vectors, strict=True)])
 
@@ -66,11 +65,11 @@ Experts = tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]
 
 
 def prepack(weights: Sequence[Tensor], experts: Sequence[Experts]) -> dict[Tensor, PackedWeight]:
-    """Pack, in the order given, what takes no more than a third of the memory that is free.
+    """Pack weights in the order given, as long as the copies fit into a third of the memory that is free.
 
-    Each of ``weights`` (O, I) or (E, O, I) is found under itself. Those of ``experts`` are found under ``gate_up`` and
-    ``down``; the shared experts follow the routed ones, as so many of the same width, so that one call computes all of
-    them. Packed weights are for bfloat16 on a CPU that has AVX-512, which torch's sums are made for.
+    The result maps a weight to its packed copy: each of ``weights`` (O, I) or (E, O, I), and ``gate_up`` and ``down``
+    of ``experts``. Shared experts are split into experts of the routed ones' width and follow them in the same copy, so
+    that one call computes all. Only bfloat16 on a CPU with AVX-512 is packed, for which torch's sums are vectorised.
     """
     spare, made = memory.available() // 3, {}
     for group in _groups(weights, experts):
@@ -82,7 +81,7 @@ def prepack(weights: Sequence[Tensor], experts: Sequence[Experts]) -> dict[Tenso
 
 
 def _groups(weights: Sequence[Tensor], experts: Sequence[Experts]) -> Iterator[dict[Tensor, list[Tensor]]]:
-    """What is of use together only: matrices to be packed into one, by the weight under which they are found."""
+    """Weights that are packed together or not at all: for each weight, the matrices of its packed copy."""
     for weight in filter(_usable, weights):
         yield {weight: [weight] if weight.dim() == 2 else [*weight]}
     for gate_up, down, shared in experts:
@@ -101,14 +100,14 @@ def _usable(weight: Tensor) -> bool:
 
 
 def _width(outputs: int, inputs: int) -> int:
-    """Of panels: the greatest that fits, in whole registers; 0 where none does."""
+    """The widest panel that divides ``outputs``, in whole registers; 0 if there is none."""
     fitting = [width for width in range(16, _WIDEST + 1, 16) if outputs % width == 0]
     return max(fitting, default=0) if inputs % STREAMS == 0 else 0
 
 
 @functools.cache
 def _stream_order(panels: int, inputs: int) -> Tensor:
-    """Numbers of the lines of some panels, input after input, and so from one stream after another."""
+    """The lines of some panels in the order of their inputs, so that successive reads come from different streams."""
     own = torch.arange(inputs, dtype=torch.int32).view(STREAMS, -1).t().flatten()
     return (_offsets(panels, inputs).unsqueeze(1) + own).flatten()
 

@@ -1,7 +1,8 @@
-"""Each operation in PyTorch, arranged for speed: what runs where there are no kernels.
+"""The operations in PyTorch, arranged for speed: the only ones on a CPU, and the fallback on a GPU.
 
-Computes what :mod:`kimi_vl.kernels.reference` says; each deviation from the obvious has its reason beside it. Not for
-steps in static buffers: it may synchronise, and every token of :func:`mla_prepare` must have a slot.
+They compute what :mod:`kimi_vl.kernels.reference` says; a comment gives the reason for each departure from the obvious
+form. They cannot be captured in CUDA graphs: some synchronise with the device, and :func:`mla_prepare` needs a slot for
+every token.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from .reference import apply_rope_half
 
 # Shapes as in `reference`.
 
-_FEW = 16  # tokens that are taken as columns
+_FEW = 16  # up to so many tokens, experts on a CPU compute W·xᵀ
 _GROUPED = ((9, 0), (10, 0))  # compute capabilities for which torch has a grouped GEMM
-_HIDDEN = 128  # tokens whose GEMMs with one expert take no longer than reading its weights
+_HIDDEN = 128  # up to so many tokens, a GEMM with one expert takes no longer than reading its weights
 
 
 def moe(
@@ -35,7 +36,8 @@ def moe(
     shared: tuple[Tensor, Tensor, Tensor] | None = None,
     packed: Mapping[Tensor, PackedWeight] = NOT_PACKED,
 ) -> Tensor:
-    """``packed`` has some of the weights packed; see :func:`kimi_vl.kernels.packed_weights.prepack`."""
+    """See :func:`kimi_vl.kernels.reference.moe`; ``packed`` has some of the weights packed, as :func:`prepack
+    <kimi_vl.kernels.packed_weights.prepack>` makes them."""
     if len(states) == 1 and gate_up in packed:
         return _of_one(states, topk_ids, topk_weights, packed[gate_up], packed[down], len(down))
     if states.device.type != "cpu":
@@ -49,11 +51,11 @@ def moe(
 
 
 def _on_device(states: Tensor, topk_ids: Tensor, down: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """How a device computes the experts' outputs (T, K, H), by what is read and written and by who has to wait.
+    """How a GPU computes the experts' outputs (T, K, H): the function with the least memory traffic.
 
-    Without a grouped GEMM, gathering moves three times the weights of T K experts, GEMMs with all experts those of E.
-    These compute E / K times as much as there is to do, which reading the weights hides up to about 128
-    tokens. Longer steps are worth a synchronisation in each layer.
+    Without a grouped GEMM there are three. Gathering the weights of T K experts moves them three times. GEMMs with all
+    E experts read each weight once and compute E / K times as much as needed, which is hidden behind reading the
+    weights up to about 128 tokens. For more tokens, one synchronisation in each layer costs less than that.
     """
     if _groupable(states, down):
         return _grouped
@@ -65,8 +67,8 @@ def _on_device(states: Tensor, topk_ids: Tensor, down: Tensor) -> Callable[[Tens
 def _of_one(
     states: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: PackedWeight, down: PackedWeight, routed: int
 ) -> Tensor:
-    """All of it for one token, to whom the shared experts, behind ``routed`` others, are as those in its
-    ``topk_ids``."""
+    """The whole operation for one token from packed weights, where the shared experts follow the ``routed`` ones and
+    count as experts of the token."""
     shared = torch.arange(routed, down.count, dtype=topk_ids.dtype)
     experts, topk_weights = torch.cat((topk_ids[0], shared)), F.pad(topk_weights[0], (0, len(shared)), value=1.0)  # (n)
     outputs = _from_packed(states.expand(len(experts), -1), experts, gate_up, down)  # (n, H)
@@ -76,12 +78,12 @@ def _of_one(
 def _of_few(
     states: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor, packed: Mapping[Tensor, PackedWeight]
 ) -> Tensor:
-    """Outputs (T, K, H) of the experts; tokens stay columns, as in the W·xᵀ layout of
+    """Outputs (T, K, H) of the experts for few tokens: GEMMs in the W·xᵀ layout, where tokens are columns, as in
     :func:`kimi_vl.kernels.linear.project`.
 
-    What experts have to do for one token alone takes packed weights where they exist, in one call for all of these.
+    Experts that only one token has selected are GEMVs with packed weights where these exist, all in one call.
     """
-    places: dict[int, list[int]] = {}  # of experts in ``topk_ids``, read row by row
+    places: dict[int, list[int]] = {}  # where each expert stands in ``topk_ids``, flattened
     for place, expert in enumerate(topk_ids.flatten().tolist()):
         places.setdefault(expert, []).append(place)
     alone = {expert: own for expert, own in places.items() if len(own) == 1 and gate_up in packed}
@@ -99,7 +101,7 @@ def _of_few(
 
 
 def _each(columns: Tensor, places: Mapping[int, list[int]], weight: Tensor) -> Tensor:
-    """(O, n) of ``columns`` (I, n), of which each expert has as many side by side as it has ``places``."""
+    """(O, n) of ``columns`` (I, n), which are sorted by expert: each has as many as it has ``places``."""
     shares = [len(own) for own in places.values()]
     outputs = columns.new_empty(weight.shape[1], columns.shape[1])
     for expert, own, output in zip(places, columns.split(shares, 1), outputs.split(shares, 1), strict=True):
@@ -117,9 +119,9 @@ def _from_packed(states: Tensor, experts: Tensor, gate_up: PackedWeight, down: P
 
 
 def _groupable(states: Tensor, down: Tensor) -> bool:
-    """What torch's grouped GEMM is made for: bfloat16 in rows of 16 bytes, on compute capability 9.0 or 10.0.
+    """Whether torch has a grouped GEMM for this: bfloat16 with strides of 16 bytes, on compute capability 9.0 or 10.0.
 
-    On every other one it copies the offsets to the host and multiplies group by group.
+    Elsewhere ``grouped_mm`` copies the offsets to the host and runs one GEMM for each group.
     """
     aligned = all(size % 8 == 0 for size in down.shape[1:])
     if not (aligned and states.is_cuda and states.dtype == torch.bfloat16):
@@ -139,8 +141,8 @@ def _grouped(states: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) ->
 
 
 def _of_gathered(states: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The same from a copy of the selected experts' weights, a GEMV for each pair of a token and an expert.
-    No synchronisation; each weight is read, written and read again."""
+    """The same from a copy of the selected experts' weights: a GEMV for each pair of a token and an expert. It does not
+    synchronise; each weight is read, written and read again."""
     count, choices = topk_ids.shape
     experts = topk_ids.flatten()  # (T K)
     tokens = states.unsqueeze(1).expand(-1, choices, -1).reshape(len(experts), 1, -1)  # (T K, 1, H)
@@ -149,15 +151,15 @@ def _of_gathered(states: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor
 
 
 def _of_all(states: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The same from the outputs of all experts for all tokens, of which those in ``topk_ids`` are taken. The host does
-    not wait; each weight is read once, however many tokens take it."""
+    """The same by computing all experts for all tokens and taking the outputs in ``topk_ids``. It does not synchronise;
+    each weight is read once, however many tokens have selected it."""
     gate, up = torch.matmul(states, gate_up.transpose(1, 2)).chunk(2, dim=-1)  # (E, T, I)
     outputs = torch.bmm(F.silu(gate) * up, down.transpose(1, 2))  # (E, T, H)
     return outputs[topk_ids.long(), torch.arange(len(states), device=states.device).unsqueeze(1)]
 
 
 def _by_expert(states: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The same expert by expert, after a synchronisation to learn which are in use, for any number of tokens."""
+    """The same expert by expert, for any number of tokens. Synchronises once, to learn which experts are selected."""
     if len(states) == 1:  # there is nothing to sort
         return torch.stack([_expert(states, gate_up[number], down[number]) for number in topk_ids[0].tolist()], dim=1)
     experts, order = topk_ids.flatten().sort(stable=True)  # (T K)
@@ -168,10 +170,10 @@ def _by_expert(states: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) 
 
 
 def _expert(states: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """(n, H) of one expert. Many rows are rounded up: oneDNN compiles a GEMM for each number it has not met."""
+    """(n, H) of one expert. More than 16 tokens are padded to a multiple of 16: oneDNN compiles for each new count."""
     count = len(states)
-    rows = F.pad(states, (0, 0, 0, -count % 16)) if count > 16 else states
-    gate, up = project(rows, gate_up).chunk(2, dim=-1)  # (n, I)
+    padded = F.pad(states, (0, 0, 0, -count % 16)) if count > 16 else states
+    gate, up = project(padded, gate_up).chunk(2, dim=-1)  # (n, I)
     return project(F.silu(gate) * up, down)[:count]
 
 
@@ -186,12 +188,12 @@ def mla_prepare(
     decoding: int,
     packed: Mapping[Tensor, PackedWeight] = NOT_PACKED,
 ) -> tuple[Tensor, Tensor]:
-    """``packed`` has some of the weights packed."""
+    """See :func:`kimi_vl.kernels.reference.mla_prepare`; ``packed`` has some of the weights packed."""
     heads, rank, nope = to_key.shape
     cos, sin = rope.unsqueeze(1).chunk(2, dim=-1)  # (T, 1, P)
     query, latent, key = joined.split((joined.shape[-1] - rank - cos.shape[-1], rank, cos.shape[-1]), dim=-1)
     query = query.unflatten(-1, (heads, -1))  # (T, N, Q+P)
-    both = torch.cat((query[..., nope:], key.unsqueeze(1)), dim=1)  # (T, N+1, P): together, in half as many calls
+    both = torch.cat((query[..., nope:], key.unsqueeze(1)), dim=1)  # (T, N+1, P): one rotation for both
     rotated = apply_rope_half(both, cos, sin)
     _, normed = reference.add_rms_norm(latent, None, norm_weight, eps)
     kv_cache.flatten(0, 1)[slot_mapping] = torch.cat((normed, rotated[:, -1]), dim=-1)  # (T, R+P)
@@ -211,9 +213,10 @@ def mla_decode(
     splits: int = 0,
     packed: Mapping[Tensor, PackedWeight] = NOT_PACKED,
 ) -> Tensor:
-    """``packed`` has some of the weights packed. :func:`kimi_vl.kernels.reference.mla_decode` is the naive form. The
-    cache is gathered for as many sequences at a time as
-    :attr:`kimi_vl.kernels.attention_metadata.DecodeMetadata.blocks` has in a block."""
+    """See :func:`kimi_vl.kernels.reference.mla_decode`; ``packed`` has some of the weights packed.
+
+    The KV cache is gathered block by block, see :attr:`kimi_vl.kernels.attention_metadata.DecodeMetadata.blocks`.
+    """
     kv_cache, rank = kv_cache.flatten(0, 1), to_value.shape[-1]
     if len(decode.blocks) == 1:
         mixed = _mixed(query, kv_cache, decode.blocks[0], scale, rank)
@@ -229,9 +232,9 @@ def _mixed(query: Tensor, kv_cache: Tensor, block: Block, scale: float, rank: in
     mask = block.mask
     if not block.slots.numel():
         return query.new_zeros(*query.shape[:2], rank)
-    # exactly the cached tokens in use: a GEMM would copy a part of whole pages
+    # only the cached tokens in use: slices of whole pages would be copied by the GEMM
     past = kv_cache.index_select(0, block.slots.flatten()).view(*block.slots.shape, -1)  # (b, L, R+P)
-    if query.device.type == "cpu":  # heads as the queries of one head that sees all of them
+    if query.device.type == "cpu":  # one head whose queries are all heads: they share keys and values
         visible = None if mask is None else mask[:, None, None]  # (b, 1, 1, L)
         past = past.unsqueeze(1)
         mixed = F.scaled_dot_product_attention(query.unsqueeze(1), past, past, visible, scale=scale)
@@ -246,6 +249,6 @@ def _mixed(query: Tensor, kv_cache: Tensor, block: Block, scale: float, rank: in
 
 
 def _per_head(states: Tensor, weight: Tensor, packed: Mapping[Tensor, PackedWeight]) -> Tensor:
-    """:func:`kimi_vl.kernels.reference.per_head`, from the packed weight where there is one sequence and it exists."""
+    """:func:`kimi_vl.kernels.reference.per_head`, for one sequence from the packed weight, if there is one."""
     found = packed.get(weight) if len(states) == 1 else None
     return reference.per_head(states, weight) if found is None else found.gemv(states[0]).unsqueeze(0)

@@ -1,4 +1,4 @@
-"""Each operation in plain PyTorch: what every other implementation is held to.
+"""The reference of each operation in PyTorch: other implementations are tested against it, and the model calls it.
 
 Written to be read beside the papers, not to be fast. Rounding is the published model's: norms and scores in float32,
 results in the dtype of the input. With float64 inputs everything is computed in float64, which makes these functions
@@ -38,8 +38,8 @@ def add_rms_norm(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: fl
 def router(states: Tensor, weight: Tensor, bias: Tensor, top_k: int, scaling: float) -> tuple[Tensor, Tensor]:
     """``topk_ids``, the experts of each token, int32 (T, K), best first, and ``topk_weights``, float32 (T, K).
 
-    ``states`` (T, H), ``weight`` (E, H), ``bias`` (E). Sigmoid scores are taken in float32; the bias has a say in the
-    choice and none in the weights (DeepSeek-V3 report, section 2.1.2).
+    ``states`` (T, H), ``weight`` (E, H), ``bias`` (E). Scores are sigmoids in float32. The bias is added to select
+    experts, and is not part of their weights (DeepSeek-V3 report, section 2.1.2).
     """
     scores = F.linear(upcast(states), upcast(weight)).sigmoid()  # (T, E)
     topk_ids = (scores + upcast(bias)).topk(top_k, dim=-1).indices
@@ -62,9 +62,9 @@ def moe(
 ) -> Tensor:
     """The weighted sum (T, H) over each token's experts, taken in float32 and cast at the end.
 
-    ``states`` (T, H), ``topk_ids`` and ``topk_weights`` (T, K), ``gate_up`` (E, 2I, H) with the rows of the gate first,
-    ``down`` (E, H, I). ``shared`` are the weights of an :func:`mlp` that every token passes through and whose result
-    is added (DeepSeekMoE, section 3).
+    ``states`` (T, H), ``topk_ids`` and ``topk_weights`` (T, K), ``gate_up`` (E, 2I, H) with gate
+    before up, ``down`` (E, H, I). ``shared`` are the weights of an :func:`mlp` of every token, whose result is added
+    (DeepSeekMoE, section 3).
     """
     mixed = torch.zeros_like(upcast(states))
     for expert in topk_ids.unique().tolist():
@@ -86,7 +86,7 @@ def norm_router(
     top_k: int,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both results of :func:`add_rms_norm`, then both of the :func:`router` for the second of them."""
+    """Both results of :func:`add_rms_norm`, then both of the :func:`router` for the normed states."""
     total, normed = add_rms_norm(residual, delta, norm_weight, eps)
     return total, normed, *router(normed, weight, bias, top_k, scaling)
 
@@ -108,16 +108,16 @@ def mla_prepare(
     eps: float,
     decoding: int,
 ) -> tuple[Tensor, Tensor]:
-    """Write the KV cache of new tokens, and make their queries ready.
+    """Write the new tokens to the KV cache, and prepare their queries.
 
-    ``joined`` (T, N (Q+P) + R+P) holds each token's queries, head by head, then what is cached of it: the latent,
-    which ``norm_weight`` (R) norms, and the rotary key. ``rope`` (T, 2P) are the cosines, then the sines of the tokens'
-    positions. These go to ``slot_mapping`` (T) of ``kv_cache`` (pages, page_size, R+P) of one layer, in place; a slot
-    is page * page_size + place, and a negative one is not written.
+    ``joined`` (T, N (Q+P) + R+P) holds each token's queries, head by head, then its latent (R), to be normed with
+    ``norm_weight`` (R), and its rotary key (P). ``rope`` (T, 2P) are the cosines, then the sines of the tokens'
+    positions. Latent and key are written to slot ``slot_mapping`` (T) of ``kv_cache`` (pages, page_size, R+P) of one
+    layer; a slot is page * page_size + offset, and tokens with a negative one are not written.
 
-    Returns the queries (B, N, R+P) of the first B = ``decoding`` tokens, taken into the latent space by ``to_key``
-    (N, R, Q), then rotated, and the rotary part (T-B, N, P) of the others' queries, rotated (DeepSeek-V2 report,
-    sections 2.1.2 and 2.1.3).
+    Returns the absorbed queries (B, N, R+P) of the first B = ``decoding`` tokens, moved into the latent space by
+    ``to_key`` (N, R, Q), with the rotated part; and the rotated part (T-B, N, P) of the other tokens' queries
+    (DeepSeek-V2 report, sections 2.1.2 and 2.1.3).
     """
     heads, rank, nope = to_key.shape
     cos, sin = rope.chunk(2, dim=-1)  # (T, P)
@@ -134,26 +134,25 @@ def mla_prepare(
 
 
 def per_head(states: Tensor, weight: Tensor) -> Tensor:
-    """(B, N, O) of ``states`` (B, N, I), each head by its own matrix of ``weight`` (N, O, I): into the latent space,
-    and out of it."""
+    """(B, N, O) of ``states`` (B, N, I), each head by its own matrix of ``weight`` (N, O, I): into or out of the latent
+    space."""
     return torch.bmm(states.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
 
 
 def mla_decode(
     query: Tensor, kv_cache: Tensor, decode: DecodeMetadata, scale: float, to_value: Tensor, splits: int = 0
 ) -> Tensor:
-    """Attention of one token a sequence over its pages, in the latent space and out of it again: (B, N, V).
+    """Attention of one token a sequence over the sequence's pages, in the latent space and out of it: (B, N, V).
 
-    ``query`` (B, N, R+P) holds the queries taken into the latent space, then their rotary part; ``kv_cache`` (pages,
-    page_size, R+P) of one layer; ``to_value`` (N, V, R). Nothing behind a sequence's length is ever looked at, in its
-    page table or in its cache. A length of 0 gives zeros. ``splits`` is for kernels (DeepSeek-V2 report, section
-    2.1.2 and appendix C).
+    ``query`` (B, N, R+P) are absorbed queries, then their rotated part; ``kv_cache`` (pages, page_size, R+P) of one
+    layer; ``to_value`` (N, V, R). Nothing past a sequence's length matters, in its page table or in the cache. A length
+    of 0 gives zeros. ``splits`` is for kernels (DeepSeek-V2 report, section 2.1.2 and appendix C).
     """
     page_table, seq_lens, rank = decode.page_table, decode.seq_lens, to_value.shape[-1]
     past = kv_cache[page_table.clamp(min=0).long()].flatten(1, 2)  # (B, L, R+P)
     seen = torch.arange(past.shape[1], device=past.device) < seq_lens.unsqueeze(1)  # (B, L)
-    past = past.masked_fill(~seen.unsqueeze(-1), 0)  # a weight of 0 would let NaN through
+    past = past.masked_fill(~seen.unsqueeze(-1), 0)  # 0 * NaN would be NaN
     scores = upcast(query @ past.transpose(1, 2)) * scale  # (B, N, L)
-    shares = scores.masked_fill(~seen.unsqueeze(1), float("-inf")).softmax(-1)
-    mixed = shares.to(past.dtype) @ past[..., :rank]  # (B, N, R)
+    probabilities = scores.masked_fill(~seen.unsqueeze(1), float("-inf")).softmax(-1)
+    mixed = probabilities.to(past.dtype) @ past[..., :rank]  # (B, N, R)
     return per_head(mixed.masked_fill((seq_lens == 0)[:, None, None], 0), to_value)

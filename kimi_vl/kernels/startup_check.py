@@ -1,15 +1,15 @@
-"""Whether each kernel serves on this card: compiled for it, launched, and compared with the plain operation.
+"""The check of the kernels at start-up: each is compiled for this GPU, run, and compared with the reference.
 
-FlashAttention is checked in the same way, where it is installed.
+FlashAttention is checked in the same way where it is installed.
 
-The check runs in a process of its own. A kernel that never ends cannot be stopped from within its process, and one that
-reads where there is nothing leaves its process without a GPU; both end with the process, which is killed after a limit,
-and another one goes on with the operations that are left. What was compiled there is found in Triton's compile cache
-(``TRITON_CACHE_DIR``, else ``~/.triton/cache``) by the process that serves.
+The check runs in a process of its own. A kernel that never ends cannot be stopped from within its process, and one with
+an illegal memory access leaves its process without a GPU. Both end with the process, which is killed after a limit; a
+new process then goes on with the operations that are left. The serving process finds what was compiled there in
+Triton's compile cache (``TRITON_CACHE_DIR``, else ``~/.triton/cache``).
 
-A kernel is refused where it does not compile, needs more shared memory than the card has, fails, takes longer than
-``CALL_S`` for one call, compiling included, or where its result is further from the reference, computed in the same
-dtype, than ``AGREEING`` allows: in bfloat16 2 to 3 roundings of each, which is 1.6 % to 2.3 % of the norm.
+A kernel is refused where it does not compile, needs more shared memory than the GPU has, fails, takes longer than
+``CALL_S`` for one call, compiling included, or where its result differs from the reference, computed in the same dtype,
+by more than ``AGREEING`` allows: in bfloat16 2 to 3 roundings of each, which is 1.6 % to 2.3 % of the norm.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from . import OPERATIONS, REFERENCE, TORCH, VARIABLE, Ops, Use, Widths, flash_at
 from .inputs import Call, Inputs, Unset, apart
 
 CALL_S = 60.0
-"""For one call of an operation: a kernel compiles within seconds, and runs for less than a second."""
+"""The limit of one call: a kernel compiles within seconds, and runs for less than a second."""
 START_S = 180.0
-"""For the process to import torch and to find the device."""
+"""The limit for the process to import torch and to find the device."""
 KILLED_S = 10.0
 AGREEING = 2
-"""Times :meth:`Call.tolerance`: once for the kernel and once for the plain operation."""
+"""Times :meth:`Call.tolerance`: once for the kernel and once for the reference."""
 COMMAND = (sys.executable, "-m", __name__)
 
 _running: dict[tuple[torch.device, Use], Future[dict[str, str]]] = {}
 
 
 def token_counts(most: int) -> list[int]:
-    """1, 2, 4, … and ``most``: so many tokens reach every variant that a step of up to ``most`` tokens can launch."""
+    """1, 2, 4, … and ``most``: token counts that together launch every variant of a step of up to ``most`` tokens."""
     return [*(1 << power for power in range(most.bit_length()) if 1 << power < most), most]
 
 
 class Calls:
-    """Calls of each operation as steps of an engine make them: all variants of its kernels, at the model's widths."""
+    """Calls of each operation as an engine's steps make them: all variants of its kernels, at the model's widths."""
 
     def __init__(self, use: Use, device: torch.device | str, inputs: Inputs | None = None):
         self._use, self._inputs = use, inputs or Inputs(use.widths, use.dtype, device)
@@ -78,7 +78,7 @@ class Calls:
         yield self._inputs.mla_prepare(self._use.max_num_batched_tokens, decoding, unwritten=1)
 
     def mla_decode(self) -> Iterator[Call]:
-        """Short contexts, which one program goes through, and longer ones, which are split."""
+        """Short contexts, which are one split, and longer ones with several."""
         for count in token_counts(self._use.max_num_seqs):
             yield self._inputs.mla_decode([3] * count)
             yield self._inputs.mla_decode(
@@ -89,7 +89,7 @@ class Calls:
 def reason_against(
     operation: str, ops: Ops, calls: Iterator[Call], dtype: torch.dtype, begins: Callable[[], object] = lambda: None
 ) -> str:
-    """Why an operation's kernel does not serve, or "". ``begins`` is told of each call before it is made."""
+    """Why a kernel is refused, or "". ``begins`` is called before each call of the operation."""
     import triton
     from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -110,9 +110,9 @@ def reason_against(
 
 
 def launch_all(ops: Ops, device: torch.device, use: Use) -> None:
-    """Launch every variant once, so that this process compiles nothing (or finds it compiled) while it serves.
+    """Launch every variant once, so that this process compiles nothing while it serves.
 
-    Raises RuntimeError with a sentence where a kernel cannot be launched, as one may that nobody has checked.
+    Raises RuntimeError with a sentence where a kernel cannot be launched, which may be one that was not checked.
     """
     calls = Calls(use, device, Unset(use.widths, use.dtype, device))
     for operation in OPERATIONS:
@@ -133,11 +133,11 @@ def launch_all(ops: Ops, device: torch.device, use: Use) -> None:
         torch.cuda.empty_cache()  # before the memory that is left is counted
 
 
-# The process that asks
+# The serving process
 
 
 def begin(device: torch.device, use: Use) -> Future[dict[str, str]]:
-    """Start the check, once for the same device and sizes."""
+    """Start the check in the background, once for the same device and sizes."""
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     if (device, use) not in _running:
@@ -155,7 +155,7 @@ def begin(device: torch.device, use: Use) -> Future[dict[str, str]]:
 
 
 def refusals(device: torch.device, use: Use) -> dict[str, str]:
-    """Operations whose kernels do not serve, and why each does not."""
+    """The refused operations, each with its reason. Waits for the check."""
     return begin(device, use).result()
 
 
@@ -166,7 +166,7 @@ def check(
     call_seconds: float = CALL_S,
     start_seconds: float = START_S,
 ) -> dict[str, str]:
-    """The same, waiting for it. ``command`` starts a process that runs :func:`main`."""
+    """Run the check and return the refused operations. ``command`` starts a process that runs :func:`main`."""
     left, refused = [*OPERATIONS, *flash_attention.candidates(device)], {}
     while left:
         before = len(left)
@@ -199,7 +199,7 @@ def check(
 
 
 class _Checker:
-    """A process that checks, and the lines it says."""
+    """A checking process and the lines that it prints."""
 
     def __init__(self, command: Sequence[str], job: str):
         path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", ""))))
@@ -218,7 +218,7 @@ class _Checker:
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that does not let go of it, either
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may keep it from ending
             self._process.wait(KILLED_S)
 
     def _read(self) -> None:
@@ -245,16 +245,16 @@ def _encoded(device: torch.device, use: Use, operations: Sequence[str]) -> str:
     return json.dumps({"device": str(device), "use": values, "operations": operations})
 
 
-# The process that checks
+# The checking process
 
 
 def main(ops: Ops | None = None) -> int:
-    """Check the operations that the last argument names; a line before each call, and one with each verdict."""
+    """Check the operations that the last argument names; print a line before each call and one with each verdict."""
     job = json.loads(sys.argv[-1])
     device, values = torch.device(job["device"]), job["use"]
     use = Use(**values | {"widths": Widths(**values["widths"]), "dtype": getattr(torch, values["dtype"])})
     told = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print goes elsewhere
+    os.dup2(2, 1)  # what libraries print goes to stderr
 
     def tell(operation: str, **more: str) -> None:
         told.write(json.dumps({"operation": operation, **more}) + "\n")
@@ -271,12 +271,12 @@ def main(ops: Ops | None = None) -> int:
                 reason = reason_against(operation, ops, calls.of(operation), use.dtype, lambda: tell(operation))  # noqa: B023
             tell(operation, reason=reason)
             if reason and device.type == "cuda":
-                torch.cuda.synchronize(device)  # where the device is lost this ends the process, and the next goes on
+                torch.cuda.synchronize(device)  # raises where the device is lost; another process then goes on
     return 0
 
 
 def _current(device: torch.device) -> torch.cuda.device:
-    """Triton launches on the current device, whatever the tensors are on. -1 leaves it as it is."""
+    """Triton launches on the current device, wherever the tensors are. -1 changes nothing."""
     return torch.cuda.device(device if device.type == "cuda" else -1)
 
 

@@ -1,14 +1,16 @@
-"""Latent attention over a paged KV cache in three launches: prepare, split-KV decode, combine.
+"""Latent attention over a paged KV cache in three kernels: prepare, split-KV decode, combine.
 
-The first writes the new tokens to the KV cache (norm and rotary embedding), rotates the queries and takes them into the
-latent space. A sequence's cached tokens are then split among programs (split-KV, as in flash decoding): each goes
-through its split once, all heads in one tile, since they read the same latents. The last combines the splits and takes
-the result out of the latent space. How many programs there are follows from shapes alone, so a captured graph stays
-valid while sequences grow; how far each goes is decided from ``seq_lens`` on the device, so only pages in use cost
-anything. Splits are combined in order: the same lengths give the same bits.
+The first writes the new tokens to the KV cache (norm and rotary embedding), rotates the queries and moves those of
+decoding sequences into the latent space. The second is flash decoding: a sequence's cached tokens are split among
+programs, and each reads its split once for all heads, since heads share the latents. The third combines the splits and
+moves the result out of the latent space.
 
-Bytes of a decode step: 2 (R + P) a token in bfloat16, 2 N R (Q + V) for both halves of the weight, and 8 N R a split
-for the partial sums, written and read.
+Grids follow from shapes alone, so a captured graph stays valid while sequences grow; each program takes its range from
+``seq_lens`` on the device, so only pages in use are read. Splits are combined in order, so equal lengths give equal
+bits.
+
+Memory traffic of a decode step: 2 (R + P) bytes a cached token in bfloat16, 2 N R (Q + V) for both halves of
+``kv_b_proj``, and 8 N R for the partial sums of each split, written and read.
 """
 
 # Options of a launch (num_warps and so on) are no parameters of a kernel, and one kernel's call of another returns
@@ -27,34 +29,35 @@ from torch import Tensor
 
 from .attention_metadata import DecodeMetadata
 
-# Cached tokens a program reads at least; fewer would cost more in partial sums than in reading them.
+# The least cached tokens of a split: with fewer, the partial sums would be more bytes than the tokens.
 MIN_SPLIT_LEN = 64
 _PROGRAMS = 2  # for each multiprocessor
 _TOKENS = 16  # the least that tl.dot takes
-_ABSORBED = 64  # columns of a head's absorbed query that one program computes: 128 programs at the published widths
-_ONE_BY_ONE = 4  # sequences up to which each is combined by programs of its own
+_ABSORBED = 64  # columns of a head's absorbed query in one program: 128 programs at the published widths
+_ONE_BY_ONE = 4  # up to so many sequences, each is combined by programs of its own
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a split is gone through: cached tokens a step, warps and pipeline stages."""
+    """How a split is read: cached tokens at a time, warps and pipeline stages."""
 
     block_n: int
     warps: int
     stages: int
 
 
-# 36 KB of the bfloat16 cache a step at the published widths. The compiler keeps one buffer up to four stages and two
-# from five: then each of two programs a multiprocessor computes on one step while the next arrives.
+# 32 cached tokens are 36 KB in bfloat16 at the published widths. Triton allocates one buffer up to four stages and two
+# from five on: then each of the two programs of a multiprocessor computes on one buffer while it loads the other.
 BFLOAT16 = Tile(32, 4, 5)
 FLOAT32 = Tile(16, 4, 3)
 
 
 @triton.jit
 def _rotated(even, odd, table, pairs, inside, HALF: tl.constexpr):
-    """Pairs of the last dimension rotated by a row of a table: what takes the place of the even ones, and of the odd.
+    """Rotary embedding of the pairs (even, odd) of the last dimension: (first half, second half) of the result.
 
-    ``table`` (…, 1) points to cosines, then sines, of a token: one half of each for the even ones, one for the odd.
+    ``table`` (…, 1) points to a token's cosines, then sines; the first half of each is for ``even``, the second for
+    ``odd``.
     """
     cos_even = tl.load(table + pairs, mask=inside, other=0.0).to(tl.float32)
     cos_odd = tl.load(table + HALF + pairs, mask=inside, other=0.0).to(tl.float32)
@@ -90,18 +93,18 @@ def _prepare(
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """A program has one of three tasks for a block of tokens: their latents and keys, a head's rotary part, or some
-    columns of a head's absorbed query. The first come first, since there are always some of them."""
+    """A program has one of three tasks for a block of tokens: write their latents and rotary keys, rotate one head's
+    queries, or compute some columns of one head's absorbed queries. The tasks that every step has come first."""
     task = tl.program_id(0)
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    real = rows < tokens
-    token = rows.to(tl.int64)[:, None]
+    tokens_here = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = tokens_here < tokens
+    token = tokens_here.to(tl.int64)[:, None]
     HALF: tl.constexpr = ROPE // 2
     pairs = tl.arange(0, BLOCK_P)[None, :]
     inside = real[:, None] & (pairs < HALF)
     table = rope + token * (2 * ROPE)
     if task == 0:
-        slot = tl.load(slot_mapping + rows, mask=real, other=-1).to(tl.int64)[:, None]
+        slot = tl.load(slot_mapping + tokens_here, mask=real, other=-1).to(tl.int64)[:, None]
         ranks = tl.arange(0, BLOCK_R)[None, :]
         source = joined + token * joined_token + heads * (nope + ROPE)
         latent = tl.load(source + ranks, mask=real[:, None] & (ranks < RANK), other=0.0)  # (BLOCK_M, BLOCK_R)
@@ -135,7 +138,7 @@ def _prepare(
         head = (task - heads - 1) // blocks
         columns = (task - heads - 1) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         depth = tl.arange(0, BLOCK_K)
-        shown = (rows < decoding)[:, None]
+        shown = (tokens_here < decoding)[:, None]
         source = joined + token * joined_token + head * (nope + ROPE)
         query = tl.load(source + depth[None, :], mask=shown & (depth < nope)[None, :], other=0.0)
         place = head * key_head + columns * key_rank + depth[:, None] * key_nope
@@ -194,7 +197,7 @@ def mla_prepare(
 
 @triton.jit
 def _split_len(length, splits, MIN_SPLIT: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Tokens of one program: all splits of a sequence together cover its length, in whole blocks."""
+    """Cached tokens of one split, in whole blocks; all splits of a sequence together cover its length."""
     return tl.maximum(tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N, MIN_SPLIT)
 
 
@@ -228,7 +231,7 @@ def _decode_split_kv(
     split_len = _split_len(length, splits, MIN_SPLIT, BLOCK_N)
     begin = split * split_len
     end = tl.minimum(begin + split_len, length)
-    # a split without tokens leaves its partial sums as they are: nobody reads them
+    # the partial sums of a split without tokens are never read
     if (begin < end) | SINGLE_SPLIT:
         ranks, turns = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
         in_rank, in_rope, real = ranks < RANK, turns < ROPE, head < heads
@@ -241,25 +244,25 @@ def _decode_split_kv(
         for start in range(begin, end, BLOCK_N):
             at = start + tl.arange(0, BLOCK_N)
             seen = at < end
-            if PAGE % BLOCK_N == 0:  # a block never crosses pages, since splits are whole blocks
+            if PAGE % BLOCK_N == 0:  # splits are whole blocks, so none crosses a page
                 page = tl.load(page_table + seq * page_table_seq + start // PAGE).to(tl.int64)
             else:
                 page = tl.load(page_table + seq * page_table_seq + at // PAGE, mask=seen, other=0).to(tl.int64)
             cached = kv_cache + (page * PAGE + at % PAGE) * (RANK + ROPE)
             latent = tl.load(
                 cached[:, None] + ranks[None, :], mask=seen[:, None] & in_rank[None, :], other=0.0
-            )  # (BLOCK_N, BLOCK_R): keys and values at once
+            )  # (BLOCK_N, BLOCK_R), both keys and values
             key = tl.load(cached[:, None] + RANK + turns[None, :], mask=seen[:, None] & in_rope[None, :], other=0.0)
             scores = tl.dot(query_rope, tl.trans(key), input_precision="ieee")
             scores = tl.dot(query_latent, tl.trans(latent), scores, input_precision="ieee")
-            scores = tl.where(seen[None, :], scores * scale, float("-inf"))  # (BLOCK_H, BLOCK_N), in powers of two
+            scores = tl.where(seen[None, :], scores * scale, float("-inf"))  # (BLOCK_H, BLOCK_N), base 2
             m_new = tl.maximum(m_i, tl.max(scores, axis=1))
             alpha = tl.exp2(m_i - m_new)
             p = tl.exp2(scores - m_new[:, None])
             l_i = l_i * alpha + tl.sum(p, axis=1)
             acc = tl.dot(p.to(latent.dtype), latent, acc * alpha[:, None], input_precision="ieee")
             m_i = m_new
-        # nothing was seen only in a sequence of length 0
+        # only a sequence of length 0 attends to nothing
         acc = acc / tl.where(end > begin, l_i, 1.0)[:, None]
         kept = real[:, None] & in_rank[None, :]
         if SINGLE_SPLIT:
@@ -293,7 +296,7 @@ def _decode_combine(
     MIN_SPLIT: tl.constexpr,
     SINGLE_SPLIT: tl.constexpr,
 ):
-    """Combines the splits of some sequences and one head, and takes the result out of the latent space."""
+    """Combines the splits of some sequences for one head, and moves the result out of the latent space."""
     seqs = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     head = tl.program_id(1)
     columns = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -312,7 +315,7 @@ def _decode_combine(
         for split in range(0, tl.max(used, axis=0)):
             there = split < used
             place = (seq * splits + split) * heads + head
-            # a split that does not exist has no part in it, not even a maximum of its own
+            # a split without tokens must not change anything, not even the maximum
             log = tl.load(lse + place, mask=there, other=float("-inf"))
             part = tl.load(
                 partial + place[:, None] * RANK + ranks[None, :], mask=there[:, None] & in_rank[None, :], other=0.0
@@ -326,7 +329,7 @@ def _decode_combine(
         latent = (acc / tl.where(used > 0, l_i, 1.0)[:, None]).to(out.dtype.element_ty)
     place = columns[:, None] * value_column + ranks[None, :] * value_rank
     weight = tl.load(to_value + head * value_head + place, mask=inside[:, None] & in_rank[None, :], other=0.0)
-    if BLOCK_B == 1:  # the matrix unit would take 16
+    if BLOCK_B == 1:  # tl.dot takes at least 16
         output = tl.sum(weight.to(tl.float32) * latent.to(tl.float32), axis=1)[None, :]
     else:
         output = tl.dot(latent, tl.trans(weight), input_precision="ieee")
@@ -336,13 +339,13 @@ def _decode_combine(
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    # Triton's interpreter, which has none, stands in for the published model's GPU
+    # Triton's interpreter has none; 132 is an H100's
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def default_splits(sequences: int, head_blocks: int, capacity: int, multiprocessors: int) -> int:
-    """Splits of each sequence: enough programs to fill the machine, none with fewer than MIN_SPLIT_LEN of
-    ``capacity``."""
+    """Splits of each sequence: enough programs to fill the GPU, and none with fewer than MIN_SPLIT_LEN of the
+    ``capacity`` tokens of the page table."""
     wanted = max(1, _PROGRAMS * multiprocessors // (sequences * head_blocks))
     return max(1, min(wanted, -(-capacity // MIN_SPLIT_LEN)))
 
@@ -358,8 +361,8 @@ def mla_decode(
 ) -> Tensor:
     """See :func:`kimi_vl.kernels.reference.mla_decode`.
 
-    ``splits`` is how many programs share a sequence at most, 0 a number that suits the shapes; results differ with it
-    by rounding.
+    ``splits`` is into how many a sequence is split at most; 0 picks a number from the shapes. Results of different
+    numbers differ by rounding.
     """
     page_table, seq_lens = decode.page_table, decode.seq_lens
     (batch, heads, width), (values, rank) = query.shape, to_value.shape[1:]
@@ -375,7 +378,7 @@ def mla_decode(
     if not splits:
         splits = default_splits(batch, head_blocks, page_table.shape[1] * page_size, _multiprocessors(query.device))
     single = splits == 1
-    # what the splits leave to be combined, or, where there is only one, its result
+    # partial sums of the splits; of a single one the result
     partial = torch.empty(
         (batch, splits, heads, rank), dtype=query.dtype if single else torch.float32, device=query.device
     )

@@ -1,17 +1,19 @@
-"""The mixture of experts at the speed of its weights.
+"""Mixture of experts in Triton: routed and shared experts, and their weighted sum.
 
-Every token has K routed experts and, where the shared ones are computed here too, those beside them: each such pair
-of a token and an expert is one row of the two GEMMs. Two ways:
+A pair is a token and one of its experts, and is one row of both GEMMs. Shared experts count as experts that every
+token selects. There are two paths:
 
-- few pairs: a program takes one pair and a few columns, with the whole depth of the GEMV in flight at once. Nothing
-  is sorted; the second GEMV goes through a token's experts in their order and is also the weighted sum.
-- more: pairs are put in order by expert, each expert's share filled up to whole blocks of rows, and a program computes
-  a tile of one block. The order is made in one launch without a host's help: the number of blocks is bounded by the
-  shapes, and blocks past the last one end at once. Results are summed per token, again in order.
+- Few pairs, as in a decode step of one or two sequences: GEMVs. A program of the first kernel computes some columns of
+  one pair, a program of the second some columns of one token: it loops over the token's experts in order and adds up
+  their weighted outputs. Nothing is sorted.
+- More pairs: grouped GEMMs. One kernel sorts the pairs by expert and pads each expert's to whole blocks; two GEMM
+  kernels compute a tile of one block in each program; the last kernel adds up each token's weighted outputs in order.
+  The grid is sized by the most blocks that the shapes allow, and programs past the last block return at once, so
+  nothing synchronises with the host and the launches can be captured in a CUDA graph.
 
-Nothing is added atomically, so results do not depend on timing. Bytes, few tokens: 6 H I in bfloat16 for each expert
-that is met. For prefill, where the GEMMs are bound by arithmetic, torch's grouped_mm (rows sorted and copied first)
-may do better on some machines: `scripts/bench_kernels` shows both.
+There are no atomics, so results are deterministic. With few tokens the memory traffic is 6 H I bytes in bfloat16 for
+each expert that is selected. Long prefills are bound by compute; whether torch's ``grouped_mm`` is faster there differs
+between GPUs: `scripts/bench_kernels` measures both.
 """
 
 # Options of a launch (num_warps and so on) are no parameters of a kernel, and one kernel's call of another returns
@@ -29,7 +31,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tile:
-    """How one GEMM is cut: result columns and depth a step of each program, its warps and pipeline stages."""
+    """How one GEMM is tiled: output columns of a program, inputs that it takes at a time, warps and pipeline stages."""
 
     block_n: int
     block_k: int
@@ -39,14 +41,15 @@ class Tile:
 
 @dataclass(frozen=True)
 class Plan:
-    """``block_m`` pairs of one expert share a program; 0 takes pairs one by one, the first GEMV in one step."""
+    """``block_m`` pairs of one expert make a block; 0 is the path of few pairs."""
 
     block_m: int
     gate_up: Tile
     down: Tile
 
 
-# For bfloat16; shared memory of a program is stages * depth * 2 * (rows + columns, twice those for gate_up).
+# For bfloat16. A program has stages * block_k * 2 * (block_m + block_n) bytes of shared memory, with twice block_n for
+# gate_up.
 PAIRS = Plan(0, Tile(4, 0, 4, 1), Tile(4, 512, 4, 5))
 FEW = Plan(16, Tile(64, 128, 4, 3), Tile(64, 128, 4, 4))
 SOME = Plan(64, Tile(64, 64, 4, 4), Tile(128, 64, 4, 4))
@@ -56,7 +59,7 @@ FLOAT32 = Plan(16, Tile(32, 32, 4, 2), Tile(64, 32, 4, 2))
 
 
 def choose_plan(tokens: int, top_k: int, experts: int, itemsize: int) -> Plan:
-    """By the rows that an expert can expect: short blocks waste nothing while weights are what costs."""
+    """By the pairs that an expert gets on average: while reading weights dominates, short blocks waste the least."""
     if tokens * top_k * 4 <= experts:
         return PAIRS
     if itemsize != 2:
@@ -67,7 +70,8 @@ def choose_plan(tokens: int, top_k: int, experts: int, itemsize: int) -> Plan:
 
 @triton.jit
 def _gate_and_up(expert, gate_up, shared_gate, shared_up, size, experts, SHARED: tl.constexpr):
-    """Where an expert's gate and up rows begin. Shared experts follow the routed ones and lie in their own tensors."""
+    """Pointers to an expert's gate and up matrices. Shared experts have ids after the routed ones, and their own
+    tensors."""
     gate = gate_up + expert * 2 * size
     up = gate + size
     if SHARED and expert >= experts:
@@ -81,7 +85,7 @@ def _silu(values):
     return values / (1.0 + tl.exp(-values))
 
 
-# One by one
+# Few pairs: GEMVs
 
 
 @triton.jit
@@ -165,7 +169,7 @@ def _pair_down(
     tl.store(out + token * width + columns, result.to(out.dtype.element_ty), mask=inside)
 
 
-# In blocks
+# More pairs: grouped GEMMs over blocks
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks"])
@@ -182,15 +186,15 @@ def _group(
     BLOCK_E: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """``sorted_pairs``: the pairs of each block of rows, those past an expert's last one ``tokens * slots``;
-    ``expert_ids``: the expert of each block, -1 past the last. Shared experts come first: who is among theirs needs no
-    counting.
+    """Sorts pairs by expert: ``sorted_pairs`` gets the pairs of each block, padded with ``tokens * slots`` after an
+    expert's last one, and ``expert_ids`` the expert of each block, -1 past the last block.
 
-    Each program places CHUNK routed pairs. How many come before them it counts itself, from the first on: as much
-    work for all together as the square of the pairs, and far less than the GEMMs even in a long prefill.
+    Shared experts come first, since their pairs need no counting. Each program places CHUNK routed pairs, and counts
+    all those before them itself. That is quadratic in the number of pairs, and still far less work than the GEMMs of a
+    long prefill.
     """
     chunk = tl.program_id(0)
-    routed, nobody = tokens * top_k, tokens * slots
+    routed, num_pairs = tokens * top_k, tokens * slots
     ids, here = tl.arange(0, BLOCK_E), tl.arange(0, CHUNK)
     before = tl.zeros((BLOCK_E,), dtype=tl.int32)
     counts = tl.zeros((BLOCK_E,), dtype=tl.int32)
@@ -215,12 +219,14 @@ def _group(
 
     token = mine % (shared_blocks * BLOCK_M)
     slot = top_k + mine // (shared_blocks * BLOCK_M)
-    tl.store(sorted_pairs + mine, tl.where(token < tokens, token * slots + slot, nobody), mask=mine < shared_rows)
+    tl.store(sorted_pairs + mine, tl.where(token < tokens, token * slots + slot, num_pairs), mask=mine < shared_rows)
 
     if chunk == 0:
         rows = tl.arange(0, BLOCK_M)
         spare = (start + counts)[:, None] + rows[None, :]  # (BLOCK_E, BLOCK_M)
-        tl.store(sorted_pairs + spare, tl.zeros((BLOCK_E, BLOCK_M), dtype=tl.int32) + nobody, mask=spare < end[:, None])
+        tl.store(
+            sorted_pairs + spare, tl.zeros((BLOCK_E, BLOCK_M), dtype=tl.int32) + num_pairs, mask=spare < end[:, None]
+        )
         for begin in range(0, blocks, CHUNK):
             block = begin + here
             row = block * BLOCK_M
@@ -230,7 +236,7 @@ def _group(
             tl.store(expert_ids + block, expert, mask=block < blocks)
 
 
-@triton.jit(do_not_specialize=["nobody"])
+@triton.jit(do_not_specialize=["num_pairs"])
 def _block_gate_up(
     states,
     sorted_pairs,
@@ -239,7 +245,7 @@ def _block_gate_up(
     shared_gate,
     shared_up,
     hidden,
-    nobody,
+    num_pairs,
     slots,
     experts,
     width,
@@ -255,7 +261,7 @@ def _block_gate_up(
         return
     gate, up = _gate_and_up(expert, gate_up, shared_gate, shared_up, inner * width, experts, SHARED)
     pair = tl.load(sorted_pairs + block * BLOCK_M + tl.arange(0, BLOCK_M))
-    real = pair < nobody
+    real = pair < num_pairs
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < inner
     depth = tl.arange(0, BLOCK_K)
@@ -276,7 +282,7 @@ def _block_gate_up(
     tl.store(target, result, mask=real[:, None] & inside[None, :])
 
 
-@triton.jit(do_not_specialize=["nobody"])
+@triton.jit(do_not_specialize=["num_pairs"])
 def _block_down(
     hidden,
     sorted_pairs,
@@ -284,7 +290,7 @@ def _block_down(
     down,
     shared_down,
     outputs,
-    nobody,
+    num_pairs,
     experts,
     width,
     inner,
@@ -302,7 +308,7 @@ def _block_down(
     if SHARED and expert >= experts:
         matrix, stride = shared_down + (expert - experts) * inner, shared_inner
     pair = tl.load(sorted_pairs + block * BLOCK_M + tl.arange(0, BLOCK_M))
-    real = pair < nobody
+    real = pair < num_pairs
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < width
     depth = tl.arange(0, BLOCK_K)
@@ -333,22 +339,24 @@ def _combine(outputs, topk_weights, out, top_k, slots, width, BLOCK_N: tl.conste
     tl.store(out + token * width + columns, acc.to(out.dtype.element_ty), mask=inside)
 
 
-def most_blocks(tokens: int, top_k: int, experts: int, shared: int, rows: int) -> int:
-    """Blocks of ``rows`` that any choice of experts can need."""
+def most_blocks(tokens: int, top_k: int, experts: int, shared: int, block_m: int) -> int:
+    """The most blocks of ``block_m`` pairs that any routing needs."""
     pairs = tokens * top_k
-    met = min(pairs, experts)  # each expert's first block takes one pair at least, the others are full
-    return met + (pairs - met) // rows + shared * -(-tokens // rows)
+    first = min(
+        pairs, experts
+    )  # an expert's first block has at least one pair, and the blocks before its last are full
+    return first + (pairs - first) // block_m + shared * -(-tokens // block_m)
 
 
-def group(topk_ids: Tensor, sorted_pairs: Tensor, expert_ids: Tensor, experts: int, shared: int, rows: int) -> None:
-    """Fill ``sorted_pairs`` and ``expert_ids``, which hold as many blocks as :func:`most_blocks` says; see the
-    kernel."""
+def group(topk_ids: Tensor, sorted_pairs: Tensor, expert_ids: Tensor, experts: int, shared: int, block_m: int) -> None:
+    """Fill ``sorted_pairs`` (blocks * block_m) and ``expert_ids`` (blocks), for the blocks that :func:`most_blocks`
+    counts; see the kernel."""
     tokens, top_k = topk_ids.shape
     chunk = 64
-    placed = max(tokens * top_k, shared * -(-tokens // rows) * rows)
+    placed = max(tokens * top_k, shared * -(-tokens // block_m) * block_m)
     _group[(-(-placed // chunk),)](
         topk_ids, sorted_pairs, expert_ids, tokens, top_k, top_k + shared, experts, expert_ids.numel(),
-        BLOCK_M=rows, BLOCK_E=triton.next_power_of_2(experts), CHUNK=chunk, num_warps=4,
+        BLOCK_M=block_m, BLOCK_E=triton.next_power_of_2(experts), CHUNK=chunk, num_warps=4,
     )  # fmt: skip
 
 
@@ -363,8 +371,8 @@ def moe(
 ) -> Tensor:
     """See :func:`kimi_vl.kernels.reference.moe`; ``topk_ids`` is int32, ``topk_weights`` float32.
 
-    ``shared`` are taken as experts that every token meets, so their width is a multiple of a routed one's. Shared
-    experts are part of the float32 sum here.
+    ``shared`` are computed as experts that every token selects, so their width must be a multiple of a routed expert's.
+    Their outputs are part of the float32 sum here.
     """
     tokens, width = states.shape
     experts, _, inner = down.shape
@@ -374,7 +382,7 @@ def moe(
     if shared_inner % inner:
         raise ValueError(f"the shared experts' width {shared_inner} is no multiple of {inner}, a routed expert's")
     if not all(each.is_contiguous() for each in (topk_ids, topk_weights, gate_up, down, gate, up, shared_down)):
-        raise ValueError("choices and weights must be contiguous")
+        raise ValueError("topk_ids, topk_weights and weights must be contiguous")
     states = states.contiguous()
     out = torch.empty_like(states)
     if not tokens:
@@ -394,20 +402,20 @@ def moe(
             STAGES=plan.down.stages, num_warps=plan.down.warps, **common,
         )  # fmt: skip
         return out
-    rows = plan.block_m
-    blocks = most_blocks(tokens, top_k, experts, slots - top_k, rows)
-    sorted_pairs = torch.empty(blocks * rows, dtype=torch.int32, device=states.device)
+    block_m = plan.block_m
+    blocks = most_blocks(tokens, top_k, experts, slots - top_k, block_m)
+    sorted_pairs = torch.empty(blocks * block_m, dtype=torch.int32, device=states.device)
     expert_ids = torch.empty(blocks, dtype=torch.int32, device=states.device)
-    group(topk_ids, sorted_pairs, expert_ids, experts, slots - top_k, rows)
+    group(topk_ids, sorted_pairs, expert_ids, experts, slots - top_k, block_m)
     _block_gate_up[(blocks, -(-inner // plan.gate_up.block_n))](
         states, sorted_pairs, expert_ids, gate_up, gate, up, hidden, tokens * slots, slots, experts, width, inner,
-        BLOCK_M=rows, BLOCK_N=plan.gate_up.block_n, BLOCK_K=plan.gate_up.block_k,
+        BLOCK_M=block_m, BLOCK_N=plan.gate_up.block_n, BLOCK_K=plan.gate_up.block_k,
         num_warps=plan.gate_up.warps, num_stages=plan.gate_up.stages, **common,
     )  # fmt: skip
     outputs = torch.empty(tokens * slots, width, dtype=states.dtype, device=states.device)
     _block_down[(blocks, -(-width // plan.down.block_n))](
         hidden, sorted_pairs, expert_ids, down, shared_down, outputs, tokens * slots, experts, width, inner,
-        shared_inner, BLOCK_M=rows, BLOCK_N=plan.down.block_n, BLOCK_K=plan.down.block_k, num_warps=plan.down.warps,
+        shared_inner, BLOCK_M=block_m, BLOCK_N=plan.down.block_n, BLOCK_K=plan.down.block_k, num_warps=plan.down.warps,
         num_stages=plan.down.stages, **common,
     )  # fmt: skip
     columns = min(1024, triton.next_power_of_2(width))

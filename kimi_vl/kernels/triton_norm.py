@@ -1,6 +1,7 @@
-"""Residual and norm in one pass: a program a token, the whole row in registers.
+"""Residual addition and RMS norm in one kernel: one program a token, with the whole hidden state in registers.
 
-Bytes: two rows in, two out (one and one without the residual); every other form reads the sum again.
+Memory traffic: two vectors read and two written for each token, one and one without a residual. Unfused, the sum is
+read once more.
 """
 
 # Options of a launch (num_warps and so on) are no parameters of a kernel.
@@ -37,10 +38,10 @@ def add_rms_norm(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: fl
     residual = residual.contiguous()
     total = residual if delta is None else torch.empty_like(residual)
     normed = torch.empty_like(residual)
-    rows = residual.numel() // width
-    if rows:
+    tokens = residual.numel() // width
+    if tokens:
         block = triton.next_power_of_2(width)
-        _add_rms_norm[(rows,)](
+        _add_rms_norm[(tokens,)](
             residual,
             residual if delta is None else delta.contiguous(),
             weight,

@@ -1,8 +1,8 @@
-"""Residual, norm and router in one launch: sums, normed states, scores, choice and weights of 16 tokens a program.
+"""Residual addition, RMS norm and router in one kernel, 16 tokens a program.
 
-Bytes: two rows in and two out for each token, and the weight (E, H) once a program, which all but the first find in the
-second-level cache. The matrix unit's 16 rows are there for one token as for 16, so few tokens cost what 16 do. A row is
-gone through twice, first for its mean square, then for its scores; the second pass finds it in the cache.
+Memory traffic: two vectors read and two written for each token, and the router's weight (E, H) once for each program,
+which all but the first read from the L2 cache. tl.dot takes at least 16 tokens, so fewer cost as much as 16. Hidden
+states are read twice, first for their mean square and then for the scores; the second time they are in the cache.
 """
 
 # Options of a launch (num_warps and so on) are no parameters of a kernel.
@@ -47,10 +47,10 @@ def _norm_router(
     BLOCK_K: tl.constexpr,
     BLOCK_TOPK: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ids = tl.arange(0, BLOCK_N)
-    real, known = rows < tokens, ids < experts
-    first = rows.to(tl.int64)[:, None] * width
+    real, known = token < tokens, ids < experts
+    first = token.to(tl.int64)[:, None] * width
     squares = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     for begin in range(0, width, BLOCK_K):
         at = begin + tl.arange(0, BLOCK_K)
@@ -69,17 +69,16 @@ def _norm_router(
         state = (value.to(tl.float32) * scale[:, None]).to(value.dtype).to(tl.float32) * factor[None, :]
         state = state.to(value.dtype)
         tl.store(normed + first + at[None, :], state, mask=mask)
-        row = tl.load(
+        columns = tl.load(
             weight + ids[None, :] * width + at[:, None], mask=known[None, :] & within[:, None], other=0.0
         )  # (BLOCK_K, BLOCK_N)
-        if state.dtype != row.dtype:
-            state, row = state.to(tl.float32), row.to(tl.float32)
-        # bfloat16 products are exact in float32; float32 ones must not be cut to tf32, which would change choices
-        logits = tl.dot(state, row, logits, input_precision="ieee")
+        if state.dtype != columns.dtype:
+            state, columns = state.to(tl.float32), columns.to(tl.float32)
+        # bfloat16 products are exact in float32; rounding float32 inputs to tf32 would change the routing
+        logits = tl.dot(state, columns, logits, input_precision="ieee")
     scores = 1.0 / (1.0 + tl.exp(-logits))
     choice = scores + tl.load(bias + ids, mask=known, other=0.0).to(tl.float32)[None, :]
-    # a score that is not a number is chosen last, and an expert that does not exist never: of equals the first is
-    # taken, and those stand at the end
+    # NaN scores are chosen last. Padding experts are never chosen: argmax takes the first of equals, and they come last
     choice = tl.where(known[None, :] & (choice == choice), choice, float("-inf"))
     slots = tl.arange(0, BLOCK_TOPK)
     best_ids = tl.zeros((BLOCK_M, BLOCK_TOPK), dtype=tl.int32)
@@ -93,7 +92,7 @@ def _norm_router(
         best = tl.where(here, score[:, None], best)
         choice = tl.where(hit, float("-inf"), choice)
     best = best / (tl.sum(best, axis=1)[:, None] + 1e-20) * scaling
-    place = rows[:, None] * TOP_K + slots[None, :]
+    place = token[:, None] * TOP_K + slots[None, :]
     kept = real[:, None] & (slots < TOP_K)[None, :]
     tl.store(topk_ids + place, best_ids, mask=kept)
     tl.store(topk_weights + place, best, mask=kept)
@@ -109,7 +108,7 @@ def norm_router(
     top_k: int,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`kimi_vl.kernels.reference.norm_router`. Of experts that score alike the first is taken."""
+    """See :func:`kimi_vl.kernels.reference.norm_router`. Of experts with equal scores the first is taken."""
     tokens, width = residual.shape
     residual, delta = residual.contiguous(), delta.contiguous()
     total, normed = torch.empty_like(residual), torch.empty_like(residual)
@@ -134,7 +133,7 @@ def norm_router(
             TOP_K=top_k,
             BLOCK_M=_TOKENS,
             BLOCK_N=max(16, triton.next_power_of_2(weight.shape[0])),
-            # 256 bytes of each row a step: with three steps under way one program has 48 KB in flight
+            # 256 bytes of each weight row at a time: with three loads in flight that is 48 KB for one program
             BLOCK_K=256 // weight.itemsize,
             BLOCK_TOPK=triton.next_power_of_2(top_k),
             num_warps=4,
