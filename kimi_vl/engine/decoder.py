@@ -94,7 +94,7 @@ class FusedDecoder:
         return ops.add_rms_norm(residual, delta, decoder.norm.weight, decoder.norm.eps)[1]
 
     def logits(self, states: Tensor) -> Tensor:
-        """float32 scores (T, vocab_size) of final states (T, H), row after row in memory."""
+        """float32 logits (T, vocab_size) of final states (T, H), contiguous."""
         scores = project(states, self._model.lm_head.weight, self._packed)
         return scores.to(torch.float32, memory_format=torch.contiguous_format)
 

@@ -1,6 +1,6 @@
-"""Prefill once, then one token of each sequence a step: the plain generation loop over the reference KV cache.
+"""The plain generation loop: one prefill, then one token of each sequence a decode step, over the reference KV cache.
 
-Knows ids and tensors; no text, no sampling rules, no queue.
+Knows token ids and tensors; no text, no sampling rules, no queue. The engine is tested against it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .vision import Grid
 
 @dataclass(frozen=True)
 class Prompt:
-    """Ids with image placeholders, and the images' patches (P, 3, 14, 14), float32, one image after another."""
+    """Token ids with image placeholders, and the patches (P, 3, 14, 14), float32, of all its images in order."""
 
     ids: Sequence[int]
     pixel_values: Tensor | None = None
@@ -26,9 +26,9 @@ class Prompt:
 
 
 class Session:
-    """Some sequences being continued together. ``logits`` (B, vocab_size) are those of the next token of each row.
+    """A batch of B sequences in generation. ``logits`` (B, vocab_size), float32, are those of each one's next token.
 
-    ``max_new_tokens`` is how many new tokens a row may get; the memory for them is taken at once.
+    The cache is allocated at once, for the longest prompt and ``max_new_tokens`` more.
     """
 
     @torch.inference_mode()
@@ -38,8 +38,8 @@ class Session:
         lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
         longest = int(lengths.max())
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt.ids)] = torch.tensor(prompt.ids)
+        for sequence, prompt in enumerate(prompts):
+            ids[sequence, : len(prompt.ids)] = torch.tensor(prompt.ids)
         ids, self._lengths = ids.to(device), lengths.to(device)
         self.cache = LatentCache(
             model.config.text_config, len(prompts), longest + max_new_tokens, dtype=model.dtype, device=device
@@ -59,7 +59,7 @@ class Session:
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Append one token to each row; returns the logits that follow, also kept in ``logits``."""
+        """Append one token to each sequence; returns the logits (B, vocab_size) after it, also kept in ``logits``."""
         ids = torch.tensor(tokens, device=self._model.device).unsqueeze(1)  # (B, 1)
         states = self._model.language_model(self._model.embed(ids), self._lengths.unsqueeze(1), self.cache)
         self._lengths = self._lengths + 1
@@ -68,18 +68,18 @@ class Session:
 
 
 def greedy(model: KimiVL, prompts: Sequence[Prompt], stop_ids: frozenset[int], limit: int) -> list[list[int]]:
-    """Most likely continuations, each ending before its first stop id or after ``limit`` tokens."""
+    """Greedy continuations, each ending before its first stop id or after ``limit`` tokens."""
     session = Session(model, prompts, limit)
     outputs: list[list[int]] = [[] for _ in prompts]
-    open_rows = set(range(len(prompts)))
+    unfinished = set(range(len(prompts)))
     for _ in range(limit):
         tokens = session.logits.argmax(-1).tolist()
-        for row in list(open_rows):
-            if tokens[row] in stop_ids:
-                open_rows.discard(row)
+        for sequence in list(unfinished):
+            if tokens[sequence] in stop_ids:
+                unfinished.discard(sequence)
             else:
-                outputs[row].append(tokens[row])
-        if not open_rows:
+                outputs[sequence].append(tokens[sequence])
+        if not unfinished:
             break
         session.step(tokens)
     return outputs

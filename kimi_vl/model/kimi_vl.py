@@ -1,4 +1,4 @@
-"""Where picture and text meet: the whole Kimi-VL network, with the checkpoint's module names."""
+"""The whole Kimi-VL network, with the checkpoint's module names."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class KimiVL(nn.Module):
         return self.language_model.model.embed_tokens.weight.device
 
     def encode_images(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Vectors (T, H) that take the place of the placeholders of all images, in order.
+        """Embeddings (T, H) for the placeholders of all images, in order.
 
-        ``pixel_values`` is (P, 3, 14, 14), the images' patches one after another; ``grids`` their (rows, columns).
+        ``pixel_values`` (P, 3, 14, 14) are the patches of all images, ``grids`` each image's (rows, columns).
         """
         return self.multi_modal_projector(self.vision_tower(pixel_values.to(self.dtype), grids))
 
     def embed(self, input_ids: Tensor, image_features: Tensor | None = None) -> Tensor:
-        """Embeddings (B, S, H) of ids (B, S), placeholder rows replaced in order by ``image_features`` (T, H)."""
+        """Embeddings (B, S, H) of ids (B, S), where placeholders are replaced in order by ``image_features`` (T, H)."""
         embeddings = self.language_model.model.embed_tokens(input_ids)
         if image_features is None:
             return embeddings

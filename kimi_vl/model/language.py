@@ -1,8 +1,9 @@
 """The decoder: multi-head latent attention and a mixture of experts, with the checkpoint's parameter names.
 
-Knows tokens and vectors, no pictures and no files. Routed experts are stored fused (one tensor for all of them);
-everything else is laid out as in the checkpoint. Sources: DeepSeek-V2 (latent attention, section 2.1) and
-DeepSeek-V3 (routing without auxiliary loss, section 2.1.2) reports, the published modeling_kimi_vl.py.
+Norms, routing and experts are the reference operations of :mod:`kimi_vl.kernels.reference`. A layer's routed experts
+are fused in two tensors; all else has the layout of the checkpoint. Knows no images and no files. Sources: DeepSeek-V2
+(latent attention, section 2.1) and DeepSeek-V3 (routing without auxiliary loss, section 2.1.2) reports, the published
+modeling_kimi_vl.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..kernels.linear import project
 from ..kernels.reference import apply_rope_half, upcast
 from .config import TextConfig
 
-# Shapes: B rows, S new tokens a row, L tokens to attend to, H hidden_size, N heads, R kv_lora_rank,
+# Shapes: B sequences, S new tokens a sequence, L tokens to attend to, H hidden_size, N heads, R kv_lora_rank,
 # P / Q / V qk_rope / qk_nope / v head dims, E experts, K experts a token, T = B * S tokens, I expert width.
 LATENT_NORM_EPS = 1e-6  # the published kv_a_layernorm does not take the config's rms_norm_eps
 
@@ -54,7 +55,7 @@ def rope_tables(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -
 
 
 class Past(Protocol):
-    """What new tokens see of the tokens before them, and where they are written: a KV cache."""
+    """A KV cache for the new tokens of one call: where they are written, and what they attend to."""
 
     def attend(self, layer: int, attention: Attention, q_nope: Tensor, q_rope: Tensor, new_kv: Tensor) -> Tensor:
         """Write ``new_kv`` (B, S, R+P) of the new tokens to the cache of ``layer`` and attend: (B, N, S, V)."""
@@ -65,15 +66,15 @@ class Cache(Protocol):
     """A KV cache that is kept from call to call."""
 
     def at(self, positions: Tensor) -> Past:
-        """For new tokens at ``positions`` (B, S)."""
+        """The cache for new tokens at ``positions`` (B, S)."""
         ...
 
 
 class Attention(nn.Module):
     """Multi-head latent attention. Only the normed latent and the rotated key of a token are cached.
 
-    Few new tokens on a long past are answered in the absorbed form: queries move into the latent space, so that the
-    cost of a step does not include expanding the past. Longer inputs expand keys and values, which is cheaper there.
+    Decode steps use the absorbed form: queries move into the latent space, so that the past is never expanded. Prefill
+    expands keys and values, which is cheaper for many new tokens.
     """
 
     def __init__(self, config: TextConfig):
@@ -88,7 +89,7 @@ class Attention(nn.Module):
         self.scale = config.qk_head_dim**-0.5
 
     def forward(self, states: Tensor, cos: Tensor, sin: Tensor, past: Past | None, layer: int) -> Tensor:
-        """Without a past every row begins here, and attention is plainly causal."""
+        """(B, S, H) of ``states`` (B, S, H). Without a past every sequence begins here, and attention is causal."""
         config = self.config
         query = self.q_proj(states).unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2)  # (B, N, S, Q+P)
         q_nope, q_rope = query.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
@@ -104,8 +105,8 @@ class Attention(nn.Module):
     def expanded(self, q_nope: Tensor, q_rope: Tensor, latent_kv: Tensor, mask: Tensor | None) -> Tensor:
         """Heads (B, N, S, V) of queries over ``latent_kv`` (B, L, R+P), expanding their keys and values.
 
-        ``mask`` (…, S, L) is true where a query may look; None means causal, for as many queries as keys, or, where
-        flash_attn is used, for the last S of them.
+        ``mask`` (…, S, L) is true where a query may attend. None is causal, for S = L queries, or with FlashAttention
+        for the last S of L.
         """
         config = self.config
         latent, k_rope = latent_kv.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
@@ -120,11 +121,11 @@ class Attention(nn.Module):
         )  # (B, N, S, V)
 
     def absorbed(self, q_nope: Tensor, q_rope: Tensor, latent_kv: Tensor, mask: Tensor | None) -> Tensor:
-        """The same with queries taken into the latent space; ``mask`` None lets every query see everything."""
+        """The same with queries moved into the latent space; with ``mask`` None every query attends to all tokens."""
         rank, heads, batch = self.config.kv_lora_rank, *q_nope.shape[1::-1]
         up = self.kv_b_proj.weight.view(heads, -1, rank)  # (N, Q+V, R)
         to_key, to_value = up.split((self.config.qk_nope_head_dim, self.config.v_head_dim), dim=1)
-        # plain batched GEMMs, by head or by sequence: a broadcast one copies ``latent_kv`` for every head
+        # batched GEMMs by head or by sequence: a broadcast one would copy ``latent_kv`` for every head
         lifted = q_nope.transpose(0, 1).flatten(1, 2) @ to_key  # (N, B S, R)
         query = torch.cat((lifted.unflatten(1, (batch, -1)).transpose(0, 1), q_rope), dim=-1)  # (B, N, S, R+P)
         scores = upcast(query.flatten(1, 2) @ latent_kv.transpose(1, 2)) * self.scale  # (B, N S, L)
@@ -151,7 +152,7 @@ class Mlp(nn.Module):
 
     @property
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of gate, up and down."""
+        """Those of gate, up and down."""
         return self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
 
 
@@ -172,7 +173,7 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """All routed experts of a layer in two tensors; rows of ``gate_up_proj`` are gate, then up."""
+    """All routed experts of a layer in two tensors; ``gate_up_proj`` (E, 2I, H) is gate, then up."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -191,7 +192,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routed experts plus shared experts, which see every token and are not scaled."""
+    """Routed experts plus shared experts, which are computed for every token and not scaled."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -247,13 +248,12 @@ class LanguageModel(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
     def forward(self, embeddings: Tensor, positions: Tensor, cache: Cache | None = None) -> Tensor:
-        """Final states (B, S, H); :meth:`logits` turns those that are wanted into scores.
+        """Final states (B, S, H); :meth:`logits` turns those that are needed into scores.
 
-        ``positions`` (B, S) count from 0 in each row. The cache says what a token sees; without one every row
-        starts at 0.
+        ``positions`` (B, S) count from 0 in each sequence. Without a cache every sequence starts at 0.
         """
         return self.model(embeddings, positions, cache)
 
     def logits(self, states: Tensor) -> Tensor:
-        """float32 scores (…, vocab_size), row after row in memory."""
+        """float32 logits (…, vocab_size), contiguous."""
         return self.lm_head(states).to(torch.float32, memory_format=torch.contiguous_format)

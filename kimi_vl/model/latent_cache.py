@@ -1,6 +1,7 @@
-"""The reference KV cache: a latent and a rotary key a token and layer, slot i of a sequence holding its position i.
+"""The reference KV cache: a latent and a rotary key for each token and layer; slot i of a sequence holds position i.
 
-Used by the plain generation loop and golden comparisons. The engine has pages instead: :mod:`kimi_vl.engine.kv_cache`.
+For the plain generation loop and comparisons with golden data. The engine has a paged cache:
+:mod:`kimi_vl.engine.kv_cache`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from .language import Attention
 
 
 class LatentCache:
-    """Room for ``capacity`` tokens of each of ``batch`` sequences, slot i of a row holding its position i.
+    """Slots for ``capacity`` tokens of each of ``batch`` sequences.
 
-    Per token and layer ``kv_lora_rank + qk_rope_head_dim`` values of ``dtype`` (1,152 bytes in the published model
-    in bfloat16), where expanded keys and values would take nine times as much.
+    A slot has ``kv_lora_rank + qk_rope_head_dim`` values of ``dtype`` for each layer: 1,152 bytes in the published
+    model in bfloat16, where expanded keys and values would be nine times as much.
     """
 
     def __init__(
@@ -33,22 +34,23 @@ class LatentCache:
         self.capacity = capacity
         width = config.kv_lora_rank + config.qk_rope_head_dim
         shape = (config.num_hidden_layers, batch, capacity, width)
-        # zeros, not uninitialised memory: a masked slot that held NaN would poison the weighted sum
+        # zeros, since a NaN in uninitialised memory would pass the mask: 0 * NaN is NaN
         self._states = torch.zeros(shape, dtype=dtype, device=device)
 
-    def at(self, positions: Tensor) -> _Rows:
-        """For new tokens at ``positions`` (B, S), which are also the slots they take.
+    def at(self, positions: Tensor) -> _Slots:
+        """The cache for new tokens at ``positions`` (B, S), which are also their slots.
 
-        Rows may be of different lengths: pad on the right and read the state of each row's own last token.
+        Sequences may have different lengths: pad on the right, and use the state of each one's own last token. Raises
+        ValueError for a position past the capacity.
         """
         length, mask = int(positions.max()) + 1, None
         if length > self.capacity:
             raise ValueError(f"position {length - 1} is past the cache's capacity of {self.capacity}")
-        if length > positions.shape[1]:  # else all rows begin here, and plain causal attention is the same
+        if length > positions.shape[1]:  # otherwise all sequences begin here, and causal attention is the same
             slots = torch.arange(length, device=positions.device)
-            # a row's slots past its own position may hold padding, and are never seen
+            # slots past a token's own position may hold padding, and are masked
             mask = (slots <= positions.unsqueeze(-1)).unsqueeze(1)  # (B, 1, S, L)
-        return _Rows(self._states, positions, length, mask)
+        return _Slots(self._states, positions, length, mask)
 
     @property
     def nbytes(self) -> int:
@@ -56,8 +58,8 @@ class LatentCache:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """A plain cache as new tokens see it."""
+class _Slots:
+    """The cache as new tokens see it."""
 
     states: Tensor
     positions: Tensor
@@ -65,7 +67,7 @@ class _Rows:
     mask: Tensor | None
 
     def attend(self, layer: int, attention: Attention, q_nope: Tensor, q_rope: Tensor, new_kv: Tensor) -> Tensor:
-        rows = torch.arange(self.positions.shape[0], device=self.positions.device).unsqueeze(1)  # (B, 1)
-        self.states[layer][rows, self.positions] = new_kv
+        sequences = torch.arange(self.positions.shape[0], device=self.positions.device).unsqueeze(1)  # (B, 1)
+        self.states[layer][sequences, self.positions] = new_kv
         form = attention.absorbed if q_nope.shape[2] == 1 else attention.expanded
         return form(q_nope, q_rope, self.states[layer, :, : self.length], self.mask)
