@@ -1,6 +1,6 @@
-"""A tar at a URL to a folder on disk: refuses what must not be there before it arrives, and compares afterwards.
+"""Downloads a tar from a URL and extracts it: entries are checked before the download, and the folder after it.
 
-By pget under a watchdog, or by Python. Does not know what a checkpoint is. Never prints a query or a password.
+With pget under a watchdog, or with Python. Knows nothing of checkpoints. Never prints a query or a password.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from .tar_contents import LARGEST_END, Contents, end_fault
 log = logging.getLogger(__name__)
 TRIES = 3
 PAUSE_SECONDS = 5.0
-# pget keeps a chunk a connection in memory, and writes nothing before the first of them is whole. A chunk is what the
-# line brings in FIRST_SECONDS, shared among the connections: a slow line, too, is then seen to bring something.
+# pget holds one chunk for each connection in memory, and writes nothing before the first chunk is complete. So a chunk
+# is what all connections together receive in FIRST_SECONDS: progress is visible on a slow network as well.
 CONNECTIONS = 16
 FIRST_SECONDS = 2.0
 LEAST_CHUNK = 256_000
@@ -43,9 +43,9 @@ LARGEST_CHUNK = 16_000_000
 
 _WATCH_SECONDS = 0.2
 _MEASURED_BYTES = 8_000_000
-_WINDOW = 2**16  # bytes asked for at once while only headers are read
+_WINDOW = 2**16  # bytes of one range request while only headers are read
 _LARGEST_HEADER = 2**20
-# What changes pget's behaviour from outside. PGET itself names the program.
+# Variables that change pget's behaviour, which it must not inherit. PGET itself names the program.
 _PGET_SETTINGS = (
     "PGET_EXTRACT",
     "PGET_FORCE",
@@ -58,14 +58,14 @@ _PGET_SETTINGS = (
 
 
 def disk_error(folder: Path, error: OSError) -> CheckpointError:
-    """What a person is told when the disk does not take what it is given."""
+    """The error for a disk that cannot be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return _disk_full(folder, 0)
     return CheckpointError(f"{folder}: cannot be written ({error.strerror or type(error).__name__}); check the disk")
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
-    """Raise where ``needed`` bytes and one in a hundred more do not fit on the disk of ``folder``."""
+    """Raise :class:`CheckpointError` where ``needed`` bytes and 1 % more do not fit on the disk of ``folder``."""
     needed += needed // 100
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -76,9 +76,9 @@ def check_space(folder: Path, needed: int, what: str) -> None:
 
 
 def fetch(url: str, private: Path) -> Path:
-    """Extract the tar at ``url`` below ``private``, an empty folder of the caller's own; the extracted folder.
+    """Extract the tar at ``url`` below ``private``, an empty folder that only the caller uses; returns the folder.
 
-    Raises :class:`CheckpointError`, which may leave files in ``private``: the caller deletes it.
+    Raises :class:`CheckpointError`. Files may then be left in ``private``, which the caller deletes.
     """
     program = _pget()
     reason = ""
@@ -89,7 +89,7 @@ def fetch(url: str, private: Path) -> Path:
             remove(private)
             private.mkdir(mode=0o700)
         try:
-            # The last try does without pget: its faults must not be the reason why a service stays down.
+            # The last try uses Python, so that no fault of pget keeps a service down.
             return _try(url, private, program if attempt < TRIES else None, patience=http.STALL_SECONDS * attempt)
         except http.Retry as error:
             reason = str(error)
@@ -119,13 +119,13 @@ def _try(url: str, private: Path, program: str | None, patience: float) -> Path:
         progress = Progress("fetching", remote.size)
         contents = _extract_with_python(url, remote, tree, progress)
     progress.finish("fetched")
-    if difference := contents.difference(tree):  # pget takes some incomplete extractions for complete
+    if difference := contents.difference(tree):  # pget succeeds after some incomplete extractions
         raise http.Retry(difference)
     return tree
 
 
 def remove(folder: Path) -> None:
-    """Delete ``folder``, also where an archive made folders in it that cannot be written."""
+    """Delete ``folder``, also where an archive made read-only folders in it."""
     for path, names, _ in os.walk(folder):
         for name in names:
             inner = os.path.join(path, name)
@@ -141,12 +141,12 @@ def _disk_full(folder: Path, needed: int) -> CheckpointError:
 
 
 def _chunk(url: str, size: int) -> int:
-    """Bytes for one of pget's chunks: what the line brings in FIRST_SECONDS, for each connection."""
+    """Bytes of one of pget's chunks: each connection's part of what arrives in FIRST_SECONDS."""
     received, began, now = 0, 0.0, 0.0
     with suppress(http.Retry), http.get(url, f"0-{min(size // 100, _MEASURED_BYTES)}") as answer:
         for piece in answer.iter_raw():
             now = time.monotonic()
-            received += len(piece) if began else 0  # a rate without the time that the first bytes take
+            received += len(piece) if began else 0  # the rate without the latency of the first bytes
             began = began or now
             if now - began > FIRST_SECONDS:
                 break
@@ -155,7 +155,7 @@ def _chunk(url: str, size: int) -> int:
 
 
 class _RangedFile:
-    """A file at a URL that tarfile can seek in: only what is read travels."""
+    """A seekable file over range requests: only what tarfile reads is transferred."""
 
     def __init__(self, url: str, size: int):
         self.url = url
@@ -172,7 +172,7 @@ class _RangedFile:
         return position
 
     def read(self, size: int) -> bytes:
-        if size > _LARGEST_HEADER:  # an archive that wants memory, not one that holds files
+        if size > _LARGEST_HEADER:  # no honest archive has one
             raise tarfile.ReadError("a header is too large")
         pieces = []
         end = min(self.position + size, self.size)
@@ -190,7 +190,7 @@ class _RangedFile:
             if answer.status_code != 206 or http.total_size(answer, self.position) != self.size:
                 raise http.Retry("the file on the server changed or is served in different ways")
             pieces = []
-            with suppress(httpx.RemoteProtocolError):  # cut off: what came is of use
+            with suppress(httpx.RemoteProtocolError):  # cut off: the bytes that arrived are used
                 for piece in answer.iter_raw():
                     pieces.append(piece)
             window = b"".join(pieces)
@@ -200,7 +200,7 @@ class _RangedFile:
 
 
 def _read_contents(url: str, size: int) -> Contents:
-    """The table of contents, for the price of the headers; raises for what must not be downloaded at all."""
+    """The archive's entries, read from its headers alone; raises for what must not be downloaded at all."""
     contents = Contents(http.shown(url))
     file: Any = _RangedFile(url, size)
     try:
@@ -226,7 +226,7 @@ def _not_a_tar(url: str, error: Exception) -> CheckpointError:
     )
 
 
-# By pget
+# With pget
 
 
 def _pget() -> str | None:
@@ -266,7 +266,9 @@ def _extract_with_pget(
             process.kill()
         process.wait()
         reader.join(timeout=5)
-        if process.stderr is not None and not reader.is_alive():  # where pget is a script, its child may still hold it
+        if (
+            process.stderr is not None and not reader.is_alive()
+        ):  # if pget is a script, its child may still have it open
             process.stderr.close()
     if process.returncode:
         said = _last_words(lines)
@@ -276,12 +278,12 @@ def _extract_with_pget(
 
 
 def _escaped(url: str) -> str:
-    """``url`` with everything escaped that pget's parser refuses as it is, in logins above all."""
+    """``url`` with all characters escaped that pget's parser refuses, mostly in logins."""
     return re.sub(r"%(?![0-9A-Fa-f]{2})", "%25", str(httpx.URL(url).copy_with(fragment=None)))
 
 
 def _watch(process: subprocess.Popen[bytes], tree: Path, progress: Progress, patience: float) -> None:
-    """Wait for the end of a download that grows on the disk."""
+    """Wait for pget; raises :class:`http.Retry` when it has written nothing for ``patience`` seconds."""
     size, grown = 0, time.monotonic()
     while True:
         with suppress(subprocess.TimeoutExpired):
@@ -314,7 +316,7 @@ def _read_lines(process: subprocess.Popen[bytes], lines: deque[str]) -> None:
 
 
 def _last_words(lines: deque[str]) -> str:
-    """Why pget gave up: its last error, a crash of its runtime, or whatever it said last."""
+    """Why pget failed: its last error, a crash of its runtime, or its last line."""
     for start in ("Error: ", "panic: ", "fatal error: ", ""):
         for line in reversed(lines):
             if line and line.startswith(start):
@@ -323,9 +325,9 @@ def _last_words(lines: deque[str]) -> str:
 
 
 def _die_with(parent: int) -> Any:
-    """What a child runs before it becomes pget, so that it never outlives us: we may be killed outright.
+    """What the child runs before it becomes pget, so that it never outlives this process, even if that is killed.
 
-    The kernel ties it to the thread that starts it, which is the one that waits for it.
+    Linux sends the signal when the thread that started the child ends; that thread waits for it.
     """
     prctl = ctypes.CDLL(None).prctl
     death_signal = 1
@@ -338,11 +340,11 @@ def _die_with(parent: int) -> Any:
     return prepare
 
 
-# By Python
+# With Python
 
 
 class _Body:
-    """The bytes of a URL in order; a connection that is cut off is taken up again where the server can."""
+    """The bytes of a URL in order; a download that is cut off is resumed where the server supports ranges."""
 
     def __init__(self, url: str, remote: http.Remote, progress: Progress):
         self.url = url
@@ -350,11 +352,11 @@ class _Body:
         self.progress = progress
         self.received = 0
         self._pieces: Iterator[bytes] | None = None
-        self._taken_up_at = -1
+        self._resumed_at = -1
         self._last: deque[bytes] = deque(maxlen=16)
 
     def read(self, size: int) -> bytes:
-        """What comes next, of whatever length; nothing at the end."""
+        """The next bytes, of any length; none at the end. Raises :class:`http.Retry`."""
         while True:
             left = None if self.remote.size is None else self.remote.size - self.received
             if left == 0:
@@ -373,9 +375,9 @@ class _Body:
                 if piece or left is None:
                     return piece
             self.close()
-            if not self.remote.ranges or self._taken_up_at == self.received:
+            if not self.remote.ranges or self._resumed_at == self.received:
                 raise http.Retry(reason)
-            self._taken_up_at = self.received
+            self._resumed_at = self.received
             log.info("%s after %s: going on from there", reason, amount(self.received))
 
     def _connect(self) -> Iterator[bytes]:
@@ -387,7 +389,7 @@ class _Body:
             yield from answer.iter_raw()
 
     def rest(self, start: int) -> bytes:
-        """What came and still comes from position ``start`` on, which is near; of very much only the beginning."""
+        """The bytes from the recent position ``start`` on, of which only LARGEST_END or little more are read."""
         came = b"".join(self._last)
         if self.received - start > len(came):
             raise http.Retry("the answer came in crumbs")
@@ -417,7 +419,7 @@ def _extract_with_python(url: str, remote: http.Remote, tree: Path, progress: Pr
         if remote.size is None:
             raise http.Retry(f"it is not a complete, uncompressed tar archive: {http.redact(str(error))}") from None
         raise _not_a_tar(url, error) from None
-    if fault and remote.size is None:  # then nobody can tell an archive that is cut off from a connection that was
+    if fault and remote.size is None:  # then the archive or the connection may have been cut off
         raise http.Retry(fault)
     if fault:
         raise CheckpointError(f"{http.shown(url)}: {fault}; make or upload it anew")

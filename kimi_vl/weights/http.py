@@ -1,6 +1,7 @@
-"""GET requests to a server of weights: redirects judged, and failures as sentences. Never prints a query or a password.
+"""GET requests to a server of weights: redirects are checked, and failures are sentences. Never prints a query or a
+password.
 
-What another try may mend is a :class:`Retry`, anything else a :class:`~kimi_vl.errors.CheckpointError`.
+A failure that another try may not meet is a :class:`Retry`, any other a :class:`~kimi_vl.errors.CheckpointError`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import httpx
 
 from ..errors import CheckpointError
 
-for _library in ("httpx", "httpcore"):  # they would log every address with what signs it
+for _library in ("httpx", "httpcore"):  # they would log URLs with their signatures
     logging.getLogger(_library).setLevel(logging.WARNING)
 
-STALL_SECONDS = 120.0  # pget itself has no read timeout, and goes on for ever when every answer is cut off
+STALL_SECONDS = 120.0  # pget has no read timeout, and retries for ever when each response is cut off
 _REDIRECTS = 10
 _NUMBER = "[0-9]{1,18}"
 _REFUSALS = {
@@ -38,18 +39,18 @@ class Retry(Exception):
 
 
 def shown(url: str) -> str:
-    """``url`` as it may be printed: without user, password, query and fragment."""
+    """``url`` for messages and logs: without user, password, query and fragment."""
     try:
         parts = urlsplit(url)
     except ValueError:
         return "(an address that cannot be read)"
     if not parts.path and "@" in parts.query + parts.fragment and "@" not in parts.netloc:
-        return "(an address that cannot be read)"  # of a password with a "?" or "#": what stands before is a part of it
+        return "(an address that cannot be read)"  # a password with "?" or "#", whose first part would be shown
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def redact(text: str) -> str:
-    """``text`` with every URL in it as it may be printed."""
+    """``text`` with each URL in it as :func:`shown` gives it."""
     return re.sub(r"https?://[^\s\"'<>\\]+", lambda found: shown(found[0]), text, flags=re.IGNORECASE)
 
 
@@ -63,7 +64,7 @@ class Redaction(logging.Filter):
 
 @dataclass(frozen=True)
 class Remote:
-    """What a server says of a file: its size in bytes, and whether it sends ranges and the lengths of parts."""
+    """A file on a server: its size in bytes, and whether responses are ranges and have a Content-Length."""
 
     size: int | None
     ranges: bool
@@ -72,8 +73,9 @@ class Remote:
 
 @contextmanager
 def get(url: str, span: str = "") -> Iterator[httpx.Response]:
-    """The answer to a GET of ``url``, of ``span`` ("0-99") only where the server can. Its body is still to be read."""
-    # Some networks in front of servers turn a library's own name away.
+    """The response to a GET of ``url``, to be read inside the block. With ``span`` ("0-99") a range is asked for, and
+    the whole file may come."""
+    # some content delivery networks refuse the names of HTTP libraries
     headers = {"User-Agent": "kimi-vl", "Accept-Encoding": "identity"} | ({"Range": f"bytes={span}"} if span else {})
     try:
         with closing(_client()) as client:
@@ -90,7 +92,7 @@ def get(url: str, span: str = "") -> Iterator[httpx.Response]:
             with closing(answer):
                 _refuse_status(url, answer)
                 yield answer
-    except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError):  # the last, of names that no host can have
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError):  # UnicodeError: of invalid host names
         raise CheckpointError(f"{shown(url)}: is not a valid address; check its spelling") from None
     except httpx.TransportError as error:
         if _is_certificate(error):
@@ -126,7 +128,7 @@ def _refuse_redirect(before: httpx.URL, after: httpx.URL) -> None:
 
 
 def _port_too_large(url: httpx.URL) -> bool:
-    """The operating system would take the lower 16 bits of it."""
+    """Sockets would use the lower 16 bits."""
     return (url.port or 0) >= 2**16
 
 
@@ -150,7 +152,7 @@ def _is_certificate(error: BaseException | None) -> bool:
 
 
 def _reason(error: httpx.TransportError) -> str:
-    """Why the network failed, in a few words."""
+    """The reason of a network failure in a few words."""
     if isinstance(error, httpx.TimeoutException):
         return f"no byte arrived for {STALL_SECONDS:g} s"
     if isinstance(error, httpx.RemoteProtocolError):
@@ -165,6 +167,7 @@ def _reason(error: httpx.TransportError) -> str:
 
 
 def probe(url: str) -> Remote:
+    """Asks for the first byte of the file."""
     with get(url, "0-0") as answer:
         length = re.fullmatch(_NUMBER, answer.headers.get("Content-Length", ""))
         if answer.status_code == 206:
@@ -173,6 +176,6 @@ def probe(url: str) -> Remote:
 
 
 def total_size(answer: httpx.Response, start: int = 0) -> int | None:
-    """The whole file's size, from the answer to a request for the part of it from ``start`` on."""
+    """The whole file's size from a response with the range from ``start`` on; None without a valid Content-Range."""
     found = re.fullmatch(f"bytes ({_NUMBER})-{_NUMBER}/({_NUMBER})", answer.headers.get("Content-Range", ""))
     return int(found[2]) if found and int(found[1]) == start else None

@@ -1,6 +1,6 @@
-"""A repository of the Hugging Face Hub to the tree that its client keeps: fetched, found again, and repaired.
+"""Fetches a repository of the Hugging Face Hub into its client's cache tree, finds it there, and repairs it.
 
-The one file that knows huggingface_hub, whose client takes a file for good when its name is there.
+The only file that imports huggingface_hub. Its client never fetches a file again whose name exists.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def tree_of(cache: Path, name: str) -> Path:
 
 
 def repository_of(folder: Path) -> str:
-    """The repository whose snapshot ``folder`` is, as the client's tree records it; empty for any other folder."""
+    """The repository of the snapshot ``folder`` in a client's tree; empty for any other folder."""
     snapshots = folder.resolve().parent
     kind, _, name = snapshots.parent.name.partition("--")
     return name.replace("--", "/", 1) if snapshots.name == "snapshots" and kind == "models" else ""
 
 
 def snapshot(tree: Path, revision: str) -> Path | None:
-    """The folder of ``revision`` (empty: the main branch) as far as it is in ``tree``."""
+    """The snapshot folder of ``revision`` (empty: the main branch) in ``tree``, perhaps incomplete; None if absent."""
     try:
         commit = (tree / "refs" / (revision or "main")).read_text().strip()
     except (OSError, ValueError):
@@ -46,7 +46,7 @@ def snapshot(tree: Path, revision: str) -> Path | None:
 
 
 def discard(folder: Path, damaged: list[Path], *, keep_files: bool) -> None:
-    """Delete what the client would take for good: damaged files, and the links of the snapshot ``folder``.
+    """Delete what the client would not fetch again: damaged files, and the links of the snapshot ``folder``.
 
     Files in place of links are the only copy where the client makes no links: with ``keep_files`` those that are not
     known to be damaged stay, so that only what is missing is fetched.
@@ -61,9 +61,9 @@ def discard(folder: Path, damaged: list[Path], *, keep_files: bool) -> None:
 
 
 def fetch(name: str, revision: str, cache: Path) -> Path:
-    """The snapshot folder of the repository ``name``, with every file that is not there yet. It is not verified."""
+    """Fetch the missing files of the repository ``name``; returns the snapshot folder, which is not verified."""
     tree = tree_of(cache, name)
-    for leftover in tree.glob("blobs/*.incomplete"):  # of a start that was killed; the client would not go on with it
+    for leftover in tree.glob("blobs/*.incomplete"):  # of a process that was killed; the client does not resume them
         leftover.unlink(missing_ok=True)
     download_snapshot = _client(name, revision, cache)
     shown = f"{name}@{revision}" if revision else name
@@ -75,7 +75,7 @@ def fetch(name: str, revision: str, cache: Path) -> Path:
             return Path(download_snapshot())
     except CheckpointError:
         raise
-    except Exception as error:  # whatever network library is below, a person is told which repository and what to do
+    except Exception as error:  # of any network library: the message names the repository and what to do
         raise _explained(shown, error, cache) from None
 
 
@@ -84,7 +84,7 @@ def _client(name: str, revision: str, cache: Path) -> Any:
     from huggingface_hub import constants
     from huggingface_hub.utils import disable_progress_bars
 
-    # Each tree has its own blobs, so that a damaged one is fetched again instead of being found in another place.
+    # each tree has blobs of its own: a damaged one is fetched again and not found elsewhere
     constants.HF_HUB_DISABLE_SHARED_BLOBS = True
     disable_progress_bars()
     for handler in logging.getLogger("huggingface_hub").handlers:
@@ -119,7 +119,7 @@ def _explained(shown: str, error: BaseException, cache: Path) -> CheckpointError
 
 @contextmanager
 def _watched(tree: Path, total: int) -> Iterator[None]:
-    """Reports on the growth of the tree's blobs while the client fetches them."""
+    """Log progress by the size of the tree's blobs while the client fetches them."""
 
     def size() -> int:
         return sum(path.stat().st_size for path in tree.glob("blobs/*") if path.is_file())
@@ -128,7 +128,7 @@ def _watched(tree: Path, total: int) -> Iterator[None]:
         while not done.wait(0.5):
             try:
                 progress.reach(size() - before)
-            except OSError:  # renamed under us
+            except OSError:  # renamed in the meantime
                 continue
 
     before, progress, done = size(), Progress("fetching", total), threading.Event()

@@ -1,4 +1,4 @@
-"""Counts of bytes to log lines that a person can follow: how much, how fast, how long still.
+"""Progress lines in the log: how many bytes, how fast, and how long still.
 
 Knows neither where the bytes come from nor what they are.
 """
@@ -22,7 +22,7 @@ def amount(size: float) -> str:
 class Progress:
     """A line every few seconds while a stage runs, and one with its whole time at its end.
 
-    ``total`` None is a stage whose size nobody knows. May be called from several threads.
+    ``total`` None is a stage of unknown size. May be called from several threads.
     """
 
     def __init__(self, stage: str, total: int | None):
@@ -60,7 +60,7 @@ class Progress:
             return f"{amount(self.done)}, {speed}"
         unit, name = (1e9, "GB") if self.total >= 1e9 else (1e6, "MB")
         of_total = f"{self.done / unit:.1f} of {self.total / unit:.1f} {name}"
-        # The average, not the last seconds: an estimate that jumps about tells nobody anything.
+        # of the average rate: with that of the last seconds the estimate would jump about
         average = self.done / (now - self._began)
         if not average:
             return f"{of_total}, {speed}"

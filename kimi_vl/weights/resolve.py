@@ -1,6 +1,6 @@
-"""Model names to verified folders on disk: where a model comes from, what is kept, and what another try may repair.
+"""Model names to verified checkpoint folders: where a model comes from, what is cached, and what is fetched again.
 
-Leaves fetching to `download` and `hub` and hashes to `verify`; knows nothing of parameters. Fetches no remote code.
+Fetching is in `download` and `huggingface`, hashes are in `verify`. Knows nothing of parameters. Fetches no code.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from ..errors import CheckpointError
-from . import download, http, verify
-from . import huggingface as hub
+from . import download, http, huggingface, verify
 from .verify import DamagedError, Manifest
 
 log = logging.getLogger(__name__)
@@ -28,7 +27,7 @@ log = logging.getLogger(__name__)
 DEMO = Path(__file__).parents[1] / "demo"
 MANIFESTS = Path(__file__).parents[1] / "manifests"
 DEFAULT_WEIGHTS_URL = "https://weights.replicate.delivery/default/kimi-vl-a3b-thinking/model_cache/"
-# The published archive is a Hugging Face cache tree. The modules.tar beside it holds remote code, which we never run.
+# The published archive is a Hugging Face cache tree. The modules.tar beside it has remote code and is never fetched.
 ARCHIVES = {"thinking": "models--moonshotai--Kimi-VL-A3B-Thinking.tar"}
 REPOSITORIES = {
     "thinking-2506": "moonshotai/Kimi-VL-A3B-Thinking-2506",
@@ -45,17 +44,17 @@ _THINKS = {
     "moonshotai/kimi-vl-a3b-instruct": False,
 }
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")
-# Of the files beside an entry: none may be taken for another entry.
+# Suffixes of the files beside a cache entry, which no entry's name may have.
 _RESERVED = re.compile(r"\.part-|\.(lock|verified)$")
 
 
 def resolve(model: str, *, has_gpu: bool, cache: str | Path | None = None) -> Path:
-    """The checkpoint folder of ``model``, fetched and verified where that has not been done.
+    """The checkpoint folder of ``model``, fetched and verified if it is not in the cache.
 
     ``model`` is ``thinking``, ``thinking-2506``, ``instruct``, ``demo``, ``auto`` (the first with a GPU, else the
     demo), a directory, a Hugging Face repository id (``@revision`` may follow), or an https URL of a tar. ``cache``
     None is what KIMI_VL_CACHE names, else ``model_cache`` in the working directory. Raises :class:`CheckpointError`
-    saying what to do.
+    with a sentence that says what to do.
     """
     if model == "auto":
         model = "thinking" if has_gpu else "demo"
@@ -63,7 +62,7 @@ def resolve(model: str, *, has_gpu: bool, cache: str | Path | None = None) -> Pa
         return DEMO
     cache = Path(cache or os.environ.get("KIMI_VL_CACHE") or "model_cache")
     manifest = _manifest(model)
-    _always()  # a wrong setting is said at once
+    _always()  # a wrong setting is an error before anything is fetched
     try:
         if model and Path(model).is_dir():
             return _from_directory(Path(model), cache, manifest)
@@ -98,7 +97,7 @@ def thinks(model: str, folder: Path) -> bool:
         return setting == "on"
     manifest = _manifest(model)
     asked = "" if Path(model).is_dir() else model
-    for name in (asked, manifest.model if manifest else "", hub.repository_of(folder), _origin(folder)):
+    for name in (asked, manifest.model if manifest else "", huggingface.repository_of(folder), _origin(folder)):
         known = _THINKS.get(name.partition("@")[0].lower())
         if known is not None:
             return known
@@ -106,7 +105,7 @@ def thinks(model: str, folder: Path) -> bool:
 
 
 def _origin(folder: Path) -> str:
-    """What the checkpoint was made from, as its ``config.json`` says; empty where it does not."""
+    """``_name_or_path`` of the checkpoint's ``config.json``, or an empty string."""
     try:
         name = json.loads((folder / "config.json").read_bytes()).get("_name_or_path")
     except (OSError, ValueError, AttributeError):
@@ -126,7 +125,7 @@ def _is_url(model: str) -> bool:
 
 
 def _below(base: str, name: str) -> str:
-    """The address of ``name`` in the folder ``base``, whose query stays: it may be what gives access."""
+    """The URL of ``name`` below ``base``, whose query stays, since it may have the signature."""
     try:
         parts = urlsplit(base)
     except ValueError:
@@ -137,7 +136,7 @@ def _below(base: str, name: str) -> str:
 
 
 def _name_of(url: str) -> str:
-    """The cache's name for an archive: its file name, and its address, for two servers may have the same name."""
+    """The name of an archive in the cache: its file name and a hash of its URL, since servers may share file names."""
     parts = urlsplit(url)
     name = parts.path.rpartition("/")[2].removesuffix(".tar")
     if not re.fullmatch(r"\w[\w.+%=-]*", name) or _RESERVED.search(name):
@@ -154,7 +153,7 @@ def _manifest(model: str) -> Manifest | None:
 
 
 def _always() -> bool:
-    """Whether a marker counts for nothing."""
+    """Whether KIMI_VL_VERIFY asks to verify at every start."""
     value = os.environ.get("KIMI_VL_VERIFY", "")
     if value not in ("", "always"):
         raise CheckpointError(f"KIMI_VL_VERIFY={value}: must be 'always', which hashes at every start, or not be set")
@@ -184,11 +183,11 @@ def _from_archive(url: str, name: str, cache: Path, manifest: Manifest | None) -
     if folder := _warm_entry(final, marker, manifest):
         return folder
     with _locked(cache, name, final) as writable:
-        if folder := _warm_entry(final, marker, manifest):  # another boot has done the work meanwhile
+        if folder := _warm_entry(final, marker, manifest):  # another process has fetched it meanwhile
             return folder
         if writable:
             for leftover in cache.iterdir():
-                if leftover.name.startswith((f"{name}.part-", f"{marker.name}.part-")):  # of a boot that was killed
+                if leftover.name.startswith((f"{name}.part-", f"{marker.name}.part-")):  # of a process that was killed
                     download.remove(leftover) if leftover.is_dir() else leftover.unlink()
         if final.is_dir():
             try:
@@ -210,7 +209,7 @@ def _from_archive(url: str, name: str, cache: Path, manifest: Manifest | None) -
 
 
 def _fetch(url: str, name: str, final: Path, manifest: Manifest | None) -> verify.Stamps:
-    """Put the archive at ``url`` in place as ``final``, which either is complete and verified or is not there."""
+    """Fetch the archive at ``url`` to ``final``, which is either complete and verified or not there."""
     address = http.shown(url)
     for last in (False, True):
         private = Path(tempfile.mkdtemp(prefix=f"{name}.part-", dir=final.parent))
@@ -219,7 +218,7 @@ def _fetch(url: str, name: str, final: Path, manifest: Manifest | None) -> verif
             try:
                 stamps = verify.check(verify.checkpoint_folder(tree), manifest, inside=tree)
             except CheckpointError as error:
-                # The place of this copy is gone when the sentence is read.
+                # the path in the message would be that of the copy, which is deleted
                 reason = str(error).replace(f"{tree}/", f"{address}: ").replace(str(tree), address)
                 if last or not isinstance(error, DamagedError):
                     raise CheckpointError(f"{reason}; the archive cannot be used, make or upload it anew") from None
@@ -236,13 +235,13 @@ def _fetch(url: str, name: str, final: Path, manifest: Manifest | None) -> verif
 
 def _from_hub(repository: str, cache: Path, manifest: Manifest | None) -> Path:
     name, _, revision = repository.partition("@")
-    tree = hub.tree_of(cache, name)
+    tree = huggingface.tree_of(cache, name)
     marker = cache / f"{tree.name}{'@' if revision else ''}{revision.replace('/', '--')}.verified"
-    folder = hub.snapshot(tree, revision)
+    folder = huggingface.snapshot(tree, revision)
     if folder and _is_warm(marker, folder, manifest):
         return folder
     with _locked(cache, tree.name, folder) as writable:
-        folder = hub.snapshot(tree, revision)
+        folder = huggingface.snapshot(tree, revision)
         if folder and _is_warm(marker, folder, manifest):
             return folder
         for tries_left in (2, 1, 0):
@@ -259,8 +258,8 @@ def _from_hub(repository: str, cache: Path, manifest: Manifest | None) -> Path:
                     log.warning("%s; fetching it again", error)
                     marker.unlink(missing_ok=True)
                     damaged = error.files if isinstance(error, DamagedError) else []
-                    hub.discard(folder, damaged, keep_files=tries_left == 2)
-            folder = hub.fetch(name, revision, cache)
+                    huggingface.discard(folder, damaged, keep_files=tries_left == 2)
+            folder = huggingface.fetch(name, revision, cache)
     raise AssertionError("the last try returns or raises")
 
 
@@ -292,7 +291,8 @@ def _mark(marker: Path, folder: Path, manifest: Manifest | None, stamps: verify.
 
 @contextmanager
 def _locked(cache: Path, name: str, entry: Path | None) -> Iterator[bool]:
-    """One boot at a time works on ``name``. Yields whether it may write; raises where it cannot but would have to."""
+    """A lock so that one process at a time works on ``name``. Yields whether the cache can be written; raises where it
+    must be and cannot."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         if not os.access(cache, os.W_OK):

@@ -1,4 +1,4 @@
-"""What a tar says it holds: refused, entry by entry, where it must not be made on a disk; compared with what was made.
+"""The entries of a tar: each is refused where it must not be extracted, and all are compared with the extracted folder.
 
 Knows no network and no checkpoints.
 """
@@ -18,7 +18,7 @@ from ..errors import CheckpointError
 from .foreign import is_foreign
 
 LARGEST_END = 2**20
-"""Bytes to read after the last entry: an archive is padded with zeros, but not with this many."""
+"""Bytes to read after the last entry: more than any archive has of padding."""
 
 _MOST_ENTRIES = 10_000
 _END_MARK = 2 * tarfile.BLOCKSIZE
@@ -32,19 +32,19 @@ class Entry:
 
 
 class Contents:
-    """The entries of an archive. ``name`` of the archive is for messages only."""
+    """The entries of an archive, whose ``name`` is for messages only."""
 
     def __init__(self, name: str):
         self.name = name
         self.entries: dict[str, Entry] = {}
-        self._above: set[str] = set()  # every folder that some entry lies in
+        self._above: set[str] = set()  # all folders with entries in them
 
     @property
     def size(self) -> int:
         return sum(entry.size for entry in self.entries.values())
 
     def add(self, member: tarfile.TarInfo) -> None:
-        """Raise :class:`CheckpointError` where ``member`` must not be extracted after those added before it."""
+        """Add an entry. Raises :class:`CheckpointError` where it must not be extracted after those before it."""
         name = posixpath.normpath(member.name)
         if member.name.startswith("/"):
             self._refuse(member, "has an absolute name")
@@ -72,7 +72,7 @@ class Contents:
             raise CheckpointError(f"{self.name}: the archive holds no files; make it anew")
 
     def difference(self, tree: Path) -> str:
-        """Where ``tree`` is not exactly what the archive holds, foreign files aside; empty where it is."""
+        """The first difference between ``tree`` and the archive, without foreign files; empty if there is none."""
         wanted = {folder: Entry("folder") for folder in self._above} | self.entries
         found = _on_disk(tree)
         for name in sorted(wanted.keys() | {name for name in found if not is_foreign(name)}):
@@ -103,7 +103,7 @@ class Contents:
 
 
 def end_fault(rest: bytes) -> str:
-    """What is wrong with what follows the last entry: one that was cut off between two lacks only the end mark."""
+    """What is wrong after the last entry: an archive that is cut off between two entries lacks only the end mark."""
     if any(rest) or len(rest) >= LARGEST_END:
         return "other data follows the archive"
     return "the archive is cut off (it has no end mark)" if len(rest) < _END_MARK else ""

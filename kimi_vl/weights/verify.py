@@ -1,8 +1,7 @@
-"""A checkpoint folder to the byte: every file has the hash that its name or a manifest says, and none leads outside.
+"""Verifies a checkpoint folder: each file has the hash that its name or a manifest gives, and no link leads outside.
 
-What an operating system leaves among the files is no part of it. A marker beside the folder remembers what was found,
-so that the next start needs only to look at sizes and times. Knows no network, and of parameters only that
-`loader.check` accepts them.
+Files that operating systems leave are ignored. A marker beside the folder records sizes and times of a verified folder,
+so that later starts read no contents. Knows no network, and of parameters only what `loader.check` accepts.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ Stamps = dict[str, tuple[int, int, int]]
 Expected = dict[str, list[tuple[str, ...]]]
 """For each file, by its name: of every entry one hash must be that of its content."""
 
-# Beside the configuration and the tensors, which `loader.check` knows: one of each.
+# Files that must be there beside the configuration and the tensors: one of each group.
 _COMPANIONS = (
     ("tiktoken.model",),
     ("tokenizer_config.json",),
@@ -45,7 +44,7 @@ _BUFFER = 2**20  # stays in a core's own cache while it is hashed
 
 
 class DamagedError(CheckpointError):
-    """Files whose content is not what their hash says; ``files`` are their real places."""
+    """Files whose content does not have the expected hash; ``files`` are their resolved paths."""
 
     def __init__(self, message: str, files: list[Path]):
         super().__init__(message)
@@ -54,7 +53,7 @@ class DamagedError(CheckpointError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """Hashes from outside of the folder. ``digest`` is of the manifest's own file, ``model`` what was asked for."""
+    """Hashes from outside the folder. ``digest`` is that of the manifest file, ``model`` the requested name."""
 
     digest: str
     model: str
@@ -105,7 +104,7 @@ def is_snapshot(folder: Path) -> bool:
 
 
 def check(folder: Path, manifest: Manifest | None = None, *, inside: Path | None = None) -> Stamps:
-    """Verify the checkpoint in ``folder`` to the byte; what its files looked like, for :func:`mark`.
+    """Verify all bytes of the checkpoint in ``folder``; returns its files' stamps, for :func:`mark`.
 
     In a Hugging Face cache tree, a blob of 64 hex digits is named by its SHA-256, one of 40 by its git blob hash.
     A file there in place of a link must be one of the blobs of its size that no link leads to; where there is none
@@ -124,7 +123,7 @@ def check(folder: Path, manifest: Manifest | None = None, *, inside: Path | None
                 raise CheckpointError(f"{folder / names[0]}: is missing")
     except CheckpointError:
         if expected:
-            _hash(folder, stamps, expected)  # a damaged file is the better explanation, and one that names it
+            _hash(folder, stamps, expected)  # a damaged file is the better message, since it has a name
         raise
     if expected:
         _hash(folder, stamps, expected)
@@ -150,7 +149,7 @@ def sha256(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def write_manifest(folder: Path, model: str, path: Path) -> None:
-    """Write down what ``folder`` holds now, as the manifest that later starts compare with."""
+    """Write the marker: the verified state of ``folder``, with which later starts compare."""
     stamps = _stamps(folder)
     digests = sha256(folder, stamps)
     files = {name: {"size": stamps[name][0], "sha256": digests[name]} for name in stamps}
@@ -159,7 +158,7 @@ def write_manifest(folder: Path, model: str, path: Path) -> None:
 
 
 def is_marked(marker: Path, folder: Path, manifest: Manifest | None) -> bool:
-    """Whether ``folder`` is as it was when it was verified. Reads no content: costs the same for any size."""
+    """Whether ``folder`` is unchanged since it was verified, by sizes and times: no content is read."""
     try:
         return json.loads(marker.read_bytes()) == _mark(folder, manifest, _stamps(folder))
     except (OSError, ValueError):
@@ -180,7 +179,7 @@ def _mark(folder: Path, manifest: Manifest | None, stamps: Stamps) -> dict[str, 
 
 
 def _write_whole(path: Path, data: Mapping[str, Any], indent: int | None = None) -> None:
-    """A reader, or one who starts after a crash, finds the old file or all of the new one."""
+    """Write a file atomically: readers find the old content or the new one, also after a crash."""
     handle, temporary = tempfile.mkstemp(prefix=f"{path.name}.part-", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -195,11 +194,11 @@ def _write_whole(path: Path, data: Mapping[str, Any], indent: int | None = None)
         raise
 
 
-# What is there
+# What the folder has
 
 
 def _names(folder: Path) -> Iterator[str]:
-    """Every entry below ``folder`` that is no folder and not foreign; a link to a folder is an entry."""
+    """The files and links below ``folder``, without foreign ones; a link to a folder is included."""
     pending = [""]
     while pending:
         above = pending.pop()
@@ -234,7 +233,7 @@ def _confine(tree: Path) -> None:
             raise CheckpointError(f"{path}: is neither a file nor a folder, or links to nothing")
 
 
-# What should be there
+# What it should have
 
 
 def _expected(folder: Path, stamps: Stamps, manifest: Manifest | None) -> Expected:
@@ -255,9 +254,9 @@ def _expected(folder: Path, stamps: Stamps, manifest: Manifest | None) -> Expect
 
 
 def _unlinked_blobs(tree: Path) -> dict[int, list[str]]:
-    """By their size, the blobs that no snapshot of ``tree`` links to: a copy of the tree has files in place of links.
+    """The blobs that no snapshot of ``tree`` links to, by size: a copy of the tree has files in place of links.
 
-    A blob with a link is of that file, and says nothing of another that happens to have its size.
+    A blob with a link belongs to that file, and not to another one of the same size.
     """
     links = {os.path.basename(os.readlink(path)) for path in tree.glob("snapshots/*/**/*") if path.is_symlink()}
     blobs: dict[int, list[str]] = {}
@@ -298,7 +297,7 @@ def _blob(folder: Path, name: str) -> Path:
 def _hash(folder: Path, stamps: Stamps, expected: Expected) -> None:
     jobs = sorted(
         ((name, hashes) for name, needed in expected.items() for hashes in set(needed)),
-        key=lambda job: -stamps[job[0]][0],  # the largest first: none is left to a single core at the end
+        key=lambda job: -stamps[job[0]][0],  # largest first, so that all cores end at about the same time
     )
     total = sum(stamps[name][0] for name, _ in jobs)
     log.info("verifying %s: %d files, %s", folder, len(expected), amount(total))
