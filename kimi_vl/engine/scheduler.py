@@ -8,6 +8,7 @@ overtaken, and every request that decodes gets one token in each step.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ class Request:
     prompt_length: int = field(init=False)
     computed: int = 0  # tokens whose keys are in the KV cache
     num_cached_tokens: int = 0  # of these, the ones that prefix caching found
+    admitted_at: float | None = None  # of time.monotonic(), when it left the queue
     pages: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)  # of the full pages, as far as they are known
 
@@ -168,6 +170,7 @@ class Scheduler:
                 request.pages, request.computed, request.num_cached_tokens = [], 0, 0
                 return
             self.running.append(self.waiting.popleft())
+            request.admitted_at = time.monotonic()
             self.prompt_tokens_cached += request.num_cached_tokens
 
     def _owed(self, requests: Sequence[Request]) -> int:

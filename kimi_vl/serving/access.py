@@ -121,6 +121,7 @@ class _Exchange:
         refusal = from_exception(error, self.id)
         if refusal.status == 500:
             log_error(error, self.id)
+        self._scope["state"].setdefault("log", {})["code"] = refusal.code
         body = refusal.body()
         headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **refusal.headers}
         if not self._body_is_read:

@@ -23,7 +23,9 @@ from . import responses
 from .access import OPEN_PATHS, Access, Keys
 from .completions import ChatCompletions
 from .errors import ApiError, bad_request, unavailable
-from .options import ServerOptions
+from .fetch import FetchOptions, ImageFetcher
+from .metrics import CONTENT_TYPE, Metrics
+from .options import OptionError, ServerOptions
 from .page import page_routes
 from .protocol import Fields, read_file_options, read_turns
 from .service import Fetcher, Observer, Service
@@ -41,10 +43,16 @@ def build_app(
     """The application around ``pipeline``, for any ASGI server.
 
     ``app.state.service`` is its :class:`~kimi_vl.serving.service.Service`. Where ``pipeline`` is None, every request is
-    answered with 503 until the service's ``loaded`` is called. ``fetch_images`` None refuses pictures by URL.
+    answered with 503 until the service's ``loaded`` is called. ``observer`` is told what happens in place of what
+    ``/metrics`` shows, and ``fetch_images`` fetches pictures by URL in place of what ``options`` ask for.
+    Raises :class:`~kimi_vl.serving.options.OptionError`.
     """
-    service = Service(pipeline, options, observer or Observer(), fetch_images)
-    api = Api(service)
+    metrics = Metrics(options.names()[0], lambda: service.stats())
+    fetcher = _fetcher(options)
+    if fetcher and not fetch_images:
+        fetch_images = fetcher.fetch
+    service = Service(pipeline, options, observer or metrics, fetch_images)
+    api = Api(service, metrics)
     page = page_routes()
     routes = [
         *page,
@@ -56,8 +64,9 @@ def build_app(
         Route("/health", api.health),
         Route("/ready", api.ready),
         Route("/version", api.version),
+        Route("/metrics", api.metrics),
     ]
-    open_paths = (*OPEN_PATHS, *(route.path for route in page))
+    open_paths = (*OPEN_PATHS, *(["/metrics"] if options.open_metrics else []), *(route.path for route in page))
     middleware = [Middleware(Access, keys=Keys(options.api_keys), open_paths=open_paths)]
     if options.cors_origin:
         cors = Middleware(
@@ -73,6 +82,8 @@ def build_app(
     async def lifespan(app: Starlette):
         yield
         service.close()
+        if fetcher:
+            fetcher.close()
 
     app = Starlette(
         routes=routes, middleware=middleware, exception_handlers={HTTPException: _http_error}, lifespan=lifespan
@@ -80,6 +91,17 @@ def build_app(
     app.router.redirect_slashes = False
     app.state.service = service
     return app
+
+
+def _fetcher(options: ServerOptions) -> ImageFetcher | None:
+    if not options.allow_image_urls:
+        if options.image_url_host or options.allow_http_image_urls:
+            raise OptionError("--image-url-host and --allow-http-image-urls need --allow-image-urls")
+        return None
+    try:
+        return ImageFetcher(FetchOptions.of(options.image_url_host, options.allow_http_image_urls))
+    except ValueError as error:
+        raise OptionError(f"--image-url-host: {error}") from None
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -93,8 +115,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
 class Api:
     """The other routes."""
 
-    def __init__(self, service: Service):
-        self._service = service
+    def __init__(self, service: Service, metrics: Metrics):
+        self._service, self._metrics = service, metrics
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._metrics.text(), media_type=CONTENT_TYPE)
 
     async def models(self, request: Request) -> Response:
         service = self._service

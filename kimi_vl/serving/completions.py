@@ -79,7 +79,8 @@ class _Answer:
         self._id: str = scope["state"]["request_id"]
         self._log: dict[str, Any] = scope["state"].setdefault("log", {})
         self._began = time.monotonic()
-        self._spoke_at: float | None = None
+        self._spoke = False
+        self._spoke_at: dict[int, float] = {}  # when each choice had a piece last
         self._finished: dict[int, Done] = {}
 
     async def run(self, body: Body) -> None:
@@ -106,6 +107,8 @@ class _Answer:
             body.release()
             if generation is not None:
                 generation.close()
+                for seconds in generation.queued():
+                    observer.queued(seconds)
                 observer.ends(status, time.monotonic() - self._began, list(self._finished.values()))
                 self._log |= self._summary()
 
@@ -137,7 +140,7 @@ class _Answer:
 
     async def _whole(self, generation: Generation) -> int:
         async for items in generation.events():
-            self._note(items)
+            self._note(items, chunks=False)
         body = json.dumps(responses.completion(self._head, self._choices())).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -167,6 +170,7 @@ class _Answer:
             if refusal.status == 500:
                 log_error(error, self._id)
             status = refusal.status
+            self._log["code"] = refusal.code
             await self._write(responses.error_event(refusal))
         finally:
             pings.stop()
@@ -176,18 +180,24 @@ class _Answer:
     async def _write(self, text: bytes) -> None:
         await self._send({"type": "http.response.body", "body": text, "more_body": True})
 
-    def _note(self, items: Sequence[tuple[int, Event]]) -> None:
-        """Keep the summaries, and tell the observer."""
+    def _note(self, items: Sequence[tuple[int, Event]], chunks: bool = True) -> None:
+        """Keep the summaries, and tell the observer, of ``chunks`` only where the client gets them."""
+        pieces: dict[int, int] = {}
         for index, event in items:
             if isinstance(event, Done):
                 self._finished[index] = event
-        if items:
-            now, observer = time.monotonic(), self._service.observer
-            if self._spoke_at is None:
-                observer.first_token(now - self._began)
             else:
-                observer.chunk(now - self._spoke_at, len(items))
-            self._spoke_at = now
+                pieces[index] = pieces.get(index, 0) + 1
+        if not items:
+            return
+        now, observer = time.monotonic(), self._service.observer
+        if not self._spoke:
+            self._spoke = True
+            observer.first_token(now - self._began)
+        for index, count in pieces.items():
+            if chunks and index in self._spoke_at:
+                observer.chunk(now - self._spoke_at[index], count)
+            self._spoke_at[index] = now
 
     def _choices(self) -> list[Done]:
         return [self._finished[index] for index in range(self._n)]
@@ -261,6 +271,11 @@ class Generation:
         async for items in self.events():
             found |= {index: event for index, event in items if isinstance(event, Done)}
         return [found[index] for index in range(self._n)]
+
+    def queued(self) -> list[float]:
+        """For each answer that the engine has begun, the seconds that it waited for that."""
+        admitted = ((handle.request.admitted_at, handle.submitted_at) for handle in self._handles)
+        return [at - since for at, since in admitted if at is not None]
 
     def nudge(self) -> None:
         """Let :meth:`events` give an empty list if nothing else has come."""

@@ -51,6 +51,12 @@ class ServerOptions:
     reasoning_field: str = option("reasoning_content", "the field that thinking is sent in", metavar="FIELD")
     lenient: bool = option(False, "ignore sampling parameters that are not applied, in place of refusing them")
     ignore_tools: bool = option(False, "ignore tools, in place of refusing them")
+    open_metrics: bool = option(False, "let /metrics be read without a key")
+    allow_image_urls: bool = option(False, "fetch images at https URLs; others must come as data URLs")
+    image_url_host: tuple[str, ...] = option(
+        (), "fetch from this host alone, or with *.NAME from those below it; may be repeated", metavar="NAME"
+    )
+    allow_http_image_urls: bool = option(False, "fetch images at http URLs, too")
     deadline_s: float = option(1800.0, "seconds that a request may take", low=0.1)
     drain_delay_s: float = option(5.0, "seconds from SIGTERM, in which /health says 503, to closing the port", low=0)
     drain_s: float = option(1800.0, "seconds that requests may still take after that", low=0)

@@ -13,8 +13,11 @@ from typing import TypeGuard
 import torch
 
 from .. import __version__
+from ..engine.engine import EngineStats
+from ..errors import UserError
 from ..event_loop import Bell
 from ..events import Done
+from ..media.images import MAX_IMAGES
 from ..pipeline import Pipeline
 from ..text.messages import ImagePart, Part, Turn
 from .access import Bodies, Body
@@ -32,11 +35,14 @@ class Observer:
     def begins(self) -> None:
         """The engine has taken a request."""
 
-    def first_token(self, seconds: float) -> None:
-        """The first text of a request, since its arrival."""
+    def queued(self, seconds: float) -> None:
+        """How long a choice waited in the engine's queue; told at the end of its request."""
 
-    def chunk(self, seconds: float, events: int) -> None:
-        """A later chunk of a stream with so many events in it, since the one before."""
+    def first_token(self, seconds: float) -> None:
+        """The first text of a request (or its end, where it has none), since its arrival."""
+
+    def chunk(self, seconds: float, pieces: int) -> None:
+        """A later chunk of a stream with so many pieces of a choice in it, since that choice's last one."""
 
     def ends(self, status: int, seconds: float, choices: Sequence[Done]) -> None:
         """A request that had begun is over. ``choices`` are those that were finished; 499 is a client that left."""
@@ -83,6 +89,10 @@ class Service:
             raise unavailable("the model can no longer answer; the server must be started again.", 30)
         return self.pipeline
 
+    def stats(self) -> EngineStats | None:
+        """Figures of the engine, once there is one."""
+        return self.pipeline.engine.stats() if self.pipeline is not None else None
+
     def bell(self) -> Bell:
         if self._bell is None:
             self._bell = Bell(asyncio.get_running_loop())
@@ -104,6 +114,8 @@ class Service:
         urls = [part.source for turn in turns for part in turn.images if _is_url(part)]
         if self.fetch_images is None or not urls:
             return turns
+        if len(urls) > MAX_IMAGES:
+            raise UserError("E_TOO_MANY_IMAGES", f"a request may have {MAX_IMAGES} images; send fewer.")
         found = await self.fetch_images(urls)
         body.grow(sum(map(len, found)))
         pictures = iter(found)

@@ -49,7 +49,7 @@ ALLOWED = {
     },
     "__init__": {"errors", "events", "hf", "pipeline"},
     "cog_streaming": set(),
-    "serving": {"__init__", "engine", "errors", "event_loop", "events", "parameters", "pipeline", "text"},
+    "serving": {"__init__", "engine", "errors", "event_loop", "events", "media", "parameters", "pipeline", "text"},
     "cli": {
         "__init__",
         "device",
