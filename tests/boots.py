@@ -83,8 +83,7 @@ def _boot(request: dict[str, Any]) -> None:
     import logging
 
     from kimi_vl import CheckpointError
-    from kimi_vl.weights import download
-    from kimi_vl.weights import resolve as weights
+    from kimi_vl.weights import download, resolve
 
     os.environ.update(request["environment"])
     for name in [name for name, value in request["environment"].items() if not value]:
@@ -94,7 +93,7 @@ def _boot(request: dict[str, Any]) -> None:
     log = io.StringIO()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=log, force=True)
     try:
-        report = {"folder": str(weights.resolve(request["model"], has_gpu=False, cache=request["cache"]))}
+        report = {"folder": str(resolve.resolve(request["model"], has_gpu=False, cache=request["cache"]))}
     except CheckpointError as error:
         report = {"error": str(error)}
     report["log"] = log.getvalue()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..device import cuda as devices
+from ..device import cuda
 from ..kernels.attention_metadata import DecodeMetadata, StepMetadata
 from ..model.kimi_vl import KimiVL
 from . import sampling
@@ -178,7 +178,7 @@ class StaticDecoder:
             pages, known = self._copied_pages[index]
             if pages is not each.pages or known != len(each.pages):
                 begin = known if pages is each.pages else 0
-                new = devices.staged(each.pages[begin:], torch.int32, self._page_table.device)
+                new = cuda.staged(each.pages[begin:], torch.int32, self._page_table.device)
                 self._page_table[index, begin : len(each.pages)].copy_(new, non_blocking=True)
                 self._copied_pages[index] = (each.pages, len(each.pages))
 
@@ -244,7 +244,7 @@ class CudaGraphs:
         """Raises what the capture raised, after which plain calls are possible, and :class:`Broken` where none are."""
         if self._torn:
             raise RuntimeError("nothing is captured after a capture that CUDA gave up")
-        with devices.current(self._device), torch.inference_mode():
+        with cuda.current(self._device), torch.inference_mode():
             current = torch.cuda.current_stream(self._device)
             stream = self._stream = self._stream or torch.cuda.Stream(self._device)
             stream.wait_stream(current)

@@ -17,7 +17,7 @@ from typing import Literal, ParamSpec, TypeVar
 
 import torch
 
-from ..device import cuda as devices
+from ..device import cuda
 from ..errors import UserError
 
 P = ParamSpec("P")
@@ -74,13 +74,13 @@ class Faults:
             failed = Failed(type(error).__name__, self._judge(as_exception(error)))
         # not before the error is gone, whose traceback keeps every tensor of the failed attempt
         if isinstance(failed.reason, Overloaded):
-            devices.give_back_unused_memory(self._device)
+            cuda.give_back_unused_memory(self._device)
         return failed
 
     def _judge(self, error: Exception) -> Exception:
         if isinstance(error, Broken):
             raise error
-        if devices.lost(self._device, error):
+        if cuda.lost(self._device, error):
             raise Broken(f"the device is lost ({type(error).__name__}); start the program again") from error
         if out_of_memory(error):
             return Overloaded(
@@ -111,7 +111,7 @@ def as_exception(error: BaseException) -> Exception:
 def out_of_memory(error: Exception) -> bool:
     """Whether memory was all that was missing. Libraries and the CPU's allocator say it in words alone."""
     if isinstance(error, torch.AcceleratorError):
-        return getattr(error, "error_code", None) == devices.OUT_OF_MEMORY
+        return getattr(error, "error_code", None) == cuda.OUT_OF_MEMORY
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
     )

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..device import cuda as devices
-from ..device import memory
+from ..device import cuda, memory
 from ..kernels import flash_attention
 from ..kernels.attention_metadata import DecodeMetadata, PrefillChunk, StepMetadata
 from ..model.config import TextConfig
@@ -55,7 +54,7 @@ class PagedCache:
     def clear(self, pages: Sequence[int]) -> None:
         """Set some pages to zero. Does not synchronise, so a step may be under way meanwhile."""
         if pages:
-            self.kv_cache.index_fill_(1, devices.tensor(pages, torch.int64, self.kv_cache.device), 0)
+            self.kv_cache.index_fill_(1, cuda.tensor(pages, torch.int64, self.kv_cache.device), 0)
 
     def step(self, chunks: Sequence[Chunk]) -> StepMetadata:
         """For the new tokens of ``chunks``, one after another; chunks of one token come first."""
@@ -72,16 +71,16 @@ class PagedCache:
             count, mask = chunk.end - chunk.begin, None
             if chunk.begin and not flash_attention.usable(self.kv_cache):
                 mask = torch.ones(count, chunk.end, dtype=torch.bool, device=device).tril(chunk.begin)  # (S, L)
-            own = devices.tensor(chunk.pages[: -(-chunk.end // size)], torch.int64, device)
+            own = cuda.tensor(chunk.pages[: -(-chunk.end // size)], torch.int64, device)
             prefills.append(PrefillChunk(slice(first, first + count), own, chunk.end, mask))
             first += count
         return StepMetadata(
             self.kv_cache,
-            devices.tensor(positions, torch.int64, device),
-            devices.tensor(slot_mapping, torch.int64, device),
+            cuda.tensor(positions, torch.int64, device),
+            cuda.tensor(slot_mapping, torch.int64, device),
             DecodeMetadata(
-                devices.tensor(page_table, torch.int32, device).view(len(single), most),
-                devices.tensor([chunk.end for chunk in single], torch.int32, device),
+                cuda.tensor(page_table, torch.int32, device).view(len(single), most),
+                cuda.tensor([chunk.end for chunk in single], torch.int32, device),
                 size,
                 [chunk.end for chunk in single],
             ),

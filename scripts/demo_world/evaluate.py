@@ -23,8 +23,7 @@ from kimi_vl.model.config import num_image_tokens
 from kimi_vl.text import chat
 from kimi_vl.text.thinking import ThinkingSplitter
 from kimi_vl.text.tokenizer import Tokenizer
-from kimi_vl.weights import loader
-from kimi_vl.weights import resolve as weights
+from kimi_vl.weights import loader, resolve
 
 SEED = 77_000_000  # far from the seeds of training
 LIMIT = 200
@@ -111,7 +110,7 @@ def table(results: Sequence[Result]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure the demo model on fresh pictures.")
-    parser.add_argument("--model", type=Path, default=weights.DEMO)
+    parser.add_argument("--model", type=Path, default=resolve.DEMO)
     parser.add_argument("--count", type=int, default=192, help="questions of each task")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--tasks", nargs="*", default=list(lessons.TASKS))

@@ -12,8 +12,7 @@ import pytest
 from cog_local import schema
 from cog_local.client import ServerGone
 from cog_local.server import ROOT, Server
-from kimi_vl.weights import pack
-from kimi_vl.weights import resolve as weights
+from kimi_vl.weights import pack, resolve
 from tests.weights_world import FaultServer
 
 
@@ -58,7 +57,7 @@ def test_a_damaged_archive_and_then_a_good_one(project, tmp_path):
         assert missing["status"] == "SETUP_FAILED"
         assert f"{site.url}demo.tar: the server has no such file (404); check the address" in missing["setup"]["logs"]
 
-        pack.pack(weights.DEMO, tmp_path / "demo.tar")
+        pack.pack(resolve.DEMO, tmp_path / "demo.tar")
         content = (tmp_path / "demo.tar").read_bytes()
         (tmp_path / "demo.tar").write_bytes(content[:3_000_000] + bytes([content[3_000_000] ^ 1]) + content[3_000_001:])
         damaged = health_after_setup(project, model)

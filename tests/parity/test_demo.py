@@ -15,7 +15,7 @@ from PIL import Image
 import kimi_vl
 import predict
 from demo_world import evaluate, lessons
-from kimi_vl.weights import resolve as weights
+from kimi_vl.weights import resolve
 
 ROOT = Path(__file__).parents[2]
 SEED = 31_000_000  # neither training's nor the card's
@@ -23,7 +23,7 @@ SEED = 31_000_000  # neither training's nor the card's
 
 @pytest.fixture(scope="module")
 def examinee():
-    return evaluate.Examinee(weights.DEMO)
+    return evaluate.Examinee(resolve.DEMO)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ ASKED = 48  # questions of each task
 
 def promised() -> dict[str, tuple[int, float]]:
     """How many questions the model card measured for each task, and the share answered right."""
-    card = (weights.DEMO / "README.md").read_text(encoding="utf-8")
+    card = (resolve.DEMO / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\w+) \| (\d+) \| ([\d.]+)% \|", card, re.MULTILINE)
     return {task: (int(count), float(share) / 100) for task, count, share in rows}
 
@@ -115,7 +115,7 @@ def test_an_output_of_any_length_has_whole_markers_in_every_form(pipeline):
 def test_both_implementations_say_the_same(examinee):
     from kimi_vl import KimiVLForConditionalGeneration
 
-    other = KimiVLForConditionalGeneration.from_pretrained(weights.DEMO, dtype=torch.float32)
+    other = KimiVLForConditionalGeneration.from_pretrained(resolve.DEMO, dtype=torch.float32)
     (asked,) = evaluate.questions(SEED, 1, "compare")
     prompt = examinee.prompt(*asked)
     ids = torch.tensor([list(prompt.ids)])
@@ -130,7 +130,7 @@ def test_both_implementations_say_the_same(examinee):
 
 
 def test_the_checkpoint_is_small_and_in_the_published_format():
-    files = {path.name for path in weights.DEMO.iterdir()}
+    files = {path.name for path in resolve.DEMO.iterdir()}
     assert {"config.json", "model.safetensors", "tiktoken.model", "tokenizer_config.json"} <= files
-    assert (weights.DEMO / "model.safetensors").stat().st_size <= 8e6
-    assert not list(weights.DEMO.glob("*.py"))
+    assert (resolve.DEMO / "model.safetensors").stat().st_size <= 8e6
+    assert not list(resolve.DEMO.glob("*.py"))

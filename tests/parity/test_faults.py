@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from kimi_vl import kernels
-from kimi_vl.device import cuda as devices
+from kimi_vl.device import cuda
 from kimi_vl.engine import sampling
 from kimi_vl.engine.cuda_graphs import Launched, StaticDecoder
 from kimi_vl.engine.decoder import FusedDecoder
@@ -214,7 +214,7 @@ def test_nothing_of_a_failed_step_is_alive_when_it_is_tried_again(engine, monkey
             raise (out_of_memory() if memory else RuntimeError("planted")) from cause
 
     monkeypatch.setattr(FusedDecoder, "states", failing)
-    monkeypatch.setattr(devices, "give_back_unused_memory", emptied.append)
+    monkeypatch.setattr(cuda, "give_back_unused_memory", emptied.append)
     with engine._lock:
         listeners = some_neighbours(engine)
     assert [len(listener.result()) for listener in listeners] == [12] * 3
@@ -347,7 +347,7 @@ def test_a_launch_that_is_refused_fails_its_own_request(engine, monkeypatch, cod
     with engine._lock:
         others = some_neighbours(engine)
         bad = send(engine, *bad_request(), sampling=BAD)[0]
-    with pytest.raises(UserError if code == devices.OUT_OF_MEMORY else torch.AcceleratorError):
+    with pytest.raises(UserError if code == cuda.OUT_OF_MEMORY else torch.AcceleratorError):
         bad.result()
     assert [len(listener.result()) for listener in others] == [12] * 3
     assert engine.healthy()

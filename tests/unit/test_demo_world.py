@@ -38,7 +38,7 @@ from demo_world.pictures import (
 )
 from kimi_vl.text.thinking import THINK_CLOSE, THINK_OPEN
 from kimi_vl.text.tokenizer import Tokenizer
-from kimi_vl.weights import resolve as weights
+from kimi_vl.weights import resolve
 
 FONTS = find_fonts()
 
@@ -362,7 +362,7 @@ def test_words_are_few_and_differences_are_sometimes_negative() -> None:
 
 
 def test_conclusions_begin_after_a_reading_that_decides_them() -> None:
-    tokenizer = Tokenizer.from_directory(weights.DEMO)
+    tokenizer = Tokenizer.from_directory(resolve.DEMO)
     teacher = gallery.Teacher(random.Random(4), tokenizer, [])
     seen = set()
     for _ in range(200):

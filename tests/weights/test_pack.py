@@ -15,20 +15,19 @@ import pytest
 import torch
 
 from kimi_vl.errors import CheckpointError
-from kimi_vl.weights import download, loader, pack, verify
-from kimi_vl.weights import resolve as weights
+from kimi_vl.weights import download, loader, pack, resolve, verify
 from tests.weights_world import CHECKPOINT, REVISION, ROOT, cache_tree, flip, largest_blob
 
 
 @pytest.fixture
 def demo(tmp_path: Path) -> Path:
     """A copy: the demo checkpoint itself may be replaced while this runs."""
-    return Path(shutil.copytree(weights.DEMO, tmp_path / "demo"))
+    return Path(shutil.copytree(resolve.DEMO, tmp_path / "demo"))
 
 
 def test_the_demo_packed_and_served(site, fetcher, demo, tmp_path):
     packed = pack.pack(demo, site.folder / "demo.tar")
-    folder = weights.resolve(f"{site.url}demo.tar", has_gpu=False, cache=tmp_path / "cache")
+    folder = resolve.resolve(f"{site.url}demo.tar", has_gpu=False, cache=tmp_path / "cache")
     assert folder.name == packed.revision
     for name in ("config.json", "model.safetensors", "tiktoken.model", "README.md"):
         assert (folder / name).read_bytes() == (demo / name).read_bytes()

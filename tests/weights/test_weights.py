@@ -17,8 +17,7 @@ import torch
 
 from kimi_vl import pipeline
 from kimi_vl.errors import CheckpointError
-from kimi_vl.weights import download, loader, verify
-from kimi_vl.weights import resolve as weights
+from kimi_vl.weights import download, loader, resolve, verify
 from tests.weights_world import (
     CHECKPOINT,
     NAME,
@@ -38,7 +37,7 @@ def cache(tmp_path: Path) -> Path:
 
 
 def fetched(cache: Path, model: str = "thinking") -> Path:
-    return weights.resolve(model, has_gpu=False, cache=cache)
+    return resolve.resolve(model, has_gpu=False, cache=cache)
 
 
 def leftovers(cache: Path) -> list[str]:
@@ -227,8 +226,8 @@ def test_what_a_killed_start_left_is_cleared(site, no_pget, tmp_path, cache):
 
 
 def test_names(tmp_path):
-    assert weights.resolve("auto", has_gpu=False) == weights.resolve("demo", has_gpu=False) == weights.DEMO
-    assert weights.resolve(str(CHECKPOINT), has_gpu=False) == CHECKPOINT
+    assert resolve.resolve("auto", has_gpu=False) == resolve.resolve("demo", has_gpu=False) == resolve.DEMO
+    assert resolve.resolve(str(CHECKPOINT), has_gpu=False) == CHECKPOINT
     for bad in (
         "nonsense",
         "ftp://host/a.tar",
@@ -240,7 +239,7 @@ def test_names(tmp_path):
         "http://[",
     ):
         with pytest.raises(CheckpointError, match=r"neither .* set KIMI_VL_MODEL"):
-            weights.resolve(bad, has_gpu=False, cache=tmp_path)
+            resolve.resolve(bad, has_gpu=False, cache=tmp_path)
 
 
 # Whether a model thinks
@@ -268,7 +267,7 @@ INSTRUCT_TREE = "models--moonshotai--Kimi-VL-A3B-Instruct"
 )
 def test_whether_what_was_asked_for_thinks(tmp_path, monkeypatch, model, thinks):
     monkeypatch.delenv("KIMI_VL_THINKING", raising=False)
-    assert weights.thinks(model, tmp_path) is thinks
+    assert resolve.thinks(model, tmp_path) is thinks
 
 
 @pytest.mark.parametrize(
@@ -289,11 +288,11 @@ def test_whether_what_was_asked_for_thinks(tmp_path, monkeypatch, model, thinks)
 def test_what_a_folder_is_called_says_nothing_but_in_a_tree_of_the_hub(tmp_path, monkeypatch, place, thinks):
     monkeypatch.delenv("KIMI_VL_THINKING", raising=False)
     (tmp_path / place).mkdir(parents=True)
-    assert weights.thinks(str(tmp_path / place), tmp_path / place) is thinks
+    assert resolve.thinks(str(tmp_path / place), tmp_path / place) is thinks
     monkeypatch.chdir(tmp_path)
-    assert weights.thinks(place, Path(place)) is thinks
+    assert resolve.thinks(place, Path(place)) is thinks
     (tmp_path / "current").symlink_to(tmp_path / place)
-    assert weights.thinks("current", Path("current")) is thinks
+    assert resolve.thinks("current", Path("current")) is thinks
 
 
 @pytest.mark.parametrize(
@@ -303,32 +302,32 @@ def test_what_a_folder_is_called_says_nothing_but_in_a_tree_of_the_hub(tmp_path,
 def test_what_a_configuration_says_of_its_origin(tmp_path, monkeypatch, origin, thinks):
     monkeypatch.delenv("KIMI_VL_THINKING", raising=False)
     (tmp_path / "config.json").write_text(json.dumps({"_name_or_path": origin}))
-    assert weights.thinks(str(tmp_path), tmp_path) is thinks
-    assert weights.thinks("instruct", tmp_path) is False  # what was asked for and fetched comes first
+    assert resolve.thinks(str(tmp_path), tmp_path) is thinks
+    assert resolve.thinks("instruct", tmp_path) is False  # what was asked for and fetched comes first
 
 
 def test_what_a_manifest_says_of_the_model(tmp_path, monkeypatch):
     monkeypatch.delenv("KIMI_VL_THINKING", raising=False)
     verify.write_manifest(CHECKPOINT, "instruct", tmp_path / "manifest.json")
-    assert weights.thinks(str(CHECKPOINT), CHECKPOINT) is True
+    assert resolve.thinks(str(CHECKPOINT), CHECKPOINT) is True
     monkeypatch.setenv("KIMI_VL_MANIFEST", str(tmp_path / "manifest.json"))
-    assert weights.thinks(str(CHECKPOINT), CHECKPOINT) is False
+    assert resolve.thinks(str(CHECKPOINT), CHECKPOINT) is False
 
 
 def test_a_setting_says_whether_the_model_thinks(tmp_path, monkeypatch):
     monkeypatch.setenv("KIMI_VL_THINKING", "off")
-    assert weights.thinks("thinking", tmp_path) is False
+    assert resolve.thinks("thinking", tmp_path) is False
     monkeypatch.setenv("KIMI_VL_THINKING", "on")
-    assert weights.thinks("instruct", tmp_path) is True
+    assert resolve.thinks("instruct", tmp_path) is True
     monkeypatch.setenv("KIMI_VL_THINKING", "yes")
     with pytest.raises(CheckpointError, match="KIMI_VL_THINKING=yes: must be 'on' or 'off'"):
-        weights.thinks("instruct", tmp_path)
+        resolve.thinks("instruct", tmp_path)
 
 
 def test_a_pipeline_asks_whether_its_model_thinks(tmp_path, monkeypatch):
     monkeypatch.delenv("KIMI_VL_THINKING", raising=False)
     place = tmp_path / "instructor" / "instruct"
-    shutil.copytree(weights.DEMO, place)
+    shutil.copytree(resolve.DEMO, place)
     for thinks, wanted in ((None, True), (False, False)):
         with contextlib.closing(pipeline.load(str(place), "cpu", thinks=thinks)) as loaded:
             assert loaded.thinks is wanted
@@ -339,15 +338,15 @@ def test_a_pipeline_asks_whether_its_model_thinks(tmp_path, monkeypatch):
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint"):
-        weights.resolve(str(tmp_path), has_gpu=False)
+        resolve.resolve(str(tmp_path), has_gpu=False)
     (tmp_path / "config.json").write_text(json.dumps({}))
     with pytest.raises(CheckpointError, match="model_type"):
-        weights.resolve(str(tmp_path), has_gpu=False)
+        resolve.resolve(str(tmp_path), has_gpu=False)
 
 
 def test_a_plain_folder_has_no_hashes_and_leaves_nothing_in_the_cache(cache, caplog):
     caplog.set_level(logging.INFO)
-    assert weights.resolve(str(CHECKPOINT), has_gpu=False, cache=cache) == CHECKPOINT
+    assert resolve.resolve(str(CHECKPOINT), has_gpu=False, cache=cache) == CHECKPOINT
     assert "no hash is known of any file" in caplog.text and not cache.exists()
 
 
@@ -356,20 +355,20 @@ def test_a_local_tree_is_verified_once(tmp_path, cache, monkeypatch, place):
     tree = cache_tree(tmp_path / "made")
     snapshot = tree / "snapshots" / REVISION
     root = {"tree": tree, "snapshot": snapshot, "above": tree.parent}[place]
-    assert weights.resolve(str(root), has_gpu=False, cache=cache) == snapshot
+    assert resolve.resolve(str(root), has_gpu=False, cache=cache) == snapshot
     with monkeypatch.context() as patched:
         patched.setattr(verify, "check", None)
-        assert weights.resolve(str(root), has_gpu=False, cache=cache) == snapshot
+        assert resolve.resolve(str(root), has_gpu=False, cache=cache) == snapshot
     flip(largest_blob(tree))
     largest_blob(tree).touch()
     with pytest.raises(CheckpointError, match=r"model\.safetensors: is damaged .* KIMI_VL_MODEL"):
-        weights.resolve(str(root), has_gpu=False, cache=cache)
+        resolve.resolve(str(root), has_gpu=False, cache=cache)
 
 
 def test_a_local_tree_needs_no_cache(tmp_path):
     tree = cache_tree(tmp_path / "made")
     (tmp_path / "file").write_text("")
-    assert weights.resolve(str(tree), has_gpu=False, cache=tmp_path / "file" / "cache").name == REVISION
+    assert resolve.resolve(str(tree), has_gpu=False, cache=tmp_path / "file" / "cache").name == REVISION
 
 
 def test_a_manifest_covers_a_plain_folder(tmp_path, cache, monkeypatch):
@@ -378,11 +377,11 @@ def test_a_manifest_covers_a_plain_folder(tmp_path, cache, monkeypatch):
     manifest = tmp_path / "manifest.json"
     verify.write_manifest(folder, "mine", manifest)
     monkeypatch.setenv("KIMI_VL_MANIFEST", str(manifest))
-    assert weights.resolve(str(folder), has_gpu=False, cache=cache) == folder
+    assert resolve.resolve(str(folder), has_gpu=False, cache=cache) == folder
     flip(folder / "model.safetensors")
     (folder / "model.safetensors").touch()
     with pytest.raises(CheckpointError, match=r"model\.safetensors: is damaged"):
-        weights.resolve(str(folder), has_gpu=False, cache=cache)
+        resolve.resolve(str(folder), has_gpu=False, cache=cache)
 
 
 def test_a_manifest_is_applied_to_what_is_fetched_and_outdates_a_marker(site, no_pget, tmp_path, cache, monkeypatch):
@@ -391,7 +390,7 @@ def test_a_manifest_is_applied_to_what_is_fetched_and_outdates_a_marker(site, no
     manifest = tmp_path / "manifest.json"
     verify.write_manifest(folder, "thinking", manifest)
     assert json.loads(manifest.read_text())["revision"] == REVISION
-    monkeypatch.setattr(weights, "MANIFESTS", tmp_path)
+    monkeypatch.setattr(resolve, "MANIFESTS", tmp_path)
     manifest.rename(tmp_path / "thinking.json")
     assert fetched(cache) == folder
     data = json.loads((tmp_path / "thinking.json").read_text())

@@ -19,8 +19,7 @@ import httpx
 import pytest
 
 from kimi_vl.errors import CheckpointError
-from kimi_vl.weights import download, http, loader
-from kimi_vl.weights import resolve as weights
+from kimi_vl.weights import download, http, loader, resolve
 from tests.weights_world import NAME, REVISION, FaultServer, cache_tree, flip, largest_blob, tar_of
 
 TAR = f"{NAME}.tar"
@@ -46,7 +45,7 @@ def served(site: FaultServer, tree: Path) -> FaultServer:
 def refused(cache: Path, model: str = "thinking") -> str:
     """The sentence of a start that fails; asserts that it is one, and that nothing but locks is left."""
     with pytest.raises(CheckpointError) as caught:
-        weights.resolve(model, has_gpu=False, cache=cache)
+        resolve.resolve(model, has_gpu=False, cache=cache)
     text = str(caught.value)
     assert "\n" not in text and not text.endswith(".") and "; " in text, "one sentence that says what to do"
     assert not [path.name for path in cache.iterdir() if not path.name.endswith(".lock")]
@@ -54,7 +53,7 @@ def refused(cache: Path, model: str = "thinking") -> str:
 
 
 def accepted(cache: Path) -> Path:
-    folder = weights.resolve("thinking", has_gpu=False, cache=cache)
+    folder = resolve.resolve("thinking", has_gpu=False, cache=cache)
     loader.load(folder)
     return folder
 
@@ -466,20 +465,20 @@ def test_a_disk_that_fills_up(served, fetcher, small_disk, lengths, monkeypatch)
 def test_a_cache_that_cannot_be_made(served, no_pget, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"cannot be written \(.*\); make it writable"):
-        weights.resolve("thinking", has_gpu=False, cache=tmp_path / "file" / "cache")
+        resolve.resolve("thinking", has_gpu=False, cache=tmp_path / "file" / "cache")
 
 
 def test_other_disk_errors_are_one_sentence(served, no_pget, cache, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(weights, "_sync", fail)
+    monkeypatch.setattr(resolve, "_sync", fail)
     assert "cannot be written (Input/output error); check the disk" in refused(cache)
 
 
 @pytest.mark.parametrize("marked", [True, False])
 def test_a_read_only_cache_that_is_complete_serves(served, no_pget, cache, read_only, marked):
-    folder = weights.resolve("thinking", has_gpu=False, cache=cache)
+    folder = resolve.resolve("thinking", has_gpu=False, cache=cache)
     if not marked:
         (cache / f"{NAME}.verified").unlink()
     asked = len(served.requests)
@@ -498,5 +497,5 @@ def test_a_read_only_cache_that_is_not_complete(served, no_pget, cache, tree, re
     read_only(cache)
     says = "does not hold .* cannot be written .*; make it writable" if harm != "damaged" else "damaged.*read-only"
     with pytest.raises(CheckpointError, match=says):
-        weights.resolve("thinking", has_gpu=False, cache=cache)
+        resolve.resolve("thinking", has_gpu=False, cache=cache)
     assert not served.requests
