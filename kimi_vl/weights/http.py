@@ -6,7 +6,9 @@ A failure that another try may not meet is a :class:`Retry`, any other a :class:
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 import re
 import ssl
 from collections.abc import Iterator
@@ -106,7 +108,8 @@ def get(url: str, span: str = "") -> Iterator[httpx.Response]:
 def _client() -> httpx.Client:
     """With the proxies and the certificates that the environment names."""
     try:
-        return httpx.Client(timeout=STALL_SECONDS)
+        variables = (os.environ.get(name) for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE"))
+        return httpx.Client(timeout=STALL_SECONDS, verify=_tls_context(*variables))
     except OSError:
         raise CheckpointError(
             "the files that SSL_CERT_FILE, SSL_CERT_DIR or SSLKEYLOGFILE name cannot be used; correct or unset these"
@@ -117,6 +120,13 @@ def _client() -> httpx.Client:
         raise CheckpointError(
             "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY or NO_PROXY is not as it should be; correct or unset it"
         ) from None
+
+
+@functools.lru_cache(maxsize=1)
+def _tls_context(*variables: str | None) -> ssl.SSLContext:
+    """The context for these values of the variables that it depends on. Made once, since loading certificates takes
+    20 to 30 ms and an archive's headers are read in many requests."""
+    return httpx.create_ssl_context()
 
 
 def _refuse_redirect(before: httpx.URL, after: httpx.URL) -> None:

@@ -156,6 +156,25 @@ def test_a_redirect_out_of_encryption_is_refused_by_a_server_too(tls, fetcher, p
     assert not site.requests
 
 
+def test_certificates_are_loaded_once_for_the_same_variables(site, tls, monkeypatch):
+    made: list[object] = []
+    create = httpx.create_ssl_context
+    monkeypatch.setattr(httpx, "create_ssl_context", lambda *given: made.append(given) or create(*given))
+    http._tls_context.cache_clear()
+    site.override = lambda path: TAR
+
+    def ranges() -> None:
+        for first in range(0, 5000, 1000):
+            with http.get(f"{site.url}a.tar", f"{first}-{first + 9}") as answer:
+                assert answer.read() == TAR[first : first + 10]
+
+    ranges()
+    assert len(made) == 1
+    monkeypatch.setenv("SSL_CERT_FILE", str(tls.certificate))
+    ranges()
+    assert len(made) == 2
+
+
 @pytest.mark.parametrize("name", ["SSL_CERT_FILE", "SSLKEYLOGFILE"])
 def test_certificates_that_cannot_be_read(site, no_pget, private, monkeypatch, name):
     monkeypatch.setenv(name, "/nowhere/hush.pem")
