@@ -22,7 +22,7 @@ class Coalescer:
     def __init__(self, deliver: Deliver, interval: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._deliver, self._interval, self._clock = deliver, interval, clock
         self._kind: type[Reasoning] | type[Answer] = Answer
-        self._held: list[str] = []
+        self._held: list[Reasoning | Answer] = []
         self._sent_at = float("-inf")
 
     def __call__(self, event: Event | Exception) -> None:
@@ -33,14 +33,14 @@ class Coalescer:
         if type(event) is not self._kind:
             self._release()
             self._kind = type(event)
-        if event.text:
-            self._held.append(event.text)
+        self._held.append(event)
         if self._clock() - self._sent_at >= self._interval:
             self._release()
 
     def _release(self) -> None:
-        if self._held:
-            piece = self._kind("".join(self._held))
-            self._held.clear()
+        text = "".join(event.text for event in self._held)
+        logprobs = tuple(each for event in self._held if isinstance(event, Answer) for each in event.logprobs)
+        self._held.clear()
+        if text or logprobs:
             self._sent_at = self._clock()
-            self._deliver(piece)
+            self._deliver(Reasoning(text) if self._kind is Reasoning else Answer(text, logprobs))

@@ -17,10 +17,29 @@ class Reasoning:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """A token with the natural logarithm of its probability, as the model gives it: before temperature, top-k, top-p,
+    a bias or a grammar. ``token_bytes`` may be a part of a character.
+
+    ``top`` are the likeliest tokens at its place, falling, as many as were asked for; these have none themselves.
+    """
+
+    token_id: int
+    token_bytes: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
 class Answer:
-    """A piece of the answer."""
+    """A piece of the answer, and where they were asked for the log-probabilities of the tokens that end in it.
+
+    Of a token that is cut by the end of the thinking, or by a stop sequence, ``token_bytes`` are those that the answer
+    has. A last piece may have log-probabilities and no text.
+    """
 
     text: str
+    logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -85,6 +104,7 @@ class Done:
     time_to_first_token: float
     tokens_per_second: float
     media: tuple[MediaUse, ...] = field(default=(), repr=False)
+    logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)  # of all of the answer
 
 
 Event = Reasoning | Answer | Done

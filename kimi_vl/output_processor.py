@@ -6,8 +6,8 @@ import dataclasses
 import time
 from collections.abc import Callable
 
-from .engine.sampling import Sampling
-from .events import Done, Event, FinishReason, MediaUse, Usage
+from .engine.sampling import Constraint, LogitBias, Logprobs, Sampling
+from .events import Done, Event, FinishReason, MediaUse, TokenLogprob, Usage
 from .text.output_text import OutputText
 from .text.thinking import ThinkingBudget
 from .text.tokenizer import Tokenizer
@@ -32,9 +32,12 @@ class TextOutputProcessor:
         began: float,
         deliver: Deliver,
         media: tuple[MediaUse, ...] = (),
+        logit_bias: LogitBias | None = None,
     ):
-        self._stop_ids = tokenizer.stop_ids
+        self._tokenizer, self._stop_ids = tokenizer, tokenizer.stop_ids
         self.sampling = sampling
+        self._bias = logit_bias
+        self._sampled: Logprobs | None = None  # those of the token that is taken next
         self._thinking, self._text, self._max_new_tokens, self._usage = thinking, text, max_new_tokens, usage
         self._began, self._first_at = began, None
         self._count = 0
@@ -48,27 +51,52 @@ class TextOutputProcessor:
         """Whether only tokens with text may follow: after thinking an answer is never empty."""
         return self._thinking.closed_by != "none" and not self._text.answer.strip()
 
+    @property
+    def logit_bias(self) -> LogitBias | None:
+        """It holds for the answer; the thinking is free of it, and so are the markers around it."""
+        return self._bias if self._answers else None
+
+    @property
+    def constraint(self) -> Constraint | None:
+        return None
+
+    @property
+    def _answers(self) -> bool:
+        """Whether the next token is one of the answer, if it is sampled."""
+        section = self._text.splitter.section
+        return section == "answer" or (section is None and not self._thinking.thinks)
+
     def started(self, num_cached_tokens: int) -> None:
         self._usage = dataclasses.replace(self._usage, cached_tokens=num_cached_tokens)
 
     def forced(self) -> int | None:
         return self._thinking.forced()
 
+    def sampled(self, logprobs: Logprobs) -> None:
+        self._sampled = logprobs
+
     def take(self, token: int) -> int | None:
+        logprobs, self._sampled = self._sampled, None
         if token in self._stop_ids and self._text.splitter.section == "reasoning":
             token = self._thinking.close()  # a turn does not end inside the thinking: an answer follows
             self._text.drop_unfinished()
+            logprobs = None
         self._count += 1
         self._first_at = self._first_at or time.monotonic()
         if token in self._stop_ids:
             return self._finish("stop")
-        for event in self._text.push(token):
+        for event in self._text.push(token, logprobs and self._token_logprob(token, logprobs)):
             self._deliver(event)
         if self._thinking.update(token, self._text.splitter.section):
             self._text.drop_unfinished()
         if self._text.stopped:
             return self._finish("stop_sequence")
         return token if self._count < self._max_new_tokens else self._finish("length")
+
+    def _token_logprob(self, token: int, logprobs: Logprobs) -> TokenLogprob:
+        token_bytes = self._tokenizer.token_bytes
+        top = tuple(TokenLogprob(other, token_bytes(other), logprob) for other, logprob in logprobs.top)
+        return TokenLogprob(token, token_bytes(token), logprobs.logprob, top)
 
     def fail(self, error: Exception) -> None:
         self._deliver(error)
@@ -95,5 +123,6 @@ class TextOutputProcessor:
                 time_to_first_token=first_at - self._began,
                 tokens_per_second=(self._count - 1) / elapsed if self._count > 1 and elapsed > 0 else 0.0,
                 media=self._media,
+                logprobs=tuple(text.answer_logprobs),
             )
         )

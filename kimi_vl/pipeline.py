@@ -23,7 +23,7 @@ from . import attachments, kernels, parameters
 from .attachments import ReadingOptions, Share
 from .coalescer import Coalescer
 from .engine.engine import Engine, EngineOptions, Patches, RequestHandle
-from .engine.sampling import Sampling
+from .engine.sampling import LogitBias, Sampling
 from .engine.warm_up import warm_up
 from .errors import UserError
 from .events import Done, Estimate, Event, MediaUse, Usage
@@ -123,10 +123,12 @@ class Pipeline:
         A single image is a list of one, and None is none. Videos and documents are parts of the messages, or ``videos``
         and ``documents`` (bytes, paths or data URLs) for the bare ones.
         ``params`` are ``temperature`` (0.6), ``top_p`` (1.0), ``top_k`` (0), ``max_length_tokens`` (8192),
-        ``thinking_budget`` (None), ``stop_sequences`` (()), ``seed`` (None), those of
-        :class:`~kimi_vl.attachments.ReadingOptions`, ``deadline`` (seconds, None) and
-        ``interval`` (0.0): for so many seconds pieces are joined to one, but for the first; many streams at a time
-        disturb each other less. The request is checked at once, by this call: :class:`UserError` says what the caller
+        ``thinking_budget`` (None), ``stop_sequences`` (()), ``seed`` (None), ``logprobs`` (None, or how many of the
+        likeliest tokens the answer's pieces come with beside the sampled ones, at most 20), ``logit_bias`` (None, or
+        token ids to numbers from -100 to 100 that are added to their logits in the answer), those of
+        :class:`~kimi_vl.attachments.ReadingOptions`, ``deadline`` (seconds, None) and ``interval`` (0.0): for so many
+        seconds pieces are joined to one, but for the first; many streams at a time disturb each other less. The request
+        is checked at once, by this call: :class:`UserError` says what the caller
         should change. Closing the stream frees everything within a step.
         """
         events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
@@ -179,6 +181,8 @@ class Pipeline:
         thinking_budget: int | None = None,
         stop_sequences: Sequence[str] | str | None = (),
         seed: int | None = None,
+        logprobs: int | None = None,
+        logit_bias: Mapping[int, float] | None = None,
         deadline: float | None = None,
         interval: float = 0.0,
         videos: Files = (),
@@ -190,7 +194,8 @@ class Pipeline:
         ``reading`` are the fields of :class:`~kimi_vl.attachments.ReadingOptions`.
         """
         began = time.monotonic()
-        sampling = Sampling(temperature, top_p, top_k, secrets.randbelow(2**31) if seed is None else seed)
+        sampling = Sampling(temperature, top_p, top_k, secrets.randbelow(2**31) if seed is None else seed, logprobs)
+        bias = self._logit_bias(logit_bias)
         max_length_tokens = parameters.integer("max_length_tokens", max_length_tokens, 1, parameters.MAX_LENGTH_TOKENS)
         if thinking_budget is not None:
             thinking_budget = parameters.integer("thinking_budget", thinking_budget, 0)
@@ -209,7 +214,7 @@ class Pipeline:
                 "E_PROMPT_TOO_LONG",
                 f"the prompt takes {len(ids)} tokens of {context}; shorten it or send fewer images.",
             )
-        text = OutputText(self.tokenizer, stops, prompt.prefill or "")
+        text = OutputText(self.tokenizer, stops, prompt.prefill or "", logprobs is not None)
         processor = TextOutputProcessor(
             self.tokenizer,
             sampling,
@@ -220,6 +225,7 @@ class Pipeline:
             began,
             Coalescer(deliver, interval) if interval else deliver,
             tuple(use for use in prompt.media if use.kind != "image"),
+            bias,
         )
         return self.engine.submit(
             ids, patches, max_new_tokens, processor, float("inf") if deadline is None else deadline
@@ -250,6 +256,20 @@ class Pipeline:
     @property
     def _context(self) -> int:
         return self.model.config.text_config.max_position_embeddings
+
+    def _logit_bias(self, values: Mapping[int, float] | None) -> LogitBias | None:
+        """None where nothing is added. Special tokens are refused: they end turns, and have no text."""
+        if values is None:
+            return None
+        if not isinstance(values, Mapping):
+            raise UserError("E_PARAMETER", "logit_bias must map token ids to numbers; change it.")
+        bias = LogitBias(values)
+        if any(token >= self.tokenizer.num_ranks for token in bias.ids):
+            raise UserError(
+                "E_PARAMETER",
+                f"a token id in logit_bias must be below {self.tokenizer.num_ranks}; no special token has a bias.",
+            )
+        return bias if bias.ids else None
 
     def _prompt(
         self,

@@ -150,6 +150,7 @@ def _print_json(events: EventStream, status: _Status) -> int:
         if isinstance(event, Done):
             status.clear()
             summary = dataclasses.asdict(event)
+            del summary["logprobs"]  # none are asked for
             if not event.media:
                 del summary["media"]
             print(json.dumps(summary, ensure_ascii=False, indent=2))

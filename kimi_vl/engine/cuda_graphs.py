@@ -2,8 +2,8 @@
 
 Knows sequences, pages, the model and its sampler; no requests and no output processors. A launch returns before the
 device is done, and the next launch may take the tokens that this one samples without the host having seen them. There
-is one graph for each bucket of batch sizes and each kind of sampling, all in one memory pool. Where no graph can be
-captured, and on a CPU, the same step runs eagerly.
+is one graph for each bucket of batch sizes and each kind of sampling, of which one is to leave the logits to the host,
+all in one memory pool. Where no graph can be captured, and on a CPU, the same step runs eagerly.
 """
 
 from __future__ import annotations
@@ -113,6 +113,7 @@ class StaticDecoder:
         pinned = device.type == "cuda"
         self._host_inputs = [torch.zeros_like(self._inputs, device="cpu", pin_memory=pinned) for _ in range(2)]
         self._host_outputs = [torch.zeros_like(self._outputs, device="cpu", pin_memory=pinned) for _ in range(2)]
+        self._logits: Tensor | None = None  # (max_num_seqs, V) float32, made where it is first needed
         self._events: list[torch.cuda.Event | None] = [None, None]
         self._buffer = 0  # which of the two the last launch uses
 
@@ -129,14 +130,26 @@ class StaticDecoder:
     @torch.inference_mode()
     def launch(self, sequences: Sequence[DecodeInput]) -> Launched:
         """Begin a step. At most one other may be under way."""
+        kind = "greedy" if all(each.sampling.greedy for each in sequences) else "plain"
+        if any(each.sampling.cuts for each in sequences):
+            kind = "cut"
+        return self._launch(sequences, kind)
+
+    @torch.inference_mode()
+    def logits(self, sequences: Sequence[DecodeInput]) -> Tensor:
+        """The logits (B, V), float32, of a step that samples nothing; another step overwrites them."""
+        if self._logits is None:
+            vocabulary = self._model.config.text_config.vocab_size
+            self._logits = torch.zeros(self._inputs.shape[1], vocabulary, device=self._inputs.device)
+        self._launch(sequences, "logits")
+        return self._logits[: len(sequences)]
+
+    def _launch(self, sequences: Sequence[DecodeInput], kind: str) -> Launched:
         self._buffer ^= 1
         event = self._events[self._buffer]
         if event is not None:
             event.synchronize()  # the step before the last has let go of this buffer
         size = next(bucket for bucket in self._buckets if bucket >= len(sequences))
-        kind = "greedy" if all(each.sampling.greedy for each in sequences) else "plain"
-        if any(each.sampling.cuts for each in sequences):
-            kind = "cut"
         replay = self._replay(size, kind)
         # padding repeats the first sequence, so that it meets no further experts, and writes nothing
         padded = [*sequences, *[sequences[0]] * (size - len(sequences))]
@@ -191,6 +204,10 @@ class StaticDecoder:
         decode = DecodeMetadata(self._page_table[:size], seq_len.int(), self._cache.page_size)
         step = StepMetadata(self._cache.kv_cache, position, slot, decode)
         logits = self._decoder.logits(self._decoder.states(embeddings, step))  # (B, V)
+        if kind == "logits":
+            assert self._logits is not None
+            self._logits[:size].copy_(logits)
+            return
         finite.copy_(sampling.finite(logits))
         sampled.copy_(
             sampling.sample_from_tensors(

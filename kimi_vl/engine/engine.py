@@ -29,10 +29,9 @@ from ..errors import UserError
 from ..model.config import TextConfig
 from ..model.kimi_vl import KimiVL
 from . import cuda_graphs as graphs
-from . import sampling
 from .cuda_graphs import Action, CudaGraphs, StaticDecoder
 from .decoder import FusedDecoder, widths
-from .faults import Broken, Failed, Faults, NotFinite, Overloaded
+from .faults import Broken, Failed, Faults, Overloaded
 from .image_cache import EmbeddingCache
 from .kv_cache import Chunk, PagedCache, spare_bytes
 from .overlap import OverlappedDecoding
@@ -40,14 +39,13 @@ from .page_pool import PagePool
 from .requests import (
     ActiveRequests,
     EngineStats,
-    NextToken,
     NullOutputProcessor,
     OutputProcessor,
     Patches,
     RequestHandle,
     spans,
 )
-from .sampling import sample_batch
+from .sampling import NextToken, Sampled, sample_step
 from .scheduler import NeverFits, Request, ScheduledChunk, Scheduler, Span
 
 __all__ = ["Engine", "EngineOptions", "EngineStats", "OutputProcessor", "Overloaded", "Patches", "RequestHandle"]
@@ -257,10 +255,16 @@ class Engine:
                 while self._collect():
                     self._drop_late_and_cancelled()
                     chunks = self.scheduler.plan()
-                    if self._overlapped is not None and chunks and all(chunk.decodes for chunk in chunks):
-                        chunks = self._overlapped.run(chunks)
-                    if chunks:
-                        self._step(chunks)
+                    if not chunks:
+                        continue
+                    if self._overlapped is None or not all(chunk.decodes for chunk in chunks):
+                        self._step(chunks, self._forward)
+                    elif self._overlapped.samples(chunks):
+                        failed = self._overlapped.run(chunks)
+                        if failed:
+                            self._step(failed, self._forward)
+                    else:
+                        self._step(chunks, self._static_forward)
         except BaseException as error:  # whatever it is, nobody may wait for this thread any longer
             self._break(error)
 
@@ -288,10 +292,10 @@ class Engine:
                 requests.fail(request, late)
 
     @torch.inference_mode()
-    def _step(self, chunks: Sequence[ScheduledChunk]) -> None:
+    def _step(self, chunks: Sequence[ScheduledChunk], forward: Callable[[Sequence[ScheduledChunk]], Tensor]) -> None:
         """Compute all chunks together; where that fails, each alone, so that only those at fault fail."""
         self.steps += 1
-        logits = self._faults.attempt(self._forward, chunks)
+        logits = self._faults.attempt(forward, chunks)
         if not isinstance(logits, Failed):
             for chunk in chunks:
                 self.scheduler.computed(chunk)
@@ -303,7 +307,7 @@ class Engine:
         else:
             log.warning("a step of %d requests failed (%s); each is tried alone", len(chunks), logits.kind)
             for chunk in chunks:
-                self._step([chunk])
+                self._step([chunk], self._forward)
 
     def _interrupted(self) -> bool:
         """Whether requests came, or one of those that run is to end."""
@@ -324,6 +328,12 @@ class Engine:
             pages = [page for chunk in chunks for page in chunk.request.pages[chunk.begin // size :] if page in fresh]
             self.cache.clear(pages)
             fresh.difference_update(pages)
+
+    def _static_forward(self, chunks: Sequence[ScheduledChunk]) -> Tensor:
+        """The same for chunks of one token each, by the static decoder."""
+        assert self._overlapped is not None
+        self._clear(chunks)
+        return self._overlapped.logits(chunks)
 
     def _forward(self, chunks: Sequence[ScheduledChunk]) -> Tensor:
         """Float32 logits (complete chunks, vocab_size)."""
@@ -347,55 +357,27 @@ class Engine:
         """Sample each request's next token, or take the forced one, and give it to the output processor."""
         requests = self._requests
         asked = [requests.ask(handle, lambda handle=handle: requests.next_token(handle)) for handle in handles]
-        for handle, token in zip(handles, self._sample(handles, logits, asked), strict=True):
-            if handle.request not in self._requests.handles:  # its output processor failed
+        for handle, found in zip(handles, self._sample(logits, asked), strict=True):
+            if handle.request not in requests.handles:  # its output processor failed
                 continue
-            if isinstance(token, Exception):
-                self._fail_alone(handle.request, token)
-            else:
+            if isinstance(found, Exception):
+                self._fail_alone(handle.request, found)
+            elif found is not None:
                 self._faults.success()
-                self._requests.accept(handle, token)
+                requests.accept(handle, found)
 
-    def _sample(
-        self, handles: Sequence[RequestHandle], logits: Tensor, asked: Sequence[NextToken | None]
-    ) -> Sequence[int | Exception]:
+    def _sample(self, logits: Tensor, asked: Sequence[NextToken | None]) -> Sequence[Sampled | Exception | None]:
         """The next token of each of B requests, or why it has none; ``logits`` (B, V).
 
         Where sampling the batch fails, each request is sampled alone.
         """
-        tokens = self._faults.attempt(self._sample_batch, handles, logits, asked)
-        if not isinstance(tokens, Failed):
-            return tokens
-        if len(handles) == 1:
-            return [tokens.reason]
-        log.warning("sampling for %d requests failed (%s); each is tried alone", len(handles), tokens.kind)
-        return [
-            self._sample([handle], logits[index : index + 1], [each])[0]
-            for index, (handle, each) in enumerate(zip(handles, asked, strict=True))
-        ]
-
-    def _sample_batch(
-        self, handles: Sequence[RequestHandle], logits: Tensor, asked: Sequence[NextToken | None]
-    ) -> list[int | Exception]:
-        finite = sampling.finite(logits).tolist()
-        found: list[int | Exception] = [NotFinite() for _ in handles]
-        sampling_for = []
-        for index, each in enumerate(asked):
-            if each is not None and finite[index]:
-                if each.forced is None:
-                    sampling_for.append((index, handles[index], each.limit))
-                else:
-                    found[index] = each.forced
-        sampled = sample_batch(
-            logits[[index for index, _, _ in sampling_for]] if len(sampling_for) < len(handles) else logits,
-            [handle.sampling for _, handle, _ in sampling_for],
-            [handle.num_output_tokens for _, handle, _ in sampling_for],
-            [limit for _, _, limit in sampling_for],
-            rounded=self.model.dtype == torch.bfloat16,
-        )
-        for (index, _, _), token in zip(sampling_for, sampled, strict=True):
-            found[index] = token
-        return found
+        found = self._faults.attempt(sample_step, logits, asked, self.model.dtype == torch.bfloat16)
+        if not isinstance(found, Failed):
+            return found
+        if len(asked) == 1:
+            return [found.reason]
+        log.warning("sampling for %d requests failed (%s); each is tried alone", len(asked), found.kind)
+        return [self._sample(logits[index : index + 1], [each])[0] for index, each in enumerate(asked)]
 
     # Ends
 
@@ -428,10 +410,10 @@ class Engine:
         try:
             for begin in (0, 2):
                 logits = self._forward([ScheduledChunk(request, begin, len(request.ids))])
-                (token,) = self._sample_batch([handle], logits, [self._requests.next_token(handle)])
-                if isinstance(token, Exception):
-                    raise token
-                request.ids.append(token)
+                (found,) = sample_step(logits, [self._requests.next_token(handle)])
+                if not isinstance(found, Sampled):
+                    raise found or AssertionError("nothing was asked")
+                request.ids.append(found.token)
         finally:
             del self._requests.handles[request]
             self._embeddings.drop(picture.digest)

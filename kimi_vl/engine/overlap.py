@@ -15,7 +15,9 @@ failed or was cancelled, its rules changed): that request's part of step n + 1. 
 and what is computed there instead overwrites its keys. The other requests' parts of the step count.
 
 *Not overlapped* is a step after which some part was discarded, new requests came, or a request is to end: the loop
-finishes the step in flight, and the engine plans anew. Nothing here but a read synchronises with the device.
+finishes the step in flight, and the engine plans anew. Nor is one of whose requests the host must see the logits (for
+log-probabilities, a bias, or a constraint, which depends on the last token): it runs over the same static buffers, and
+all its tokens are sampled by the host. Nothing here but a read synchronises with the device.
 """
 
 from __future__ import annotations
@@ -24,9 +26,12 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from .cuda_graphs import DecodeInput, Launched, StaticDecoder
 from .faults import Failed, Faults, NotFinite
 from .requests import ActiveRequests
+from .sampling import Sampled
 from .scheduler import ScheduledChunk, Scheduler
 
 log = logging.getLogger(__name__)
@@ -56,6 +61,19 @@ class OverlappedDecoding:
         """``begin_step`` is called before each launch; ``interrupted`` says whether there is something else to do."""
         self._decoder, self._scheduler, self._requests, self._faults = decoder, scheduler, requests, faults
         self._begin_step, self._interrupted = begin_step, interrupted
+
+    def samples(self, chunks: Sequence[ScheduledChunk]) -> bool:
+        """Whether the device can sample the next token of every request; the host has to for one that wants
+        log-probabilities, or whose logits are changed."""
+        limits = self._faults.attempt(self._limits, chunks)
+        return isinstance(limits, Failed) or None not in limits  # what failed fails again where it ends its request
+
+    def logits(self, chunks: Sequence[ScheduledChunk]) -> Tensor:
+        """Float32 logits (B, V) of ``chunks``, of one token each, until the next step begins. Nothing is overlapped."""
+        return self._decoder.logits(self._inputs(chunks, [0] * len(chunks), 0))
+
+    def _limits(self, chunks: Sequence[ScheduledChunk]) -> list[int | None]:
+        return [self._requests.device_limit(self._requests.handles[chunk.request]) for chunk in chunks]
 
     def run(self, chunks: Sequence[ScheduledChunk]) -> Sequence[ScheduledChunk]:
         """Compute ``chunks``, of one token each, and decode steps after them until something else is to be done.
@@ -90,9 +108,12 @@ class OverlappedDecoding:
     def _launch(self, chunks: Sequence[ScheduledChunk], unread: int) -> InFlightStep:
         """Begin a step; ``unread`` is how many sampled tokens of each request the host has not read yet."""
         self._begin_step(chunks)
+        limits = [limit or 0 for limit in self._limits(chunks)]  # none is None here
+        return InFlightStep(self._decoder.launch(self._inputs(chunks, limits, unread)), limits)
+
+    def _inputs(self, chunks: Sequence[ScheduledChunk], limits: Sequence[int], unread: int) -> list[DecodeInput]:
         handles = [self._requests.handles[chunk.request] for chunk in chunks]
-        limits = [self._requests.limit(handle) for handle in handles]
-        inputs = [
+        return [
             DecodeInput(
                 None if unread else chunk.request.ids[-1],
                 chunk.begin,
@@ -103,7 +124,6 @@ class OverlappedDecoding:
             )
             for chunk, handle, limit in zip(chunks, handles, limits, strict=True)
         ]
-        return InFlightStep(self._decoder.launch(inputs), limits)
 
     def _commit(self, chunk: ScheduledChunk, sampled: int, finite: bool, limit: int | None) -> bool:
         """Take in what a step computed and sampled for a request.
@@ -121,7 +141,7 @@ class OverlappedDecoding:
         if asked is None:
             return False
         self._faults.success()
-        requests.accept(handle, sampled if asked.forced is None else asked.forced)
+        requests.accept(handle, Sampled(sampled if asked.forced is None else asked.forced))
         if request not in requests.handles or request.ids[-1] != sampled:
             return False
-        return requests.ask(handle, lambda: requests.limit(handle)) == limit
+        return requests.ask(handle, lambda: requests.device_limit(handle)) == limit

@@ -17,7 +17,7 @@ import numpy as np
 from ..model.config import num_image_tokens
 from ..model.vision import Grid
 from .faults import as_exception
-from .sampling import Sampling, uniforms
+from .sampling import Constraint, LogitBias, Logprobs, NextToken, Sampled, Sampling, uniforms
 from .scheduler import Request, Scheduler, Span
 
 T = TypeVar("T")
@@ -56,12 +56,27 @@ class OutputProcessor(Protocol):
         """Whether tokens without text are ruled out for the next token."""
         ...
 
+    @property
+    def logit_bias(self) -> LogitBias | None:
+        """What is added to the logits of the next token."""
+        ...
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What rules out some of the next tokens."""
+        ...
+
     def started(self, num_cached_tokens: int) -> None:
         """The prompt is computed, but for ``num_cached_tokens`` of it that prefix caching found; tokens follow."""
         ...
 
     def forced(self) -> int | None:
         """The next token where it is not sampled. Asked once for each token."""
+        ...
+
+    def sampled(self, logprobs: Logprobs) -> None:
+        """Log-probabilities of the token that :meth:`take` gets next, where ``sampling`` asks for them and the token
+        was sampled."""
         ...
 
     def take(self, token: int) -> int | None:
@@ -78,8 +93,13 @@ class NullOutputProcessor:
 
     sampling = Sampling(1, 0.9, 20, 0)
     text_only = False
+    logit_bias: LogitBias | None = None
+    constraint: Constraint | None = None
 
     def started(self, num_cached_tokens: int) -> None:
+        pass
+
+    def sampled(self, logprobs: Logprobs) -> None:
         pass
 
     def forced(self) -> int | None:
@@ -106,7 +126,9 @@ class RequestHandle:
         self._numbers: tuple[int, list[float]] = (0, [])  # where they begin, and uniform numbers from there on
 
     def number(self, position: int) -> float:
-        """The uniform random number that decides the token at ``position``."""
+        """The uniform random number that decides the token at ``position``; 0 where none does."""
+        if self.sampling.greedy:
+            return 0.0
         begin, numbers = self._numbers
         if not begin <= position < begin + len(numbers):
             begin, numbers = self._numbers = position, uniforms(self.sampling.seed, position, 64)
@@ -118,14 +140,6 @@ class RequestHandle:
             self.processor.fail(as_exception(error))
         except BaseException as another:
             log.warning("a request's end could not be told (%s)", type(another).__name__)
-
-
-@dataclass(frozen=True)
-class NextToken:
-    """The next token of a request: ``forced``, or where that is None a sampled one, whose id is below ``limit``."""
-
-    forced: int | None
-    limit: int
 
 
 @dataclass(frozen=True)
@@ -177,16 +191,31 @@ class ActiveRequests:
             return None
 
     def next_token(self, handle: RequestHandle) -> NextToken:
-        return NextToken(handle.processor.forced(), self.limit(handle))
+        processor = handle.processor
+        return NextToken(
+            processor.forced(),
+            handle.sampling,
+            handle.number(handle.num_output_tokens),
+            self._limit(handle),
+            processor.logit_bias,
+            processor.constraint,
+        )
 
-    def limit(self, handle: RequestHandle) -> int:
+    def _limit(self, handle: RequestHandle) -> int:
         """The id that a request samples next is below it."""
         return self._text_tokens if handle.processor.text_only else self._vocab_size
 
-    def accept(self, handle: RequestHandle, token: int) -> None:
+    def device_limit(self, handle: RequestHandle) -> int | None:
+        """The same where that is all the difference there is from sampling by itself, as the static decoder does it;
+        None where the host has to look at the logits."""
+        processor = handle.processor
+        on_host = handle.sampling.logprobs is not None or processor.logit_bias or processor.constraint
+        return None if on_host else self._limit(handle)
+
+    def accept(self, handle: RequestHandle, sampled: Sampled) -> None:
         """Give a token to the output processor, and append what follows to the sequence, or end the request."""
         request = handle.request
-        following = None if handle.cancelled else self.ask(handle, lambda: self._take(handle, token))
+        following = None if handle.cancelled else self.ask(handle, lambda: self._take(handle, sampled))
         if request not in self.handles:  # its output processor failed
             return
         if following is None:
@@ -206,11 +235,13 @@ class ActiveRequests:
             handle.num_output_tokens += 1
             request.ids.append(following)
 
-    def _take(self, handle: RequestHandle, token: int) -> int | None:
+    def _take(self, handle: RequestHandle, sampled: Sampled) -> int | None:
         if not handle.num_output_tokens:
             handle.processor.started(handle.request.num_cached_tokens)
         self.output_tokens += 1
-        return handle.processor.take(token)
+        if sampled.logprobs is not None:
+            handle.processor.sampled(sampled.logprobs)
+        return handle.processor.take(sampled.token)
 
     def release(self, request: Request, evict: bool = False) -> RequestHandle:
         """End a request, whatever it was doing; with ``evict``, its pages are not found again."""

@@ -1,12 +1,14 @@
 """From logits to one token: temperature, then top-k, then top-p, then a random number from seed and position alone.
 
-Knows no text and no model.
+Before that a bias is added to the logits, and tokens that a constraint rules out are masked; log-probabilities are
+those of the logits as the model gave them. Knows no text and no model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +16,11 @@ from torch import Tensor
 
 from .. import parameters
 from ..device import cuda as devices
+from ..errors import UserError
+from .faults import NotFinite
 
+MAX_LOGPROBS = 20
+MAX_BIAS, MAX_BIASED = 100, 1024
 LEAST_TEMPERATURE = 1e-4  # below it only the likeliest token is left, and logits divided by it may overflow
 
 
@@ -24,13 +30,15 @@ class Sampling:
     :class:`~kimi_vl.errors.UserError` (E_PARAMETER).
 
     ``temperature`` 0 (or next to it, or ``top_p`` 0, or ``top_k`` 1) takes the most likely token. ``top_k`` 0 is off.
-    The same ``seed`` gives the same tokens.
+    The same ``seed`` gives the same tokens. ``logprobs`` asks for the log-probability of each sampled token, and of so
+    many of the likeliest beside it; None is none.
     """
 
     temperature: float
     top_p: float
     top_k: int
     seed: int
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         checked = {
@@ -39,6 +47,8 @@ class Sampling:
             "top_k": parameters.integer("top_k", self.top_k, 0, parameters.MAX_TOP_K),
             "seed": parameters.integer("seed", self.seed, 0, parameters.MAX_SEED),
         }
+        if self.logprobs is not None:
+            checked["logprobs"] = parameters.integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         for name, value in checked.items():  # as Python's own numbers, whatever type they came in
             object.__setattr__(self, name, value)
 
@@ -52,9 +62,166 @@ class Sampling:
         return not self.greedy and (self.top_p < 1 or self.top_k > 0)
 
 
-def sample_one(logits: Tensor, sampling: Sampling, position: int) -> int:
-    """One token id from float32 ``logits`` (V,); ``position`` is the number of tokens that this
-    request has so far."""
+class LogitBias:
+    """Numbers from -100 to 100 that are added to the logits of some token ids; others, or more than 1,024 of them,
+    raise :class:`~kimi_vl.errors.UserError` (E_PARAMETER)."""
+
+    def __init__(self, values: Mapping[int, float]):
+        if len(values) > MAX_BIASED:
+            raise UserError("E_PARAMETER", f"logit_bias may have {MAX_BIASED} tokens; give fewer.")
+        self.ids: list[int] = [
+            parameters.integer("a token id in logit_bias", token, 0, parameters.MAX_TOP_K) for token in values
+        ]
+        biases = [parameters.number("a value in logit_bias", bias, -MAX_BIAS, MAX_BIAS) for bias in values.values()]
+        self._tensors = torch.tensor(self.ids, dtype=torch.int64), torch.tensor(biases, dtype=torch.float32)
+
+    def add_to(self, logits: Tensor) -> None:
+        """Change the logits (V,) of one sequence."""
+        if self._tensors[0].device != logits.device:  # once for a request
+            self._tensors = self._tensors[0].to(logits.device), self._tensors[1].to(logits.device)
+        logits.index_add_(0, *self._tensors)
+
+
+class Constraint(Protocol):
+    """Decides which tokens may follow a sequence, each time anew."""
+
+    @staticmethod
+    def fill(constraints: Sequence[Any], masks: np.ndarray) -> None:
+        """Say for N sequences which ids may be sampled next: ``masks`` (N, ceil(V / 32)), int32, zero before.
+
+        Bit b of word w stands for id 32 w + b. Changes nothing, so that a step can be repeated.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """The next token of a sequence: ``forced``, or where that is None a sampled one, whose id is below ``limit``.
+
+    ``number`` is the uniform random number that decides it.
+    """
+
+    forced: int | None
+    sampling: Sampling
+    number: float
+    limit: int
+    bias: LogitBias | None = None
+    constraint: Constraint | None = None
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Natural logarithms of probabilities: of the sampled token, and of the likeliest ones with their ids, falling."""
+
+    logprob: float
+    top: Sequence[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A token, and its log-probabilities where it was sampled and they were asked for."""
+
+    token: int
+    logprobs: Logprobs | None = None
+
+
+def sample_step(
+    logits: Tensor, wanted: Sequence[NextToken | None], rounded: bool = False
+) -> list[Sampled | Exception | None]:
+    """The next token of each of B sequences from float32 ``logits`` (B, V), or why it has none; None as ``wanted``.
+
+    Batch-invariant; see :func:`sample_batch`.
+    """
+    found: list[Sampled | Exception | None] = [None] * len(wanted)
+    masks = _masks(wanted, logits.shape[-1])  # first: a device may be computing the logits meanwhile
+    drawn: dict[bool, list[tuple[int, NextToken]]] = {False: [], True: []}  # by whether their logits are changed
+    for index, (each, is_finite) in enumerate(zip(wanted, finite(logits).tolist(), strict=True)):
+        if each is not None and not is_finite:
+            found[index] = NotFinite()
+        elif each is not None and each.forced is not None:
+            found[index] = Sampled(each.forced)
+        elif each is not None and index in masks and not masks[index].any():
+            found[index] = RuntimeError("a constraint leaves no token")
+        elif each is not None:
+            drawn[index in masks or each.bias is not None].append((index, each))
+    for changed, sequences in drawn.items():
+        if not sequences:
+            continue
+        own = logits[[index for index, _ in sequences]] if changed or len(sequences) < len(wanted) else logits
+        if changed:
+            _change(own, [each.bias for _, each in sequences], [masks.get(index) for index, _ in sequences])
+        tokens = sample_batch(
+            own,
+            [each.sampling for _, each in sequences],
+            [each.number for _, each in sequences],
+            [each.limit for _, each in sequences],
+            rounded=rounded and not changed,  # a bias makes other values of them
+        )
+        for (index, _), token in zip(sequences, tokens, strict=True):
+            found[index] = Sampled(token)
+    asked = [
+        (index, each, got.token)
+        for index, (each, got) in enumerate(zip(wanted, found, strict=True))
+        if each is not None and isinstance(got, Sampled) and each.forced is None and each.sampling.logprobs is not None
+    ]
+    if asked:
+        tokens, counts = [token for _, _, token in asked], [each.sampling.logprobs or 0 for _, each, _ in asked]
+        for (index, _, token), logprobs in zip(
+            asked, logprobs_of(logits[[index for index, _, _ in asked]], tokens, counts), strict=True
+        ):
+            found[index] = Sampled(token, logprobs)
+    return found
+
+
+def _masks(wanted: Sequence[NextToken | None], vocabulary: int) -> dict[int, np.ndarray]:
+    """The masks (ceil(V / 32),) of the sequences that have a constraint, by their index."""
+    constraints = {
+        index: each.constraint
+        for index, each in enumerate(wanted)
+        if each is not None and each.forced is None and each.constraint is not None
+    }
+    if not constraints:
+        return {}
+    masks = np.zeros((len(constraints), -(-vocabulary // 32)), dtype=np.int32)
+    next(iter(constraints.values())).fill(list(constraints.values()), masks)
+    return dict(zip(constraints, masks, strict=True))
+
+
+def _change(logits: Tensor, biases: Sequence[LogitBias | None], masks: Sequence[np.ndarray | None]) -> None:
+    """Add biases to the logits (B, V), and make those -inf that are masked."""
+    for own, bias in zip(logits, biases, strict=True):
+        if bias is not None:
+            bias.add_to(own)
+    masked = [index for index, mask in enumerate(masks) if mask is not None]
+    if masked:
+        octets = np.stack([mask for mask in masks if mask is not None]).view(np.uint8)  # (N, V / 8)
+        if logits.is_cuda:
+            addends = torch.from_numpy(_ADDENDS).to(logits.device)[torch.from_numpy(octets).to(logits.device).int()]
+        else:
+            addends = torch.from_numpy(_ADDENDS.take(octets, axis=0))  # (N, V / 8, 8)
+        logits[masked] += addends.flatten(1)[:, : logits.shape[-1]]
+
+
+_ADDENDS = np.where(np.arange(256)[:, None] >> np.arange(8) & 1, np.float32(0), np.float32("-inf"))
+"""What eight bits of a mask add to logits: (256, 8) float32. Ten times as fast on a CPU as filling by a mask."""
+
+
+def logprobs_of(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[Logprobs]:
+    """Log-probabilities of a token of each of B sequences with float32 ``logits`` (B, V), and of the ``counts``
+    likeliest; of equally likely ones the lower id is first."""
+    logprobs = logits.log_softmax(-1)
+    chosen = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    # always as many: which of equally likely ones are found must not depend on what another sequence asks for
+    values, ids = logprobs.topk(min(MAX_LOGPROBS, logprobs.shape[-1]))
+    found = []
+    for own, top, at, count in zip(chosen, values.tolist(), ids.tolist(), counts, strict=True):
+        ranked = sorted(zip(at, top, strict=True), key=lambda pair: (-pair[1], pair[0]))
+        found.append(Logprobs(own, ranked[:count]))
+    return found
+
+
+def sample_one(logits: Tensor, sampling: Sampling, number: float) -> int:
+    """One token id from float32 ``logits`` (V,), of which -inf is never sampled, by a uniform random ``number``."""
     if sampling.greedy:
         return int(logits.argmax())
     # float64, or the tail of a large vocabulary is lost in rounding
@@ -69,7 +236,7 @@ def sample_one(logits: Tensor, sampling: Sampling, position: int) -> int:
         # the smallest set that reaches top_p: a token belongs if those before it do not reach it
         kept = int((cumulative - probabilities < sampling.top_p).sum())
         cumulative = cumulative[:kept]
-    target = uniform(sampling.seed, position) * cumulative[-1]
+    target = number * cumulative[-1]
     index = min(int(torch.searchsorted(cumulative, target, right=True)), cumulative.numel() - 1)
     return index if ids is None else int(ids[index])
 
@@ -101,22 +268,22 @@ def _likeliest(probabilities: Tensor, total: float) -> tuple[Tensor, Tensor]:
 def sample_batch(
     logits: Tensor,
     samplings: Sequence[Sampling],
-    positions: Sequence[int],
+    numbers: Sequence[float],
     limits: Sequence[int],
     rounded: bool = False,
 ) -> list[int]:
     """One token id for each sequence from float32 ``logits`` (B, V), below its limit; see :func:`sample_one`.
 
-    Batch-invariant: a sequence's token depends on its own logits, seed and position alone. ``rounded`` says that all
+    Batch-invariant: a sequence's token depends on its own logits and random number alone. ``rounded`` says that all
     logits are bfloat16 values, which saves time on a GPU.
     """
     if logits.is_cuda:
-        return sample_batch_on_device(logits, samplings, positions, limits, rounded)
+        return sample_batch_on_device(logits, samplings, numbers, limits, rounded)
     vocabulary = logits.shape[-1]
     if all(sampling.greedy for sampling in samplings) and all(limit == vocabulary for limit in limits):
         return logits.argmax(-1).tolist()
-    sequences = zip(logits, samplings, positions, limits, strict=True)
-    return [sample_one(own[:limit], sampling, position) for own, sampling, position, limit in sequences]
+    sequences = zip(logits, samplings, numbers, limits, strict=True)
+    return [sample_one(own[:limit], sampling, number) for own, sampling, number, limit in sequences]
 
 
 def finite(logits: Tensor) -> Tensor:
@@ -138,7 +305,7 @@ def uniforms(seed: int, position: int, count: int) -> list[float]:
 def sample_batch_on_device(
     logits: Tensor,
     samplings: Sequence[Sampling],
-    positions: Sequence[int],
+    numbers: Sequence[float],
     limits: Sequence[int],
     rounded: bool = False,
 ) -> list[int]:
@@ -149,16 +316,16 @@ def sample_batch_on_device(
     if not samplings:
         return []
     most = logits.shape[-1]  # more than there are ids is as good as all of them
-    numbers = [
+    given = [
         [0.0 if sampling.greedy else sampling.temperature for sampling in samplings],
         [sampling.top_p for sampling in samplings],
-        [uniform(sampling.seed, position) for sampling, position in zip(samplings, positions, strict=True)],
+        numbers,
         [min(sampling.top_k, most) for sampling in samplings],
         limits,
     ]
-    given = devices.tensor(numbers, torch.float64, logits.device)
-    temperature, top_p, uniform_numbers = given[:3]
-    top_k, below = given[3:].long()  # float64 holds them exactly
+    tensor = devices.tensor(given, torch.float64, logits.device)
+    temperature, top_p, uniform_numbers = tensor[:3]
+    top_k, below = tensor[3:].long()  # float64 holds them exactly
     greedy_only, cut = all(s.greedy for s in samplings), any(s.cuts for s in samplings)
     return sample_from_tensors(
         logits, temperature, top_p, top_k, below, uniform_numbers, greedy_only=greedy_only, cut=cut, rounded=rounded

@@ -119,7 +119,7 @@ class ThinkingBudget:
         ``budget`` None is as much of ``max_new_tokens`` as leaves tokens for an answer, which also bounds any other.
         """
         self._opener, self._closer = tokenizer.encode(THINK_OPEN), tokenizer.encode(THINK_CLOSE)
-        self._thinks = thinks
+        self.thinks = thinks
         self._forced: list[int] = []
         self.closing = False  # whether the tokens of the closing marker are being forced
         self._inside = 0  # tokens after the opening marker
@@ -155,7 +155,7 @@ class ThinkingBudget:
             return False
         self.reasoning_tokens += 1
         self._inside += section == "reasoning"
-        loops = self._repetition.push(token) and (self._thinks or section == "reasoning")
+        loops = self._repetition.push(token) and (self.thinks or section == "reasoning")
         closes = (loops or self._inside >= max(1, self._budget)) and not self.closing
         if closes:
             self._forced, self.closing = self._closing_tokens(section), True

@@ -118,7 +118,7 @@ def set_trap(trap: Trap, phase: str) -> None:
         trap.watch()
         trap.at(FusedDecoder, {"prefill": "states", "logits": "logits"}[phase], lambda *given: trap.marked)
     elif phase == "sample":
-        trap.at(sys.modules["kimi_vl.engine.engine"], "sample_batch", seeds)
+        trap.at(sampling, "sample_batch", seeds)
     elif phase == "clear":
         trap.at(PagedCache, "clear", lambda cache, pages: bool({*pages} & {*trap.pages()}))
     elif phase == "page table":
@@ -298,7 +298,7 @@ def test_any_top_k_is_as_good_as_all_ids(engine, top_k, caplog):
 def test_any_top_k_is_as_good_as_all_ids_where_a_batch_is_sampled_on_a_device():
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     sampled = [
-        sampling.sample_batch_on_device(logits, [sampling_with(top_k)] * 3, [0, 1, 2], [50] * 3)
+        sampling.sample_batch_on_device(logits, [sampling_with(top_k)] * 3, [0.1, 0.5, 0.9], [50] * 3)
         for top_k in (50, 2**63, 10**40)
     ]
     assert sampled[0] == sampled[1] == sampled[2]
@@ -324,7 +324,7 @@ def test_a_lost_device_ends_the_engine_and_everybody_is_told(engine, monkeypatch
     trap = Trap(monkeypatch, accelerator_error)
     owners = {
         "states": FusedDecoder,
-        "sample_batch": sys.modules["kimi_vl.engine.engine"],
+        "sample_batch": sampling,
         "read": Launched,
         "launch": StaticDecoder,
     }
@@ -372,7 +372,7 @@ def test_when_every_request_fails_the_health_is_false(engine, monkeypatch, phase
     trap = Trap(monkeypatch, lambda: RuntimeError("a kernel that is refused"))
     owner, name = {
         "prefill": (FusedDecoder, "states"),
-        "sample": (sys.modules["kimi_vl.engine.engine"], "sample_batch"),
+        "sample": (sampling, "sample_batch"),
         "vision": (KimiVL, "encode_images"),
     }[phase]
     trap.at(owner, name)

@@ -19,7 +19,6 @@ from bench_suite.imitated_cuda import Machine
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from kimi_vl.engine import engine as engine_module
 from kimi_vl.engine import sampling
 from kimi_vl.engine.cuda_graphs import CudaGraphs, Launched, StaticDecoder
 from kimi_vl.engine.decoder import FusedDecoder
@@ -401,9 +400,7 @@ class Full:
         self._at(FusedDecoder, "logits", self._takes_part)
 
     def _sample(self) -> None:
-        self._at(
-            engine_module, "sample_batch", lambda _, samplings, *__, **___: any(s.seed == BAD_SEED for s in samplings)
-        )
+        self._at(sampling, "sample_batch", lambda _, samplings, *__, **___: any(s.seed == BAD_SEED for s in samplings))
 
     def _clear(self) -> None:
         self._at(PagedCache, "clear", lambda cache, pages: bool(pages) and self._takes_part())

@@ -51,7 +51,9 @@ def test_draws_follow_the_reference(temperature, top_p, top_k):
     draws = 4000
     sampling = Sampling(temperature, top_p, top_k, seed=11)
     values = torch.tensor(logits)
-    counts = np.bincount([sample_one(values, sampling, position) for position in range(draws)], minlength=20)
+    counts = np.bincount(
+        [sample_one(values, sampling, uniform(11, position)) for position in range(draws)], minlength=20
+    )
     assert {index for index in range(20) if counts[index]} <= expected.keys()
     chi_square = sum((counts[i] - draws * p) ** 2 / (draws * p) for i, p in expected.items())
     freedom = len(expected) - 1
@@ -63,18 +65,18 @@ def test_draws_follow_the_reference(temperature, top_p, top_k):
 @pytest.mark.parametrize("options", [(0.0, 1.0, 0), (1.0, 0.0, 0), (1.0, 1.0, 1)])
 def test_greedy_forms(options):
     logits = torch.randn(50, generator=torch.Generator().manual_seed(1))
-    assert {sample_one(logits, Sampling(*options, seed=s), p) for s in range(5) for p in range(5)} == {
+    assert {sample_one(logits, Sampling(*options, seed=s), uniform(s, p)) for s in range(5) for p in range(5)} == {
         int(logits.argmax())
     }
 
 
 def test_draws_depend_on_seed_and_position_alone():
     logits = torch.zeros(1000)
-    once = [sample_one(logits, Sampling(1.0, 1.0, 0, 7), position) for position in range(50)]
+    once = [sample_one(logits, Sampling(1.0, 1.0, 0, 7), uniform(7, position)) for position in range(50)]
     torch.manual_seed(1)
-    again = [sample_one(logits, Sampling(1.0, 1.0, 0, 7), position) for position in reversed(range(50))]
+    again = [sample_one(logits, Sampling(1.0, 1.0, 0, 7), uniform(7, position)) for position in reversed(range(50))]
     assert once == again[::-1]
-    assert once != [sample_one(logits, Sampling(1.0, 1.0, 0, 8), position) for position in range(50)]
+    assert once != [sample_one(logits, Sampling(1.0, 1.0, 0, 8), uniform(8, position)) for position in range(50)]
 
 
 def test_seed_zero_is_a_seed_and_numbers_are_even():
@@ -118,7 +120,11 @@ def test_a_batch_on_a_device_gives_the_same_tokens(options):
     for position in range(40):
         samplings = [Sampling(*rng.choice(options), seed=rng.randrange(2**40)) for _ in range(9)]
         logits = torch.randn(9, 500, generator=torch.Generator().manual_seed(position)) * 3
-        given = samplings, [position] * 9, [rng.choice((500, 500, 31)) for _ in samplings]
+        given = (
+            samplings,
+            [uniform(s.seed, position) for s in samplings],
+            [rng.choice((500, 500, 31)) for _ in samplings],
+        )
         found = sample_batch_on_device(logits, *given)
         assert found == sample_batch(logits, *given)
         chosen |= set(found)
@@ -139,7 +145,11 @@ def test_bfloat16_logits_need_no_sorting(options, spread):
         logits[:, 5::100] = float("-inf")
         logits[::2, 70:] -= 1e4
         logits = logits.bfloat16().float()
-        given = samplings, [position] * 5, [rng.choice((3000, 3000, 31)) for _ in samplings]
+        given = (
+            samplings,
+            [uniform(s.seed, position) for s in samplings],
+            [rng.choice((3000, 3000, 31)) for _ in samplings],
+        )
         right = sample_batch(logits, *given)
         assert sample_batch_on_device(logits, *given, rounded=True) == right
         assert sample_batch_on_device(logits, *given, rounded=False) == right

@@ -39,8 +39,7 @@ def shares(logits: list[float], options: Sampling) -> dict[int, float]:
     values = torch.tensor(logits)
     counts: dict[int, int] = {}
     for step in range(STEPS):
-        with mock.patch.object(sampling, "uniform", lambda seed, position, n=step: (n + 0.5) / STEPS):
-            index = sample_one(values, options, 0)
+        index = sample_one(values, options, (step + 0.5) / STEPS)
         counts[index] = counts.get(index, 0) + 1
     return {index: count / STEPS for index, count in counts.items()}
 
@@ -70,8 +69,7 @@ def test_a_large_vocabulary_is_cut_where_a_full_sort_cuts_it(spread: float, top_
     kept = list(reference(logits.tolist(), 0.7, top_p, 0))
     options = Sampling(0.7, top_p, 0, 0)
     for number, token in ((0.0, kept[0]), (1 - 1e-12, kept[-1])):
-        with mock.patch.object(sampling, "uniform", return_value=number):
-            assert sample_one(logits, options, 0) == token
+        assert sample_one(logits, options, number) == token
 
 
 def chi_square(counts: np.ndarray, expected: dict[int, float]) -> tuple[float, float]:
@@ -90,7 +88,8 @@ OPTIONS = (0.8, 0.85, 9)
 
 def draws(options: Sampling, logits: list[float] = LOGITS, count: int = 4000) -> np.ndarray:
     values = torch.tensor(logits)
-    return np.bincount([sample_one(values, options, position) for position in range(count)], minlength=len(logits))
+    found = [sample_one(values, options, sampling.uniform(options.seed, position)) for position in range(count)]
+    return np.bincount(found, minlength=len(logits))
 
 
 def test_all_three_together_follow_the_reference() -> None:
@@ -143,10 +142,11 @@ def test_seeds_are_independent_of_each_other(seeds: tuple[int, int]) -> None:
 def test_the_smallest_values_take_the_likeliest(temperature: float, top_p: float, top_k: int) -> None:
     for size in (1.0, 1e4):
         logits = torch.tensor(LOGITS) * size
-        assert sample_one(logits, Sampling(temperature, top_p, top_k, 1), 0) == int(logits.argmax())
+        assert sample_one(logits, Sampling(temperature, top_p, top_k, 1), 0.3) == int(logits.argmax())
 
 
 def test_equal_logits_are_drawn_alike_however_large() -> None:
     for value in (-1e30, 0.0, 1e30):
-        found = {sample_one(torch.full((4,), value), Sampling(0.7, 1.0, 0, seed), 0) for seed in range(60)}
+        logits, options = torch.full((4,), value), Sampling(0.7, 1.0, 0, 0)
+        found = {sample_one(logits, options, sampling.uniform(seed, 0)) for seed in range(60)}
         assert found == {0, 1, 2, 3}
