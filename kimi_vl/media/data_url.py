@@ -1,4 +1,4 @@
-"""Data URLs (RFC 2397) to bytes, as browsers and clients write them: one decoder for every entry.
+"""Data URLs (RFC 2397) to bytes, as browsers and clients write them: one decoder for all callers.
 
 Strict where data would be guessed, lenient in spelling: see :func:`decode`.
 """
@@ -29,7 +29,7 @@ _SPACE = b" \t\n\r\f\v"
 
 
 def is_data_url(text: str) -> bool:
-    """Whether ``text`` has the scheme of a data URL, in any case and perhaps behind white space."""
+    """Whether ``text`` has the scheme of a data URL, in any case, after optional white space."""
     return re.match(r"\s*data:", text, re.IGNORECASE | re.ASCII) is not None
 
 

@@ -1,7 +1,7 @@
-"""Embedded ICC profiles: the samples of a picture to sRGB.
+"""Embedded ICC profiles: converts the samples of an image to sRGB.
 
-A profile comes from whoever sent the file. One that is damaged, of another kind than the picture, or that could cost
-more than the picture does is left out, and the picture is taken for sRGB, as one without a profile is.
+Profiles are untrusted. One that is damaged, does not fit the image, or would cost more than the image itself is
+ignored, and the image is taken as sRGB, as one without a profile is.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _FLAGS = ImageCms.Flags.BLACKPOINTCOMPENSATION
 
 @dataclass(frozen=True)
 class Profile:
-    """What turns samples of Pillow's ``mode`` ("RGB", "L" or "CMYK") into sRGB: a transform, or a table of 3 times 256
-    levels, in which the dark greys of a linear profile are exact."""
+    """A conversion of Pillow's ``mode`` ("RGB", "L" or "CMYK") to sRGB: a transform, or a table of 3 times 256 levels,
+    which is exact for the dark greys of a linear profile."""
 
     mode: str
     transform: ImageCms.ImageCmsTransform
     table: list[int] | None = None
 
     def fits(self, mode: str) -> bool:
-        """Whether a picture of this Pillow mode holds the kind of samples that the profile speaks of."""
+        """Whether an image of this Pillow mode has the kind of samples that the profile is for."""
         return mode in _FAMILIES[self.mode] or (self.mode == "L" and mode.startswith("I;16"))
 
     def to_srgb(self, image: Image.Image) -> Image.Image:
-        """An RGB image of the size of ``image``, whose mode fits and which has no alpha."""
+        """``image`` in sRGB, mode RGB. Its mode must fit, without alpha."""
         if self.table is not None:
             return Image.merge("RGB", [image.convert("L")] * 3).point(self.table)
         converted = ImageCms.applyTransform(image.convert(self.mode), self.transform)
@@ -52,7 +52,7 @@ class Profile:
 
 
 def read(data: bytes) -> Profile | None:
-    """The profile in ``data``; None where it is sRGB, or is better left out."""
+    """The profile in ``data``; None if it is sRGB or is ignored."""
     mode = _MODES.get(data[16:20])
     if mode is None or data[12:16] not in _KINDS or len(data) > MAX_BYTES or _has_programs(data):
         return None
@@ -73,13 +73,13 @@ def read(data: bytes) -> Profile | None:
 
 
 def _has_programs(data: bytes) -> bool:
-    """Whether there are tags with chains of any number of steps, which would all be run for thousands of colours."""
+    """Whether there are tags with chains of steps, of any number, which would run for thousands of colours."""
     tags = min(int.from_bytes(data[128:132], "big"), len(data) // 12)
     return any(data[at : at + 3] in (b"D2B", b"B2D") for at in range(132, 132 + 12 * tags, 12))
 
 
 def _probe(mode: str) -> Image.Image:
-    """Colours all over the space: 256 greys, or a grid of nine levels in each channel."""
+    """Colours from all of the space: 256 greys, or a grid of nine levels in each channel."""
     if mode == "L":
         return Image.fromarray(np.arange(256, dtype=np.uint8)[None])
     levels = np.linspace(0, 255, 9).round().astype(np.uint8)

@@ -1,8 +1,8 @@
-"""Image files as bytes: the format by content, orientation, ICC profile, and only those parts that decoding needs.
+"""Image files as bytes: the format by content, orientation, ICC profile, and a copy with only what decoding needs.
 
-Text, previews and further pages are left out before a decoder sees a file: reading them can cost far more
-than the picture does, and a tenth of a second of decoding must not become minutes for whoever sends an odd file.
-Knows no pixels. What breaks a rule here raises ``ValueError``; what is merely damaged is left to the decoder.
+Text, previews and further pages are removed before a decoder sees the file, since reading them can cost far more than
+the image itself, and anybody may send such a file. Knows no pixels. Raises ``ValueError`` for what breaks a limit here;
+damage is left to the decoder.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from . import icc
 from .tiff_samples import GreySamples
 
 MAX_BYTES = 32 * 2**20
-"""Of one file."""
+"""The largest file."""
 MAX_PARTS = 100_000
-"""Chunks or segments of one file."""
+"""The most chunks or segments of a file."""
 MAX_VALUES = 50_000
-"""Values of one TIFF tag: strips and tiles above all, each of which costs a decoder tens of microseconds."""
+"""The most values of one TIFF tag, such as its strips or tiles, each of which costs a decoder tens of microseconds."""
 MAX_TILE_PIXELS = 40_000_000
-"""Of one TIFF tile, which may be larger than its picture."""
+"""The largest TIFF tile, which may be larger than its image."""
 
 
 _PNG, _JPEG, _BMP = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM"
@@ -31,15 +31,18 @@ _STARTS = (_PNG, _JPEG, _BMP, *_GIF, *_TIFF)
 
 
 class UnsupportedError(ValueError):
-    """A file that is whole, but of a kind that nothing here decodes."""
+    """An undamaged file of a kind that is not supported."""
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """``orientation`` is that of EXIF, 1 to 8. Each of the ``scans`` of a JPEG passes over the whole picture.
-    ``profile`` is an ICC profile as it stands in the file, empty where there is none. A WebP may be ``animated``.
-    Of a TIFF with ``grey`` samples ``data`` declares each of their bytes a pixel, and so does ``alpha``, a file for
-    samples that lie apart. A TIFF that is not ``whole`` lacks tags that a decoder needs."""
+    """A file reduced to what decoding needs.
+
+    ``orientation`` is that of EXIF, 1 to 8. Each of the ``scans`` of a JPEG covers the whole image. ``profile`` is the
+    ICC profile, empty without one. A WebP may be ``animated``. For a TIFF with ``grey`` samples, ``data`` declares each
+    of their bytes a pixel, and so does ``alpha``, a file for alpha samples in a plane of their own. A TIFF that is not
+    ``whole`` lacks tags that a decoder needs.
+    """
 
     format: str
     data: bytes
@@ -58,7 +61,7 @@ def is_image(head: bytes) -> bool:
 
 
 def read(data: bytes) -> ImageFile | None:
-    """The parts of ``data`` that decoding needs; None where it is of none of the formats known here."""
+    """The parts of ``data`` that decoding needs; None for an unknown format."""
     if data.startswith(_PNG):
         return _png(data)
     if data.startswith(_JPEG):
@@ -98,7 +101,7 @@ def _png(data: bytes) -> ImageFile:
 
 
 def _png_profile(body: bytes) -> bytes:
-    """The profile of an iCCP chunk: a name, a zero, the method, and the compressed bytes, which may be no such."""
+    """The profile of an iCCP chunk: a name, a zero, the method, and compressed bytes, which may be damaged."""
     try:
         unpacked = zlib.decompressobj().decompress(body[body.index(b"\0") + 2 :], icc.MAX_BYTES + 1)
     except (ValueError, zlib.error):
@@ -107,7 +110,7 @@ def _png_profile(body: bytes) -> bytes:
 
 
 def _png_transparency(chunk: bytes, depth_and_kind: bytes) -> bytes:
-    """A tRNS chunk whose colour is in the 8-bit samples that Pillow compares it with."""
+    """A tRNS chunk with the colour scaled to the 8-bit samples that Pillow compares it with."""
     scales = {b"\x02\x00": (85, 0), b"\x04\x00": (17, 0), b"\x10\x02": (1, 8)}  # grey of 2 and 4 bits, RGB of 16
     factor, shift = scales.get(depth_and_kind, (1, 0))
     if (factor, shift) == (1, 0) or len(chunk) % 2:
@@ -175,14 +178,14 @@ def _webp_chunk(data: bytes, kind: bytes) -> bytes:
 
 
 def _bmp_profile(data: bytes) -> bytes:
-    """The profile that a header of version 5 says is embedded; its place counts from that header."""
+    """The embedded profile of a version 5 header, whose offset counts from that header."""
     if data[14:18] != b"\x7c\0\0\0" or data[70:74] != b"DEBM":
         return b""
     begin, size = struct.unpack("<II", data[126:134].ljust(8, b"\0"))
     return data[14 + begin : 14 + begin + min(size, icc.MAX_BYTES + 1)]
 
 
-# What a TIFF's pixels depend on; everything else, other pages included, is left out.
+# The tags that a TIFF's pixels depend on; everything else, other pages included, is removed.
 _TIFF_KEPT_TAGS = (
     "256 257 258 259 262 266 273 277 278 279 284 292 293 317 320 322 323 324 325 332 338 339 347 "
     "512 513 514 515 517 518 519 520 521 529 530 531 532 34925 50674"
@@ -192,9 +195,9 @@ _TIFF_COMPRESSION, _TIFF_ORIENTATION, _TIFF_PROFILE = 259, 274, 34675
 _TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH = 322, 323
 _TIFF_WIDTH, _TIFF_LENGTH, _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_CHANNELS = 256, 257, 258, 262, 277
 _TIFF_PLANAR, _TIFF_PREDICTOR, _TIFF_EXTRA_SAMPLES, _TIFF_SAMPLE_FORMAT = 284, 317, 338, 339
-_TIFF_PARTS = (273, 324)  # where strips or tiles begin
+_TIFF_PARTS = (273, 324)  # offsets of strips or tiles
 _TIFF_BYTE_COUNTS = (279, 325)
-_TIFF_LAYOUT = (257, 259, 266, 273, 278, 279, 323, 324, 325)  # what stays when bytes become pixels
+_TIFF_LAYOUT = (257, 259, 266, 273, 278, 279, 323, 324, 325)  # the tags that stay when bytes become pixels
 _TIFF_OF_BYTES = (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, deflate, packbits, deflate, LZMA, zstd
 _TIFF_PREDICTED = (5, 8, 32946, 34925, 50000)
 _TIFF_BYTE_KINDS = (1, 2, 7)  # BYTE, ASCII, UNDEFINED
@@ -203,7 +206,7 @@ _TIFF_INTEGER_CODES = {1: "B", 3: "H", 4: "I", 16: "Q"}  # BYTE, SHORT, LONG, LO
 
 @dataclass(frozen=True)
 class _Entry:
-    """One tag of a TIFF directory as it stands in the file."""
+    """One entry of a TIFF directory."""
 
     tag: int
     kind: int
@@ -211,7 +214,7 @@ class _Entry:
     raw: bytes
 
     def integers(self, data: bytes, order: str, inline: int) -> tuple[int, ...]:
-        """The values of a tag of whole numbers; they are in the entry where they fit ``inline`` bytes."""
+        """The integer values of a tag, which are in the entry itself if they fit into ``inline`` bytes."""
         code = _TIFF_INTEGER_CODES.get(self.kind, "B")
         value = self.raw[-inline:]
         if self.count * struct.calcsize(code) > inline:
@@ -240,7 +243,7 @@ def _directory(data: bytes) -> tuple[str, int, list[_Entry]]:
 
 
 def _tiff(data: bytes) -> ImageFile:
-    """The first page with the tags that its pixels depend on, in a directory that is put at the end of the file."""
+    """The first page with only the tags that its pixels depend on, in a new directory at the end of the file."""
     try:
         order, inline, entries = _directory(data)
         kept = [entry for entry in entries if entry.tag in _TIFF_KEPT]
@@ -263,7 +266,7 @@ def _tiff(data: bytes) -> ImageFile:
 
 
 def _is_whole(data: bytes, order: str, inline: int, entries: list[_Entry]) -> bool:
-    """Whether the tags that a decoder needs are there and make sense, so that what it refuses is no damage."""
+    """Whether the tags that a decoder needs are there and valid, so that it refuses only unsupported files."""
     try:
         values = {e.tag: e.integers(data, order, inline) for e in entries if e.kind in _TIFF_INTEGER_CODES}
     except struct.error:
@@ -280,7 +283,7 @@ def _is_whole(data: bytes, order: str, inline: int, entries: list[_Entry]) -> bo
 
 
 def _with_directory(data: bytes, order: str, inline: int, entries: list[_Entry]) -> bytes:
-    """The file with a directory of these entries at its end in the place of its own."""
+    """The file with a directory of these entries at its end, which replaces its own."""
     directory = len(data) + len(data) % 2
     number = struct.Struct(order + ("Q" if inline == 8 else "I"))
     parts = [data[:inline], number.pack(directory), data[2 * inline :], b"\0" * (len(data) % 2)]
@@ -293,7 +296,7 @@ def _scalar(data: bytes, order: str, inline: int, entries: list[_Entry], tag: in
 
 
 def _grey_samples(data: bytes, order: str, inline: int, entries: list[_Entry]) -> GreySamples | None:
-    """The samples of a grey picture that is not compressed as a picture; None for any other."""
+    """The samples of a grey TIFF without image compression such as JPEG; None for any other."""
 
     def scalar(tag: int, default: int) -> int:
         return _scalar(data, order, inline, entries, tag, default)
@@ -334,7 +337,7 @@ def _grey_samples(data: bytes, order: str, inline: int, entries: list[_Entry]) -
 def _as_bytes(
     data: bytes, order: str, inline: int, entries: list[_Entry], grey: GreySamples, planes: int, plane: int
 ) -> list[_Entry]:
-    """Entries that declare each byte of ``grey`` a pixel, in one of the planes."""
+    """Entries that declare each byte of ``grey`` a pixel, for one of the planes."""
     replaced = {_TIFF_WIDTH: grey.row_bytes, _TIFF_BITS: 8, _TIFF_PHOTOMETRIC: 1, _TIFF_TILE_WIDTH: grey.block_bytes}
     number = struct.Struct(order + "I")
     kept = []
@@ -352,7 +355,7 @@ def _as_bytes(
 
 
 def _slice(entry: _Entry, data: bytes, order: str, inline: int, planes: int, plane: int) -> _Entry:
-    """An entry with the values of one of so many planes; they stay where they are, unless they fit the entry."""
+    """An entry with the values of one of so many planes, which are moved only if they fit into the entry."""
     count, rest = divmod(entry.count, planes)
     if rest:
         raise ValueError("the planes differ")
@@ -381,7 +384,7 @@ def _check_tiff(data: bytes, order: str, inline: int, entries: list[_Entry]) -> 
         if entry.tag in (_TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH):
             tile *= sum(entry.integers(data, order, inline))
         if entry.tag in _TIFF_BYTE_COUNTS:
-            # parts that share bytes would let a small file ask for any amount of work
+            # parts that share bytes would let a small file cause any amount of work
             counts = entry.integers(data, order, inline)
             if sum(min(count, len(data)) for count in counts) > 2 * len(data):
                 raise ValueError("the parts of the picture overlap")
@@ -397,7 +400,7 @@ def _is_jpeg(data: bytes, order: str, inline: int, entries: list[_Entry]) -> boo
 
 
 def _orientation(exif: bytes) -> int:
-    """The orientation in a block of EXIF, which is laid out as a TIFF; 1 where there is none that makes sense."""
+    """The orientation in an EXIF block, which has the layout of a TIFF; 1 without a valid one."""
     try:
         order, inline, entries = _directory(exif)
     except (struct.error, ValueError):

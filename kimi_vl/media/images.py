@@ -1,6 +1,6 @@
-"""Images: bytes to upright RGB, pixels to patches, and the only resize arithmetic.
+"""Image files to upright sRGB images, and images to patches: the only resize arithmetic of the package.
 
-Knows no model and no tokens beyond their number. Source of the rule: image_processing_kimi_vl.py and
+Knows no model, and of tokens only their number. The rule is that of image_processing_kimi_vl.py and
 preprocessor_config.json of the published checkpoints.
 """
 
@@ -28,14 +28,14 @@ MAX_PIXELS = 40_000_000
 MAX_SIDE = 1_000_000
 MAX_IMAGES = 64
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-_MAX_GRID = 512  # rows or columns from which the position encoding ends
-_MAX_SCANNED_PIXELS = 32 * MAX_PIXELS  # of a JPEG, all scans together: a scan may cost a few bytes and a tenth second
+_MAX_GRID = 512  # rows or columns of patches; position encoding is for fewer
+_MAX_SCANNED_PIXELS = 32 * MAX_PIXELS  # of all scans of a JPEG: a scan of a few bytes may take 0.1 s
 _PART_PIXELS = 2**20
 
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """What the image processor does, as far as it is used."""
+    """The settings of the image processor that are used."""
 
     patch_size: int
     in_token_limit: int
@@ -102,7 +102,7 @@ def _processor_settings(directory: Path) -> tuple[Path, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of an image of a given size: all sizes are (width, height) in pixels, the grid (rows, columns)."""
+    """How an image is resized and padded: sizes are (width, height) in pixels, the grid (rows, columns) of patches."""
 
     resized: tuple[int, int]
     padded: tuple[int, int]
@@ -154,7 +154,7 @@ def preprocess(image: Image.Image, options: ImageOptions) -> tuple[np.ndarray, t
 
 
 def load(source: bytes | bytearray | str | Path | Image.Image, options: ImageOptions) -> Image.Image:
-    """An upright RGB image that :func:`plan` accepts, of a file's bytes, its path, a data URL or an open image.
+    """An upright RGB image that :func:`plan` accepts, from a file's bytes, its path, a data URL or an open image.
 
     The format is decided by the content, size limits are checked from the header before anything is decoded, the
     first frame is taken, EXIF orientation applied, 16-bit samples scaled to 8, an embedded ICC profile converted to
@@ -193,7 +193,7 @@ def load(source: bytes | bytearray | str | Path | Image.Image, options: ImageOpt
 
 
 class _Steps(io.BytesIO):
-    """A file that may be read in so many steps: some decoders are loops in Python over bytes that a sender chose."""
+    """A file with a limit of reads: some decoders are Python loops over bytes that the sender chose."""
 
     left = 500_000
 
@@ -206,7 +206,7 @@ class _Steps(io.BytesIO):
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
-    """Whatever goes wrong while an image is read becomes a :class:`UserError`; warnings are nobody's business."""
+    """Turns every error while an image is read into a :class:`UserError`, and hides warnings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -227,12 +227,12 @@ def _refusals() -> Iterator[None]:
 
 
 def _decoded(opened: ImageFile.ImageFile, animated: bool) -> Image.Image:
-    """The first frame. For WebP without Pillow's own way, which holds the picture four times at once."""
+    """The first frame. WebP is decoded without Pillow's method, which holds four copies at once."""
     decoder = getattr(opened, "_decoder", None)
     if opened.format != "WEBP" or decoder is None:
         opened.load()
         if opened.format == "BMP" and opened.mode == "RGBA" and opened.getchannel("A").getextrema() == (0, 0):
-            return opened.convert("RGB")  # clipboards write a channel for alpha and leave it empty
+            return opened.convert("RGB")  # clipboards write an empty alpha channel
         return opened
     # frames need not cover the canvas, whatever the header says about alpha
     mode = "RGBA" if animated else getattr(opened, "rawmode", opened.mode)
@@ -243,7 +243,7 @@ def _decoded(opened: ImageFile.ImageFile, animated: bool) -> Image.Image:
 
 
 def _grey(file: image_files.ImageFile, samples: tiff_samples.GreySamples) -> Image.Image:
-    """A grey TIFF, of which Pillow only unpacks the bytes."""
+    """A grey TIFF: Pillow unpacks the bytes, and their meaning is applied here."""
     _check_size(samples.width, samples.height)
     if samples.row_bytes * samples.height > tiff_samples.MAX_RAW_BYTES:
         raise UserError("E_IMAGE_TOO_LARGE", "an image has too many bits a pixel for its size; save it as PNG or JPEG.")
@@ -288,7 +288,7 @@ def _rgb(image: Image.Image, profile: bytes) -> Image.Image:
 
 
 def _opaque(image: Image.Image, colours: icc.Profile | None) -> Image.Image:
-    """``image`` over white in RGB, made part by part: a second whole picture of another kind may not fit."""
+    """``image`` over white in RGB, band by band, since a second whole image may not fit into memory."""
     if image.mode == "RGB" and "transparency" not in image.info and colours is None:
         return image
     result = Image.new("RGB", image.size)
@@ -340,12 +340,12 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
 
 def fitted_size(width: int, height: int, options: ImageOptions) -> tuple[int, int]:
     """The size itself, or the largest of its shape that :func:`plan` accepts."""
-    longest = (_MAX_GRID - 1) // 2 * 2 * options.patch_size  # the largest side whose padded grid stays below the end
+    longest = (_MAX_GRID - 1) // 2 * 2 * options.patch_size  # the longest side whose padded grid stays below _MAX_GRID
     try:
         plan(width, height, options)
         return width, height
     except ValueError:
-        # the longer side after the published rescale is what does not fit
+        # only the longer side after the published rescale does not fit
         patches = (width // options.patch_size) * (height // options.patch_size)
         shrink = min(1.0, math.sqrt(options.in_token_limit / patches)) if patches else 1.0
         scale = longest / max(width * shrink, height * shrink) * shrink

@@ -1,8 +1,8 @@
-"""Grey TIFF pictures of any sample size: from bytes that a decoder unpacked to levels.
+"""Grey TIFF images of any sample size: unpacked bytes to grey levels.
 
-Pillow reads some layouts of grey samples wrongly (it forgets that white is zero, or what 12 bits reach) and others
-not at all. So it only unpacks: :mod:`kimi_vl.media.image_files` declares each byte a pixel, and what the bytes mean is
-read here. Knows no files.
+Pillow reads some layouts of grey samples wrongly (it ignores that white may be zero, and the range of 12 bits) and
+others not at all. So Pillow only unpacks: :mod:`kimi_vl.media.image_files` declares each byte a pixel, and the samples
+are read from the bytes here. Knows no files.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from PIL import Image
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3
 ASSOCIATED, UNASSOCIATED = 1, 2
 MAX_RAW_BYTES = 170_000_000
-"""Of the unpacked samples: 40 million pixels of 32 bits, and space for tiles that reach over the edge."""
+"""The most unpacked bytes: 40 million pixels of 32 bits, and tiles that extend past the edge."""
 _BAND_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class GreySamples:
-    """How samples lie in their bytes. ``kind`` is UNSIGNED, SIGNED or FLOAT.
+    """The layout of samples in bytes. ``kind`` is UNSIGNED, SIGNED or FLOAT.
 
     Rows consist of blocks of ``block`` pixels (the width of a tile, or of the picture), each of whole bytes. A pixel
     has ``channels`` samples, the first of them grey; number ``alpha_channel`` is alpha where ``alpha`` says so (0
@@ -49,8 +49,8 @@ class GreySamples:
         return -(-self.width // self.block) * self.block_bytes
 
     def supported(self) -> bool:
-        """Whether it is known what the samples mean. Signed ones have no agreed white, but for those of 32 bits,
-        which are 16-bit levels in programs that know no unsigned type."""
+        """Whether the meaning of the samples is known. Signed samples have no agreed white level, except those of 32
+        bits, which programs without an unsigned type write for 16-bit levels."""
         if self.kind == FLOAT:
             known = self.bits in (16, 32, 64)
         elif self.kind == SIGNED:
@@ -65,8 +65,8 @@ class GreySamples:
 def picture(raw: Image.Image, samples: GreySamples, raw_alpha: Image.Image | None = None) -> Image.Image:
     """An image in mode L, or LA, of ``raw`` in mode L, whose pixels are the bytes of the samples.
 
-    ``raw_alpha`` holds alpha where it lies apart. Alpha that the grey is multiplied by already is laid over white.
-    Floats run to 1 where none is larger, else to 255; what is no number is black.
+    ``raw_alpha`` has the alpha samples if they are in a plane of their own. Premultiplied alpha is composed over white.
+    Floats range to 1 if none is larger, else to 255; NaN is black.
     """
     bands = range(0, samples.height, max(1, _BAND_BYTES // samples.row_bytes))
     step = bands.step
