@@ -1,10 +1,10 @@
-"""Cog inputs to a chat, the model's events to text, errors and metrics; nothing else.
+"""The Cog predictors: inputs to a chat, the model's events to text, errors and metrics.
 
-Cog reads the signature of `predict` without importing this file and drops what it cannot read as a literal,
-so every default, bound and description is a literal (`scripts/cog_local/schema.py` refuses anything else).
+Cog reads the signature of `predict` without importing this file and ignores what it cannot read as a literal, so every
+default, bound and description is a literal (`scripts/cog_local/schema.py` refuses anything else).
 
-No annotation is a text, as `from __future__ import annotations` makes them: Cog looks them up for every request, and
-would compile those of all inputs each time.
+Annotations are not strings, as `from __future__ import annotations` would make them: Cog resolves them for every
+request, and would compile all of them each time.
 """
 
 import contextlib
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
     from kimi_vl.pipeline import Pipeline
 
 DEFAULT_MAX_LENGTH_TOKENS = 8192
-"""Repeats the default of `max_length_tokens`, to tell a value that was given from one that was not."""
+"""The default of `max_length_tokens` again: a value that differs from it was given by the caller."""
 
 CHUNK_SECONDS = 0.07
-"""Text is held back for this long: Cog sends the whole output again with every chunk to a webhook."""
+"""Text is collected for this long, since Cog sends the whole output to a webhook with every chunk."""
 
 DEFAULT_DEADLINE_S = 1800.0
-"""A request takes no longer than this in all (KIMI_VL_DEADLINE_S)."""
+"""The default deadline of a request (KIMI_VL_DEADLINE_S)."""
 
 MARKERS = {"text": ("◁think▷", "◁/think▷"), "think_tags": ("<think>", "</think>")}
 
 LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
-"""JSON lets these stand inside a line, where many readers of lines (Python's among them) would cut it."""
+"""Characters that are valid in JSON, but end a line for many readers, such as Python's `str.splitlines`."""
 
 INTERNAL_ERROR = (
     "E_INTERNAL: the model failed on this request; try again, and report it with its log if that fails too."
@@ -52,7 +52,7 @@ Message = dict[str, Any]
 
 
 class Inputs:
-    """What both predictors take. Cog resolves `Inputs.name` where this class stands at the top of the same file."""
+    """The inputs of both predictors. Cog resolves `Inputs.name` for a class at the top level of the same file."""
 
     prompt = Input(default="", description="What to ask. Required unless an image or messages is given.")
     image = Input(
@@ -115,7 +115,7 @@ class Inputs:
 
 
 class Predictor(BasePredictor):
-    """Streams its text; Cog gives it one request at a time."""
+    """Streams text; Cog runs one request at a time."""
 
     def setup(self) -> None:
         """Loads the model that KIMI_VL_MODEL names."""
@@ -156,7 +156,7 @@ class Predictor(BasePredictor):
 
 
 class ConcurrentPredictor(BasePredictor):
-    """The same for many requests at a time (cog.concurrent.yaml), each streamed: see `kimi_vl/cog_streaming.py`."""
+    """Streams text of many concurrent requests (cog.concurrent.yaml): see `kimi_vl/cog_streaming.py`."""
 
     def __init__(self) -> None:
         self.streams = Streams(CancelationException)
@@ -199,7 +199,7 @@ class ConcurrentPredictor(BasePredictor):
         max_tokens: int | None = Inputs.max_tokens,
         max_new_tokens: int | None = Inputs.max_new_tokens,
     ) -> ConcatenateIterator[str]:  # pyright: ignore[reportInvalidTypeForm]
-        """Answers one request beside others, piece by piece."""
+        """Answers one of many requests, piece by piece."""
         return await self.streams.run(answer(self, locals()))  # pyright: ignore[reportReturnType]
 
 
@@ -210,11 +210,11 @@ def load_model() -> "Pipeline":
     logging.basicConfig(level=logging.INFO, format="setup: %(message)s", stream=sys.stdout)
     print("setup: loading the model", flush=True)
     try:
-        _deadline()  # a value that cannot be used is found now
+        _deadline()  # an invalid value fails now and not in a request
         pipeline = kimi_vl.load(model=os.environ.get("KIMI_VL_MODEL") or "thinking")
     except Exception:
-        # Cog keeps only the type and the message of what is raised here, and ends the process so soon
-        # that what was just printed does not reach its log without a pause.
+        # Cog keeps only the type and the message of this exception, and ends the process so soon that without a
+        # pause the traceback would not reach its log.
         traceback.print_exc()
         time.sleep(0.3)
         raise
@@ -253,7 +253,7 @@ def answer(predictor: Predictor | ConcurrentPredictor, inputs: dict[str, Any]) -
             deadline=_deadline(),
             interval=CHUNK_SECONDS,
         )
-        # Cancelling raises inside the loop; closing the stream is what makes the model stop.
+        # cancelling raises inside the loop, and closing the stream stops the model
         with contextlib.closing(events):
             on_cancel(events.interrupt)
             yield from format_events(_recorded(predictor, events), inputs["output_format"])
@@ -261,7 +261,7 @@ def answer(predictor: Predictor | ConcurrentPredictor, inputs: dict[str, Any]) -
 
 @contextlib.contextmanager
 def only_promised_errors() -> Iterator[None]:
-    """Lets a caller's mistakes pass, and turns whatever else goes wrong into E_INTERNAL with a log without texts."""
+    """Passes a :class:`UserError` on, and turns any other error into E_INTERNAL; the log has no text of the request."""
     try:
         yield
     except UserError:
@@ -322,7 +322,7 @@ def build_chat(
 
 
 def _file(value: Any, kind: kinds.Kind) -> Path | bytes:
-    """Refuses what Cog did not fetch itself: it passes strings like "/etc/hostname" and "DATA:…" on as they came."""
+    """Refuses what Cog has not fetched: it passes strings such as "/etc/hostname" and "DATA:…" on unchanged."""
     if isinstance(value, str) and data_url.is_data_url(value):
         return data_url.decode(value, kind)
     if not isinstance(value, Path):
@@ -331,7 +331,7 @@ def _file(value: Any, kind: kinds.Kind) -> Path | bytes:
 
 
 def _token_limit(max_length_tokens: Any, max_tokens: Any, max_new_tokens: Any) -> int:
-    """One limit out of the three names it goes by."""
+    """The limit of new tokens, which has three names."""
     limit = parameters.integer("max_length_tokens", max_length_tokens, 1, parameters.MAX_LENGTH_TOKENS)
     given = {
         parameters.integer(name, value, 1, parameters.MAX_LENGTH_TOKENS)
@@ -349,7 +349,7 @@ def _token_limit(max_length_tokens: Any, max_tokens: Any, max_new_tokens: Any) -
 
 
 def _split_stop_sequences(text: str) -> tuple[str, ...]:
-    """Only spaces are trimmed: a newline may well be what the caller wants to stop at."""
+    """Only spaces are trimmed, since a newline may be a stop sequence."""
     return tuple(stripped for piece in text.split(",") if (stripped := piece.strip(" ")))
 
 
@@ -368,7 +368,7 @@ def format_events(events: Iterable[Reasoning | Answer | Done], output_format: st
 
 
 def _marked_text(events: Iterable[Reasoning | Answer | Done], opener: str, closer: str) -> Iterator[str]:
-    """The thinking between two markers, then the answer; no markers when there was no thinking."""
+    """The thinking between two markers, then the answer; without thinking no markers."""
     thinking = False
     for event in events:
         if isinstance(event, Reasoning):
@@ -401,7 +401,7 @@ def _json_lines(events: Iterable[Reasoning | Answer | Done]) -> Iterator[str]:
 
 
 def metrics(done: Done) -> dict[str, Any]:
-    """What is recorded on a prediction. Cog refuses None, so a value that does not exist is left out."""
+    """The metrics of a prediction. Cog refuses None, so missing values are left out."""
     values = {
         "input_token_count": done.usage.input_tokens,
         "image_token_count": done.usage.image_tokens,
@@ -418,7 +418,7 @@ def metrics(done: Done) -> dict[str, Any]:
 
 
 def _log_error(error: BaseException) -> None:
-    """Prints where an error and its causes came from, but no messages: they may quote the caller's text."""
+    """Prints where an error and its causes were raised, without messages, which may quote the caller's text."""
     seen: BaseException | None = error
     while seen is not None:
         print(f"error: {type(seen).__name__}", file=sys.stderr)
