@@ -22,12 +22,12 @@ from torch import Tensor
 from kimi_vl import kernels
 from kimi_vl.engine.cuda_graphs import DecodeInput, Launched, StaticDecoder
 from kimi_vl.engine.engine import Engine, EngineOptions, Patches, RequestHandle
-from kimi_vl.engine.requests import NullOutputProcessor
 from kimi_vl.engine.sampling import Sampling
 from kimi_vl.kernels import plain, reference
 from kimi_vl.model.config import Config
 from kimi_vl.model.kimi_vl import KimiVL
 from kimi_vl.weights import loader
+from tests.listener import GREEDY, Listener
 
 # KIMI_VL_KERNELS and KIMI_VL_GRAPHS. What is interpreted is slow, so most tests of graphs are "captured", with STATIC
 # in the place of kernels; "called" are the same steps where nothing can be captured.
@@ -39,7 +39,6 @@ WAYS = {
     "called": ("torch", "1"),
 }
 PAD = 149
-GREEDY = Sampling(0, 1, 0, 0)
 TEXT_TOKENS = 140  # ids below have text
 OPTIONS = EngineOptions(page_size=8, max_num_seqs=4, max_num_batched_tokens=24, max_waiting=300, cache_bytes=48 << 10)
 
@@ -119,15 +118,12 @@ class Ask:
     text_only: frozenset[int] = frozenset()  # where tokens without text are ruled out
 
 
-class OutputProcessor(NullOutputProcessor):
+class OutputProcessor(Listener):
     """Takes tokens as a request of the pipeline does; keeps them."""
 
     def __init__(self, ask: Ask):
-        self.ask, self.sampling = ask, ask.sampling
-        self.tokens: list[int] = []
-        self.error: Exception | None = None
-        self.over = threading.Event()
-        self.after: Callable[[int], object] = lambda count: None  # called in the engine's thread, after each token
+        super().__init__(ask.max_new_tokens, ask.sampling)
+        self.ask = ask
 
     @property
     def text_only(self) -> bool:
@@ -135,24 +131,6 @@ class OutputProcessor(NullOutputProcessor):
 
     def forced(self) -> int | None:
         return self.ask.forced.get(len(self.tokens))
-
-    def take(self, token: int) -> int | None:
-        self.tokens.append(token)
-        self.after(len(self.tokens))
-        if len(self.tokens) < self.ask.max_new_tokens:
-            return token
-        self.over.set()
-        return None
-
-    def fail(self, error: Exception) -> None:
-        self.error = error
-        self.over.set()
-
-    def result(self) -> list[int]:
-        assert self.over.wait(120), "the request did not end"
-        if self.error:
-            raise self.error
-        return self.tokens
 
 
 def send(

@@ -25,13 +25,13 @@ from kimi_vl import kernels
 from kimi_vl.engine.decoder import FusedDecoder
 from kimi_vl.engine.engine import Engine, EngineOptions, EngineStats, Overloaded, Patches, RequestHandle
 from kimi_vl.engine.kv_cache import Chunk, PagedCache
-from kimi_vl.engine.requests import NullOutputProcessor
 from kimi_vl.engine.sampling import Sampling
 from kimi_vl.engine.scheduler import ScheduledChunk
 from kimi_vl.errors import UserError
 from kimi_vl.model.generation import Prompt, greedy
 from kimi_vl.model.kimi_vl import KimiVL
 from kimi_vl.weights import loader
+from tests.listener import Listener
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "golden_a" / "checkpoint"
 PAD = 1045
@@ -48,33 +48,6 @@ def engine(model) -> Iterator[Engine]:
     engine = Engine(model, 1024, SMALL)
     yield engine
     engine.close()
-
-
-class Listener(NullOutputProcessor):
-    """An output processor that takes ``max_new_tokens`` tokens and keeps them."""
-
-    def __init__(self, max_new_tokens: int, sampling: Sampling | None = None):
-        self.max_new_tokens, self.sampling = max_new_tokens, sampling or Sampling(0, 1, 0, 0)
-        self.tokens: list[int] = []
-        self.error: Exception | None = None
-        self.over = threading.Event()
-
-    def take(self, token: int) -> int | None:
-        self.tokens.append(token)
-        if len(self.tokens) < self.max_new_tokens:
-            return token
-        self.over.set()
-        return None
-
-    def fail(self, error: Exception) -> None:
-        self.error = error
-        self.over.set()
-
-    def result(self) -> list[int]:
-        assert self.over.wait(300), "the request did not end"
-        if self.error:
-            raise self.error
-        return self.tokens
 
 
 class Held(Listener):
