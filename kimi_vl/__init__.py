@@ -13,6 +13,7 @@ from .events import Answer, Done, Estimate, Event, MediaUse, Reasoning, Usage
 if TYPE_CHECKING:
     from .hf import KimiVLConfig, KimiVLForConditionalGeneration, KimiVLProcessor
     from .pipeline import Pipeline, load
+    from .text.grounding import Finding, Grounding, grounding
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "Done",
     "Estimate",
     "Event",
+    "Finding",
+    "Grounding",
     "KimiVLConfig",
     "KimiVLForConditionalGeneration",
     "KimiVLProcessor",
@@ -29,14 +32,18 @@ __all__ = [
     "Reasoning",
     "Usage",
     "UserError",
+    "grounding",
     "load",
 ]
 
 _LAZY = {
+    "Finding": "text.grounding",
+    "Grounding": "text.grounding",
     "KimiVLConfig": "hf",
     "KimiVLForConditionalGeneration": "hf",
     "KimiVLProcessor": "hf",
     "Pipeline": "pipeline",
+    "grounding": "text.grounding",
     "load": "pipeline",
 }
 

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "kimi_vl"
 ALLOWED = {
     "errors": set(),
     "events": set(),
+    "annotate": set(),
     "parameters": {"errors"},
     "text": {"errors", "events"},
     "device": set(),
@@ -47,7 +48,7 @@ ALLOWED = {
         "text",
         "weights",
     },
-    "__init__": {"errors", "events", "hf", "pipeline"},
+    "__init__": {"errors", "events", "hf", "pipeline", "text"},
     "cog_streaming": set(),
     "serving": {"__init__", "engine", "errors", "event_loop", "events", "media", "parameters", "pipeline", "text"},
     "cli": {
