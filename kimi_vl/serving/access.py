@@ -52,9 +52,9 @@ class Keys:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     def allow(self, authorization: str) -> bool:
-        """Whether a header ``Authorization`` has one of the keys; any will do where there are none."""
+        """Whether a header ``Authorization`` (its bytes as Latin-1) has one of the keys, or there are none."""
         scheme, _, key = authorization.partition(" ")
-        digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+        digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
         matches = [hmac.compare_digest(digest, each) for each in self._digests]
         return not self._digests or (scheme.lower() == "bearer" and any(matches))
 

@@ -32,10 +32,7 @@ class OptionError(ValueError):
 
 def option(default: Any, text: str, *, low: float | None = None, metavar: str | None = None) -> Any:
     """A field of :class:`ServerOptions`: its help, and for a number the least that it may be."""
-    metadata = {"help": text, "low": low, "metavar": metavar}
-    if isinstance(default, tuple):
-        return field(default=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"help": text, "low": low, "metavar": metavar})
 
 
 @dataclass(frozen=True)
@@ -80,10 +77,9 @@ class ServerOptions:
         names = self.names()
         if name is None:
             return names[0]
-        if name in names:
-            return name
-        aliases = {alias.lower() for alias in (*names, *default_names(self.model), *CLIENTS_NAMES)}
-        return names[0] if name.lower() in aliases else None
+        aliases = (*default_names(self.model), *CLIENTS_NAMES)
+        meant = {**{alias.lower(): names[0] for alias in aliases}, **{each.lower(): each for each in names}}
+        return meant.get(name.lower())
 
 
 def default_names(model: str) -> tuple[str, ...]:

@@ -87,7 +87,7 @@ class ServerProcess:
     def http(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=PATIENCE_S, **options)
 
-    def stop(self, number: int = signal.SIGTERM) -> int:
+    def stop(self, number: int = signal.SIGINT) -> int:
         if self.process.poll() is None:
             self.process.send_signal(number)
         try:
@@ -144,6 +144,10 @@ class ServerThread:
 
     def http(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=PATIENCE_S, **options)
+
+    @property
+    def connections(self) -> set[Any]:
+        return self._server.server_state.connections
 
     def connect(self) -> socket.socket:
         return socket.create_connection(self.address, PATIENCE_S)

@@ -74,7 +74,7 @@ def test_what_is_taken(body: dict[str, Any], name: str, value: Any):
 
 @pytest.mark.parametrize("name", sorted(READ - {"messages"} | IGNORED | UNSUPPORTED))
 def test_a_null_is_an_absent_field(name: str):
-    assert read(**{name: None}).params == read().params
+    assert read(Rules(), **{name: None}).params == read().params
 
 
 @pytest.mark.parametrize("name", sorted(IGNORED))
