@@ -265,13 +265,6 @@ class Generation:
                 self._others = asyncio.ensure_future(self._submit_others(self._request))
             yield items
 
-    async def done(self) -> list[Done]:
-        """The summaries of all answers, in order."""
-        found: dict[int, Done] = {}
-        async for items in self.events():
-            found |= {index: event for index, event in items if isinstance(event, Done)}
-        return [found[index] for index in range(self._n)]
-
     def queued(self) -> list[float]:
         """For each answer that the engine has begun, the seconds that it waited for that."""
         admitted = ((handle.request.admitted_at, handle.submitted_at) for handle in self._handles)
