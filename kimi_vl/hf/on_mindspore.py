@@ -59,7 +59,7 @@ def _model(config: Any, dtype: Any, options: dict[str, Any], folder: Path | None
 
     dtype = model.usable_dtype(dtype)
     if attention == "flash_attention_2":
-        log.info("attention is computed as matrix products in blocks of queries, in the place of flash_attention_2")
+        log.info("attention is computed as GEMMs over blocks of queries, in the place of flash_attention_2")
     weights = model.load(folder, network, dtype) if folder else model.start(network, dtype)
     generation_config = GenerationConfig()
     if folder and (folder / "generation_config.json").exists():

@@ -34,7 +34,7 @@ def vision_tower(weights: Weights, config: VisionConfig, pixel_values: Tensor, g
 
 def patch_embed(weights: Weights, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
     """Pixels of each patch to C values, plus a learned position that is resized to each image's grid."""
-    # a convolution whose stride is its kernel is one matrix product over flattened patches
+    # a convolution whose stride is its kernel is one GEMM over flattened patches
     projection = weights / "proj"
     kernel = projection["weight"].reshape(projection["weight"].shape[0], -1)
     patches = gemm(pixel_values.reshape(pixel_values.shape[0], -1), kernel) + projection["bias"]  # (P, C)

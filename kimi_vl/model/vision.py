@@ -30,7 +30,7 @@ class PatchEmbed(nn.Module):
         self.pos_emb = PositionTable(config.init_pos_emb_height, config.init_pos_emb_width, config.hidden_size)
 
     def forward(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
-        # a convolution whose stride is its kernel is one matrix product over flattened patches
+        # a convolution whose stride is its kernel size is one GEMM over flattened patches
         patches = F.linear(pixel_values.flatten(1), self.proj.weight.flatten(1), self.proj.bias)  # (P, C)
         return self.pos_emb(patches, grids)
 

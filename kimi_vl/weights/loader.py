@@ -1,4 +1,4 @@
-"""Disk to parameters: safetensors straight into the (fused) parameters on their device, and back to disk.
+"""Loads safetensors files straight into the (fused) parameters on their device, and saves parameters to such a file.
 
 Strict: every tensor the configuration calls for, of its shape, and none besides. Knows no network and no downloads.
 """
@@ -37,13 +37,13 @@ from .shards import KINDS, Expected, Stored, opened, read_headers
 log = logging.getLogger(__name__)
 
 _ROUTER_BIAS = "e_score_correction_bias"
-_PIECE = 2**24  # bytes read at a time: small enough that threads end together, large enough that calls cost nothing
+_PIECE = 2**24  # bytes of one read: small enough that threads end together, large enough to amortise the calls
 _REPORT_S = 3.0
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a checkpoint tensor lives: a parameter's path and, for fused ones, the part of it."""
+    """Where a checkpoint tensor goes: a parameter's path and, for a fused one, the part of it."""
 
     parameter: str
     index: tuple[int | slice, ...]
@@ -91,7 +91,7 @@ def empty_model(config: Config, dtype: torch.dtype = torch.bfloat16) -> KimiVL:
 
 
 class _NoRandomFilling(TorchFunctionMode):
-    """Leaves out the random start of parameters that have no memory; torch would import its compiler for it."""
+    """Skips the random initialisation of parameters on the meta device, for which torch would import its compiler."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -100,7 +100,7 @@ class _NoRandomFilling(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@torch.inference_mode(False)  # a caller's mode would not reach the threads that fill what it made
+@torch.inference_mode(False)  # the caller's mode does not hold in the threads that fill the parameters
 def load(
     directory: str | Path,
     *,
@@ -135,7 +135,7 @@ def load(
 
 
 def default_threads() -> int:
-    """One a core, eight at most: more gain nothing where reading is copying from the page cache."""
+    """One for each core, at most eight: more are no faster at copying from the page cache."""
     return min(8, os.cpu_count() or 1)
 
 
@@ -299,7 +299,7 @@ class _Piece:
 def _work(
     model: KimiVL, plan: Plan, headers: Mapping[str, Mapping[str, Stored]], files: Mapping[str, io.FileIO]
 ) -> Iterator[_Piece | _Conversion]:
-    """All that has to be read: what is copied in the order in which the files have it, then what is converted."""
+    """All reads: first the tensors that are copied, in the order of the files, then those that are converted."""
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     parts = {name: (files[file], stored) for file, header in headers.items() for name, stored in header.items()}
     converted = plan.stored.keys() | plan.held.keys()
@@ -321,7 +321,7 @@ def _work(
 
 
 def _fill(pieces: Iterator[_Piece | _Conversion], total: int, device: torch.device, threads: int) -> None:
-    """Move all ``pieces``, ``total`` bytes, in ``threads`` threads; the first error ends it."""
+    """Read all ``pieces``, ``total`` bytes, in ``threads`` threads. The first error stops all of them."""
     lock, stopped = threading.Lock(), threading.Event()
     moved, began = 0, time.monotonic()
 
@@ -383,7 +383,7 @@ class _Lane:
         self._ring.append((buffer, self._send(values, target)))
 
     def finish(self) -> None:
-        """Return when everything has arrived."""
+        """Wait until all copies are complete."""
         for _, arrived in self._ring:
             arrived()
 
@@ -391,19 +391,19 @@ class _Lane:
         return torch.empty(_PIECE, dtype=torch.uint8)
 
     def _send(self, values: Tensor, target: Tensor) -> Callable[[], object]:
-        """Begin to copy; returns what waits until ``values`` may be overwritten."""
+        """Start a copy; the result waits until ``values`` may be overwritten."""
         target.copy_(values)
         return lambda: None
 
 
 class _CudaLane(_Lane):
-    """Through pinned memory, on a stream of its own: reads, copies and other threads' copies overlap."""
+    """Copies through pinned memory on a stream of its own, so that reads and copies of all threads overlap."""
 
     buffers = 2
 
     def __init__(self, device: torch.device):
         super().__init__(device)
-        torch.cuda.synchronize(device)  # what used the parameters' memory before them may still be at work on it
+        torch.cuda.synchronize(device)  # kernels that use this memory from before may still run
         self._stream = torch.cuda.Stream(device)
 
     def _buffer(self) -> Tensor:
@@ -412,7 +412,7 @@ class _CudaLane(_Lane):
     def _send(self, values: Tensor, target: Tensor) -> Callable[[], object]:
         with torch.cuda.stream(self._stream):
             if values.dtype != target.dtype:
-                # converted there: copy_ would convert here, in memory that is not pinned
+                # converted on the device: copy_ would convert on the host, into memory that is not pinned
                 values = values.to(target.device, non_blocking=True)
             target.copy_(values, non_blocking=True)
             event = torch.cuda.Event()
@@ -424,9 +424,9 @@ _LANES: dict[str, type[_Lane]] = {"cuda": _CudaLane}
 
 
 def _give_memory(model: KimiVL, device: torch.device) -> None:
-    """Parameters on ``device`` in the place of those without memory, not filled yet."""
+    """Replace parameters on the meta device by uninitialised ones on ``device``."""
     for module in model.modules():
         for name, value in list(module.named_parameters(recurse=False)):
-            # not Module.to_empty: to make an empty tensor like one without memory, torch imports half a second of sympy
+            # not Module.to_empty: torch would import sympy for it, which takes half a second
             empty = memory.empty(value.shape, value.dtype, device)
             setattr(module, name, torch.nn.Parameter(empty, requires_grad=False))

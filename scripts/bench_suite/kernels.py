@@ -1,7 +1,7 @@
 """`scripts/bench_kernels`: each operation in plain PyTorch and in Triton at the published widths, beside its ceilings.
 
 The ceilings are measured first: bytes a second of a large copy (read and written), and operations a second of a large
-matrix product. Bytes are the fewest that an operation has to move, so a share of the copy says how far there is to go;
+GEMM. Bytes are the fewest that an operation has to move, so a share of the copy says how far there is to go;
 what only reads can pass 100 %. Weights and the KV cache rotate among enough sets that no cache holds them, as in a
 model, where other layers come between; activations are as warm as they are there. On a GPU calls are replayed from a
 graph, unless the operation synchronises, which the table then says.

@@ -24,6 +24,9 @@ GONE = {
     r"\b(Ticket|Unguided|_Flight)\b|\bclass (Work|Guide|Row|Rows|Strips)\b": "RequestHandle, ScheduledChunk, …",
     r"\b(draw_together|lay_out|laid_out)\b|\bkernels\.(choose|strips)\b": "sample_batch_on_device, prepack, select_ops",
     r"\bweight first\b": "W·xᵀ layout",
+    r"\b(matrix|rounded) products?\b": "GEMM",
+    r"\bnobody's business\b|\bgoes? through a token's\b|\bsaid at once\b|\ba person is told\b": "a plain sentence",
+    r"\bresolve as weights\b|\bhuggingface as hub\b|\bflash_attention as flash\b": "a module's own name",
     r"\bhost waits\b|\bmakes? the host wait\b": "device synchronisation",
     r"\bturned (around|by the)\b|\bwritten out for\b|\bin one piece\b": "rotated, expanded, contiguous",
 }
