@@ -41,6 +41,12 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     return _within(name, result, low, high)
 
 
+def token_limits(max_length_tokens: Any, thinking_budget: Any) -> tuple[int, int | None]:
+    """Both limits of a request's new tokens; without a thinking budget the second is None."""
+    length = integer("max_length_tokens", max_length_tokens, 1, MAX_LENGTH_TOKENS)
+    return length, None if thinking_budget is None else integer("thinking_budget", thinking_budget, 0)
+
+
 def texts(name: str, value: Any) -> tuple[str, ...]:
     """``value`` as a tuple of texts; None is none of them, and a single text is one, not its letters."""
     if value is None:

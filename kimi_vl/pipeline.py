@@ -196,9 +196,7 @@ class Pipeline:
         began = time.monotonic()
         sampling = Sampling(temperature, top_p, top_k, secrets.randbelow(2**31) if seed is None else seed, logprobs)
         bias = self._logit_bias(logit_bias)
-        max_length_tokens = parameters.integer("max_length_tokens", max_length_tokens, 1, parameters.MAX_LENGTH_TOKENS)
-        if thinking_budget is not None:
-            thinking_budget = parameters.integer("thinking_budget", thinking_budget, 0)
+        max_length_tokens, thinking_budget = parameters.token_limits(max_length_tokens, thinking_budget)
         if deadline is not None and deadline != math.inf:
             deadline = parameters.number("deadline", deadline, 0)
         interval = parameters.number("interval", interval, 0)

@@ -13,9 +13,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from .. import parameters
 from ..errors import UserError
 from ..events import Answer, Done, Reasoning
 from ..media import kinds
+from ..text.stop_sequences import StopSequences
 
 if TYPE_CHECKING:
     from ..pipeline import EventStream
@@ -58,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     prompt, files = _question(arguments)
+    _check(arguments)
     status = _Status(sys.stderr)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_LogToStatus(status)])
     model = arguments.model or os.environ.get("KIMI_VL_MODEL") or "auto"
@@ -97,6 +100,15 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         status.clear()
         pipeline.close()
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise :class:`UserError` for parameters that every model refuses, before one is loaded."""
+    from ..engine.sampling import Sampling
+
+    Sampling(arguments.temperature, arguments.top_p, arguments.top_k, arguments.seed or 0)
+    parameters.token_limits(arguments.max_tokens, arguments.thinking_budget)
+    StopSequences(arguments.stop)
 
 
 def _kind(file: Path) -> str:
