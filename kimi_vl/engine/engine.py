@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..device import cuda as devices
+from ..device import cuda
 from ..errors import UserError
 from ..model.config import TextConfig
 from ..model.kimi_vl import KimiVL
-from . import cuda_graphs as graphs
+from . import cuda_graphs
 from .cuda_graphs import Action, CudaGraphs, StaticDecoder
 from .decoder import FusedDecoder, widths
 from .faults import Broken, Failed, Faults, Overloaded
@@ -111,9 +111,9 @@ class Engine:
         self.model = model
         self.options = options = options or EngineOptions()
         self._device, text = model.device, model.config.text_config
-        on_gpu, wanted = self._device.type == "cuda", graphs.wanted()
+        on_gpu, wanted = self._device.type == "cuda", cuda_graphs.wanted()
         # before memory is counted: kernels are compiled and tried
-        with devices.current(self._device):
+        with cuda.current(self._device):
             self.ops = ops or kernels.select_ops(self._device, use=options.use(text, model.dtype))
         pages = options.page_count(self._device, text, model.dtype)
         if pages < 1:
@@ -131,7 +131,7 @@ class Engine:
         self._faults = Faults(self._device)
         self.static_decoder: StaticDecoder | None = None
         self._overlapped: OverlappedDecoding | None = None
-        with devices.current(self._device):
+        with cuda.current(self._device):
             self._decoder = FusedDecoder(model.language_model, self.ops)
             if self.ops.static and wanted and (on_gpu or ops):
                 capture = capture or (CudaGraphs(self._device) if on_gpu else None)
@@ -251,7 +251,7 @@ class Engine:
 
     def _serve(self) -> None:
         try:
-            with devices.current(self._device):
+            with cuda.current(self._device):
                 while self._collect():
                     self._drop_late_and_cancelled()
                     chunks = self.scheduler.plan()
@@ -346,12 +346,12 @@ class Engine:
             for chunk in chunks
             for feature in self._embeddings.features(chunk, self._requests.handles[chunk.request].patches)
         ]
-        ids = devices.tensor([ids], torch.int64, self._device)
+        ids = cuda.tensor([ids], torch.int64, self._device)
         embeddings = model.embed(ids, torch.cat(features) if features else None)
         states = self._decoder.states(embeddings[0], step)  # (T, H)
         ends = itertools.accumulate(chunk.end - chunk.begin for chunk in chunks)
         last = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.complete]
-        return self._decoder.logits(states[devices.tensor(last, torch.int64, self._device)])
+        return self._decoder.logits(states[cuda.tensor(last, torch.int64, self._device)])
 
     def _advance(self, handles: Sequence[RequestHandle], logits: Tensor) -> None:
         """Sample each request's next token, or take the forced one, and give it to the output processor."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import parameters
-from ..device import cuda as devices
+from ..device import cuda
 from ..errors import UserError
 from .faults import NotFinite
 
@@ -323,7 +323,7 @@ def sample_batch_on_device(
         [min(sampling.top_k, most) for sampling in samplings],
         limits,
     ]
-    tensor = devices.tensor(given, torch.float64, logits.device)
+    tensor = cuda.tensor(given, torch.float64, logits.device)
     temperature, top_p, uniform_numbers = tensor[:3]
     top_k, below = tensor[3:].long()  # float64 holds them exactly
     greedy_only, cut = all(s.greedy for s in samplings), any(s.cuts for s in samplings)

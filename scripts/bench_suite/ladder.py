@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from kimi_vl import kernels
-from kimi_vl.engine import cuda_graphs as graphs
+from kimi_vl.engine import cuda_graphs
 from kimi_vl.engine.engine import Engine, EngineOptions, Patches
 from kimi_vl.engine.sampling import Sampling
 from kimi_vl.model.config import Config
@@ -60,7 +60,7 @@ def random_model(config: Config, device: torch.device, dtype: torch.dtype = torc
 
 def engine(model: KimiVL, rung: str, rehearsal: bool, max_num_seqs: int = 128) -> Engine:
     """An engine on a rung; nothing of earlier requests is used again. A rehearsal calls what a GPU replays."""
-    os.environ[kernels.VARIABLE], os.environ[graphs.VARIABLE] = RUNGS[rung]
+    os.environ[kernels.VARIABLE], os.environ[cuda_graphs.VARIABLE] = RUNGS[rung]
     sequences, gigabytes = (4, 0.02) if rehearsal else (max_num_seqs, 12)
     options = EngineOptions(
         prefix_caching=False, max_num_seqs=sequences, cache_bytes=int(gigabytes * 1e9), embedding_bytes=0

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from kimi_vl import kernels
-from kimi_vl.engine import cuda_graphs as graphs
+from kimi_vl.engine import cuda_graphs
 from kimi_vl.engine.cuda_graphs import DecodeInput, StaticDecoder
 from kimi_vl.engine.decoder import FusedDecoder
 from kimi_vl.engine.engine import Engine, EngineOptions
@@ -119,14 +119,14 @@ class _OutputProcessor(decode.Clock):
 
 @contextlib.contextmanager
 def _graphs(value: str) -> Iterator[None]:
-    before = os.environ.get(graphs.VARIABLE)
-    os.environ[graphs.VARIABLE] = value
+    before = os.environ.get(cuda_graphs.VARIABLE)
+    os.environ[cuda_graphs.VARIABLE] = value
     try:
         yield
     finally:
-        os.environ.pop(graphs.VARIABLE)
+        os.environ.pop(cuda_graphs.VARIABLE)
         if before is not None:
-            os.environ[graphs.VARIABLE] = before
+            os.environ[cuda_graphs.VARIABLE] = before
 
 
 def _ops(name: str) -> kernels.Ops:
@@ -178,11 +178,11 @@ def count_steps(
 @contextlib.contextmanager
 def _only(sequences: int) -> Iterator[None]:
     """Graphs of the one bucket that is counted: capturing every one would take its time."""
-    buckets, graphs.buckets = graphs.buckets, lambda most: [sequences]
+    buckets, cuda_graphs.buckets = cuda_graphs.buckets, lambda most: [sequences]
     try:
         yield
     finally:
-        graphs.buckets = buckets
+        cuda_graphs.buckets = buckets
 
 
 def carried_on(one: int, two: int, layers: int = LAYERS) -> int:

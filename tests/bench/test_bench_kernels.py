@@ -20,7 +20,7 @@ assert triton_on_cpu.interpreter  # it comes before any kernel
 from bench_suite import checkpoint, gpu, kernels, vision  # noqa: E402
 
 from kimi_vl import kernels as choices  # noqa: E402
-from kimi_vl.engine import cuda_graphs as graphs  # noqa: E402
+from kimi_vl.engine import cuda_graphs  # noqa: E402
 from kimi_vl.kernels import Widths  # noqa: E402
 from kimi_vl.kernels.inputs import PUBLISHED  # noqa: E402
 from kimi_vl.model.config import Config  # noqa: E402
@@ -89,7 +89,7 @@ def test_the_table_is_complete(capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.parametrize("name", ["decoder_against_float64", "ladder_graphs"])
 def test_a_rehearsal_passes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for variable in (choices.VARIABLE, graphs.VARIABLE):
+    for variable in (choices.VARIABLE, cuda_graphs.VARIABLE):
         monkeypatch.setenv(variable, "")  # set by the section, and put back
     (section,) = (section for section in gpu.SECTIONS if section.name == name)
     section.run(gpu.Job(tmp_path / "lines", rehearsal=True))

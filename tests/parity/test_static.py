@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from kimi_vl import kernels
-from kimi_vl.engine import cuda_graphs as graphs
-from kimi_vl.engine import sampling
+from kimi_vl.engine import cuda_graphs, sampling
 from kimi_vl.engine.cuda_graphs import StaticDecoder
 from kimi_vl.engine.decoder import FusedDecoder, _Projections, naive_joined
 from kimi_vl.engine.engine import Engine, EngineOptions
@@ -181,13 +180,13 @@ def test_the_engine_with_kernels_gives_the_same_tokens(model, plain, monkeypatch
 def test_kernels_and_graphs_are_chosen_by_variables(model, monkeypatch):
     for name, value, message in [
         (kernels.VARIABLE, "fast", "'auto', 'torch' or 'triton', not 'fast'; change KIMI_VL_KERNELS"),
-        (graphs.VARIABLE, "yes", "0 or 1, not 'yes'"),
+        (cuda_graphs.VARIABLE, "yes", "0 or 1, not 'yes'"),
     ]:
         with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):
             patch.setenv(name, value)
             Engine(model, 1024, SMALL)
-    monkeypatch.setenv(graphs.VARIABLE, "0")
-    assert not graphs.wanted()
+    monkeypatch.setenv(cuda_graphs.VARIABLE, "0")
+    assert not cuda_graphs.wanted()
     assert Engine(model, 1024, SMALL).ops is kernels.TORCH
 
 
@@ -204,9 +203,9 @@ def test_results_are_batch_invariant(plain, engine):
 
 def test_a_step_begins_before_the_last_one_is_read(engine, monkeypatch):
     order = []
-    launch, read = StaticDecoder.launch, graphs.Launched.read
+    launch, read = StaticDecoder.launch, cuda_graphs.Launched.read
     monkeypatch.setattr(StaticDecoder, "launch", lambda *given: order.append("launch") or launch(*given))
-    monkeypatch.setattr(graphs.Launched, "read", lambda self: order.append("read") or read(self))
+    monkeypatch.setattr(cuda_graphs.Launched, "read", lambda self: order.append("read") or read(self))
     ask(engine, ids_of(5), max_new_tokens=6)
     # the first token comes with the prompt, and the last step has no one after it
     assert order == ["launch", *["launch", "read"] * 4, "read"]
@@ -352,7 +351,7 @@ def test_capturing_between_two_steps_leaves_the_tokens_that_the_second_takes(mod
         static = engine.static_decoder
         assert static is not None
         engine.cache.kv_cache.zero_()
-        inputs = [graphs.DecodeInput(3 + place, 0, [place], SAMPLINGS[0], 0.5, 1024) for place in range(2)]
+        inputs = [cuda_graphs.DecodeInput(3 + place, 0, [place], SAMPLINGS[0], 0.5, 1024) for place in range(2)]
         sampled, _ = static.launch(inputs).read()
         tokens = sampled if given else [None, None]
         later = [
@@ -379,7 +378,7 @@ def test_without_a_capture_steps_are_called_and_one_line_says_so(model, plain, c
 
 
 def test_buckets():
-    assert graphs.buckets(1) == [1]
-    assert graphs.buckets(5) == [1, 2, 4, 5]
-    assert graphs.buckets(64) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
-    assert graphs.buckets(200) == [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 200]
+    assert cuda_graphs.buckets(1) == [1]
+    assert cuda_graphs.buckets(5) == [1, 2, 4, 5]
+    assert cuda_graphs.buckets(64) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
+    assert cuda_graphs.buckets(200) == [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 200]

@@ -26,7 +26,7 @@ GONE = {
     r"\bweight first\b": "W·xᵀ layout",
     r"\b(matrix|rounded) products?\b": "GEMM",
     r"\bnobody's business\b|\bgoes? through a token's\b|\bsaid at once\b|\ba person is told\b": "a plain sentence",
-    r"\bresolve as weights\b|\bhuggingface as hub\b|\bflash_attention as flash\b": "a module's own name",
+    r"^\s*from .* import .* as (devices|flash|graphs|hub|weights)\b": "a module's own name",
     r"\bhost waits\b|\bmakes? the host wait\b": "device synchronisation",
     r"\bturned (around|by the)\b|\bwritten out for\b|\bin one piece\b": "rotated, expanded, contiguous",
 }
