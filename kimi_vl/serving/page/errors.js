@@ -41,6 +41,9 @@ export function explain(error) {
     const advice = "Begin a new chat, or edit an earlier message.";
     return one("The conversation is too long for the model.", said ? `${said} ${advice}` : advice, { retry: false });
   }
+  if (status === 504) {
+    return one("The request took too long.", "A smaller thinking budget, or fewer tokens at most, may help.");
+  }
   if (status >= 500) {
     const id = /^[\w-]{1,80}$/.test(error.requestId ?? "") ? ` Its log knows this request as ${error.requestId}.` : "";
     return one("Something went wrong on the server.", `Your message is kept.${id}`);

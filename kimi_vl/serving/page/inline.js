@@ -95,8 +95,9 @@ class Inline {
     const href = webAddress(match[2]);
     if (!href) return null;
     const label = at + match[0].indexOf("[") + 1;
-    const children = this.nodes(label, label + match[1].length, DEEPEST);
-    return [element("a", { href, rel: "noopener noreferrer nofollow", target: "_blank" }, ...children), at + match[0].length];
+    const children = this.nodes(label, label + match[1].length, depth + 1);
+    const link = element("a", { href, rel: "noopener noreferrer nofollow", target: "_blank" }, ...children);
+    return [link, at + match[0].length];
   }
 
   #span(at, to, depth, hopeless) {

@@ -17,7 +17,7 @@ const UNCLEAR = /^[ \t]*(?:[+>]?|\d{1,9}[.)]?|#{1,6}|`{1,2}|~{1,2}|[-*_][-*_ \t]
 const WAITS_FOR_ITS_END = /^[ \t]*(?:\||`{3}|~{3})/;
 const INLINE = /[\\`*_~[\]()!\n]/;
 const LONG = 4000; // characters from which a text that grows is shown as it is, until it is complete
-const CODE_NODE = 4000; // characters in one text node of code
+const CODE_BLOCK = 4000; // characters in one block of code: what grows is laid out anew, the blocks before it are not
 
 export class MarkdownWriter {
   #root;
@@ -170,7 +170,8 @@ export class MarkdownWriter {
         this.#closeAll();
         const body = element("tbody");
         const table = element("table", {}, element("thead", {}, row("th", names, names.length)), body);
-        this.#root.append(element("div", { className: "table", tabIndex: 0 }, table));
+        const scrolls = { className: "table", tabIndex: 0, role: "group", "aria-label": "Table" };
+        this.#root.append(element("div", scrolls, table));
         this.#table = { body, columns: names.length };
         return true;
       }
@@ -222,14 +223,15 @@ class Text {
 
 /** A block of code. Its text only ever grows. */
 class Code {
-  #node = element("code");
-  #text = null;
+  #text = document.createTextNode("");
+  #node = element("code", {}, this.#text);
   #fence;
   #indent;
 
   constructor(parent, [, indent, fence, info]) {
-    const language = info.trim().split(/\s/)[0].slice(0, 30);
-    parent.append(element("pre", { tabIndex: 0, "aria-label": language ? `Code, ${language}` : "Code", role: "group" }, this.#node));
+    const language = info.trim();
+    const label = language ? `Code, ${language}` : "Code";
+    parent.append(element("pre", { tabIndex: 0, role: "group", "aria-label": label, "data-language": language }, this.#node));
     this.#fence = fence;
     this.#indent = new RegExp(`^[ \t]{0,${indent.length}}`);
   }
@@ -244,9 +246,9 @@ class Code {
   }
 
   add(text) {
-    if (!this.#text || this.#text.length > CODE_NODE) {
+    if (this.#text.length > CODE_BLOCK && this.#text.data.endsWith("\n")) {
       this.#text = document.createTextNode("");
-      this.#node.append(this.#text);
+      this.#node.append(element("span", {}, this.#text));
     }
     this.#text.appendData(text);
   }
@@ -259,5 +261,6 @@ class Code {
 const cells = (line) => line.trim().replace(/^\||\|$/g, "").split("|").map((cell) => cell.trim());
 
 function row(tag, texts, columns) {
-  return element("tr", {}, ...Array.from({ length: columns }, (_, at) => element(tag, {}, ...inline(texts[at] ?? ""))));
+  const length = Math.max(columns, texts.length);
+  return element("tr", {}, ...Array.from({ length }, (_, at) => element(tag, {}, ...inline(texts[at] ?? ""))));
 }

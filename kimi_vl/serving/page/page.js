@@ -118,22 +118,26 @@ async function receive(exchange, settings, signal) {
   signal.throwIfAborted();
   const body = requestBody(asked, settings, (picture) => picture.data);
   const end = { finish: null, usage: null, extra: null };
-  let frame = 0;
+  let waiting = false;
+  let freeAt = 0; // a draw that took long is followed by a pause four times as long, so that the page stays quick
   const draw = () => {
-    frame = 0;
+    waiting = false;
+    const began = performance.now();
     reply.draw();
     follow();
+    freeAt = performance.now() + 4 * (performance.now() - began);
   };
-  try {
-    for await (const piece of complete(body, session, signal)) {
-      if (piece.thinking && !reply.thinking) announce("Thinking");
-      if (piece.answer && !reply.answer) announce("Answering");
-      reply.add(piece);
-      for (const name of Object.keys(end)) end[name] = piece[name] ?? end[name];
-      frame ||= requestAnimationFrame(draw);
-    }
-  } finally {
-    cancelAnimationFrame(frame);
+  const drawSoon = () => {
+    if (waiting) return;
+    waiting = true;
+    setTimeout(requestAnimationFrame, Math.max(0, freeAt - performance.now() - 16), draw);
+  };
+  for await (const piece of complete(body, session, signal)) {
+    if (piece.thinking && !reply.thinking) announce("Thinking");
+    if (piece.answer && !reply.answer) announce("Answering");
+    reply.add(piece);
+    for (const name of Object.keys(end)) end[name] = piece[name] ?? end[name];
+    drawSoon();
   }
   return end;
 }

@@ -3,7 +3,10 @@ import { copied, button, element, icon } from "./dom.js";
 import { figures } from "./figures.js";
 import { MarkdownWriter } from "./markdown.js";
 
-const PARAGRAPH = 2000; // characters of thinking in one node: less is laid out anew when it grows
+// Characters of thinking after which a line begins a new paragraph, and after which a space does: what grows is laid
+// out anew, the paragraphs before it are not.
+const PARAGRAPH = 2000;
+const LONGEST_LINE = 20_000;
 
 export class Reply {
   thinking = "";
@@ -66,13 +69,14 @@ export class Reply {
 
   #appendThought(text) {
     text.split("\n").forEach((line, at) => {
-      if (at && this.#growing.length < PARAGRAPH) this.#growing.appendData("\n");
+      if (at && this.#growing?.length < PARAGRAPH) this.#growing.appendData("\n");
       else if (at) this.#growing = null;
       if (!this.#growing) {
         this.#growing = document.createTextNode("");
         this.thought.append(element("p", {}, this.#growing));
       }
       this.#growing.appendData(line);
+      if (this.#growing.length > LONGEST_LINE && line.endsWith(" ")) this.#growing = null;
     });
   }
 
