@@ -172,6 +172,23 @@ def test_an_answer_is_copied_as_it_was_written(page: Page, server: ScriptedServe
     assert page.evaluate("navigator.clipboard.readText()") == "**Bold** and `code`"
 
 
+def test_what_can_be_done_with_an_earlier_answer_is_seen_where_one_looks(page: Page, server: ScriptedServer) -> None:
+    for text in ("one", "two"):
+        ask(page, text)
+        is_done(page)
+    first = page.get_by_role("article", name="Answer").first
+    copy = first.get_by_role("button", name="Copy the answer")
+    opacity = "(node) => getComputedStyle(node.closest('.actions')).opacity"
+    assert copy.evaluate(opacity) == "0"
+    first.hover()
+    assert copy.evaluate(opacity) == "1"
+    page.mouse.move(0, 0)
+    assert copy.evaluate(opacity) == "0"
+    copy.focus()
+    assert copy.evaluate(opacity) == "1"
+    assert last_answer(page).get_by_role("button", name="Answer again").evaluate(opacity) == "1"
+
+
 def test_an_answer_that_is_cut_off_says_so(page: Page, server: ScriptedServer) -> None:
     server.finish_reason = "length"
     server.scripts.append([Answer("and then")])

@@ -61,7 +61,8 @@ def test_what_is_set_is_sent_and_what_is_not_is_left_out(page: Page, server: Scr
         ("temperature", "3", "Temperature must be a number from 0 to 2."),
         ("budget", "1.5", "Thinking budget must be a whole number from 0 to 131,072."),
         ("seed", "-1", "Seed must be a whole number from 0 to 9,007,199,254,740,991."),
-        ("schema", '{"type": ', "This is no JSON yet"),
+        ("schema", '{"type": ', "This is no JSON yet: look at its end, where something is missing."),
+        ("schema", '{\n  "type": "object",\n  "a": [1, 2,]\n}', "This is no JSON yet: look at line 3, column 14."),
         ("schema", "[1]", "A JSON schema is an object: { … }."),
     ],
 )

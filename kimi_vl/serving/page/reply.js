@@ -90,7 +90,7 @@ export class Reply {
 
   #tellThinking(addition = "") {
     const took = ((this.#times.answer ?? performance.now()) - this.#times.first) / 1000;
-    this.summary.textContent = `Thought for ${took < 10 ? took.toFixed(1) : Math.round(took)} s${addition}`;
+    this.summary.textContent = `Thought for ${took < 10 ? Math.max(0.1, took).toFixed(1) : Math.round(took)} s${addition}`;
   }
 
   #end() {

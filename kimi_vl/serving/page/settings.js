@@ -35,8 +35,8 @@ export function readSchema(text) {
   let schema;
   try {
     schema = JSON.parse(text);
-  } catch (error) {
-    return { schema: null, problem: `This is no JSON yet${placeOf(error, text)}.` };
+  } catch {
+    return { schema: null, problem: `This is no JSON yet: look at ${placeOfFault(text)}.` };
   }
   if (typeof schema !== "object" || schema === null || Array.isArray(schema)) {
     return { schema: null, problem: "A JSON schema is an object: { … }." };
@@ -44,14 +44,27 @@ export function readSchema(text) {
   return { schema, problem: null };
 }
 
-/** Browsers word it differently, and some name no place. */
-function placeOf(error, text) {
-  const line = /line (\d+) column (\d+)/.exec(error.message);
-  if (line) return `: look at line ${line[1]}, column ${line[2]}`;
-  const position = /position (\d+)/.exec(error.message);
-  if (!position) return /end of/i.test(error.message) ? ": something is missing at its end" : "";
-  const before = text.slice(0, Number(position[1])).split("\n");
-  return `: look at line ${before.length}, column ${before.at(-1).length + 1}`;
+/** Where the longest beginning ends that could still become JSON. Browsers say it in many ways, or not at all. */
+function placeOfFault(text) {
+  let [low, high] = [0, text.length];
+  while (low < high) {
+    const middle = Math.ceil((low + high) / 2);
+    if (mayBecomeJson(text.slice(0, middle))) low = middle;
+    else high = middle - 1;
+  }
+  if (!text.slice(low).trim()) return "its end, where something is missing";
+  const before = text.slice(0, low).split("\n");
+  return `line ${before.length}, column ${before.at(-1).length + 1}`;
+}
+
+function mayBecomeJson(text) {
+  try {
+    JSON.parse(text);
+    return true;
+  } catch ({ message }) {
+    const position = /position (\d+)/.exec(message);
+    return position ? Number(position[1]) >= text.length : /end of|EOF|unterminated/i.test(message);
+  }
 }
 
 /** Say beside each field what is wrong with it. */

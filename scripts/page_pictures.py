@@ -1,0 +1,90 @@
+"""Takes the pictures of the chat page in docs/images, with the demo model: python scripts/page_pictures.py
+
+A browser is needed, as for tests/page. In a font that Debian packages, where it can be fetched, so that pictures taken
+on machines with few fonts look alike.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Browser, Page
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+
+from tests.page import browser  # noqa: E402
+from tests.page.reading import ask, is_done, last_answer  # noqa: E402
+from tests.serving.conftest import ServerProcess  # noqa: E402
+
+IMAGES = ROOT / "docs" / "images"
+FONT = "fonts-inter"
+FONTS = """<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "urn:fontconfig:fonts.dtd"><fontconfig>
+<dir>{folder}</dir><dir>/usr/share/fonts</dir><cachedir>{folder}/cache</cachedir>
+<match target="pattern"><test name="family"><string>system-ui</string></test>
+<edit name="family" mode="assign" binding="strong"><string>Inter</string></edit></match></fontconfig>"""
+
+
+def fonts(folder: Path) -> dict[str, str]:
+    """The environment in which a browser finds the font, or an empty one."""
+    if shutil.which("apt-get") is None:
+        return {}
+    fetch = ["apt-get", "-q", "-o", "APT::Sandbox::User=", "download", FONT]
+    subprocess.run(fetch, cwd=folder, check=False, stdout=subprocess.DEVNULL)
+    for archive in folder.glob("*.deb"):
+        subprocess.run(["dpkg", "-x", archive, folder], check=True)
+        (folder / "fonts.conf").write_text(FONTS.format(folder=folder))
+        return {"FONTCONFIG_FILE": str(folder / "fonts.conf")}
+    return {}
+
+
+def conversation(page: Page) -> None:
+    page.locator("#temperature").evaluate("(field) => { field.value = 0; }")
+    page.locator("#files").set_input_files(ROOT / "images" / "demo1.jpeg")
+    page.get_by_role("button", name="Remove demo1.jpeg").wait_for()
+    ask(page, "Describe this image in detail.")
+    is_done(page)
+    ask(page, "What colour is the star?")
+    is_done(page)
+
+
+def take(running: Browser, url: str, name: str, width: int, height: int, scheme: str, steps) -> None:
+    page = running.new_page(
+        viewport={"width": width, "height": height}, device_scale_factor=2, color_scheme=scheme, reduced_motion="reduce"
+    )
+    page.goto(url)
+    page.wait_for_function("document.getElementById('model-name').textContent")
+    steps(page)
+    page.mouse.move(0, 0)
+    page.evaluate("document.activeElement.blur()")
+    picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    small = picture.quantize(128, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    small.save(IMAGES / f"{name}.png", optimize=True)
+    page.close()
+
+
+def dark(page: Page) -> None:
+    conversation(page)
+    last_answer(page).get_by_text("Thought for").click()
+    page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
+
+
+def main() -> None:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ServerProcess() as server,
+        browser.launched(fonts(Path(folder))) as running,
+    ):
+        take(running, server.url, "page-light", 900, 840, "light", conversation)
+        take(running, server.url, "page-dark", 900, 840, "dark", dark)
+        take(running, server.url, "page-phone", 390, 780, "light", conversation)
+
+
+if __name__ == "__main__":
+    main()
