@@ -11,10 +11,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, ViewportSize
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
@@ -54,13 +56,18 @@ def conversation(page: Page) -> None:
     is_done(page)
 
 
-def take(running: Browser, url: str, name: str, width: int, height: int, scheme: str, steps) -> None:
-    page = running.new_page(
-        viewport={"width": width, "height": height}, device_scale_factor=2, color_scheme=scheme, reduced_motion="reduce"
-    )
+Scheme = Literal["light", "dark"]
+
+
+def take(
+    running: Browser, url: str, name: str, size: tuple[int, int], scheme: Scheme, prepare: Callable[[Page], None]
+) -> None:
+    """Write a picture of the page as it is after ``prepare``, in a window of ``size`` (width, height)."""
+    viewport: ViewportSize = {"width": size[0], "height": size[1]}
+    page = running.new_page(viewport=viewport, device_scale_factor=2, color_scheme=scheme, reduced_motion="reduce")
     page.goto(url)
     page.wait_for_function("document.getElementById('model-name').textContent")
-    steps(page)
+    prepare(page)
     page.mouse.move(0, 0)
     page.evaluate("document.activeElement.blur()")
     picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
@@ -81,9 +88,9 @@ def main() -> None:
         ServerProcess() as server,
         browser.launched(fonts(Path(folder))) as running,
     ):
-        take(running, server.url, "page-light", 900, 840, "light", conversation)
-        take(running, server.url, "page-dark", 900, 840, "dark", dark)
-        take(running, server.url, "page-phone", 390, 780, "light", conversation)
+        take(running, server.url, "page_light", (900, 840), "light", conversation)
+        take(running, server.url, "page_dark", (900, 840), "dark", dark)
+        take(running, server.url, "page_phone", (390, 780), "light", conversation)
 
 
 if __name__ == "__main__":
