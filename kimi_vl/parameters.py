@@ -15,6 +15,8 @@ from .errors import UserError
 
 MAX_LENGTH_TOKENS = 131_072
 MAX_TOP_K = 2**31 - 1
+MAX_LOGPROBS = 20
+MAX_BIAS, MAX_BIASED = 100, 1024  # of a logit, and tokens with one
 MAX_TOKEN_ID = 2**31 - 1
 MAX_SEED = 2**63 - 1  # what a signed integer of 64 bits holds: seeds are reported through JSON and Cog's metrics
 

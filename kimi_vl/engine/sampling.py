@@ -19,8 +19,6 @@ from ..device import cuda
 from ..errors import UserError
 from .faults import NotFinite
 
-MAX_LOGPROBS = 20
-MAX_BIAS, MAX_BIASED = 100, 1024
 LEAST_TEMPERATURE = 1e-4  # below it only the likeliest token is left, and logits divided by it may overflow
 
 
@@ -48,7 +46,7 @@ class Sampling:
             "seed": parameters.integer("seed", self.seed, 0, parameters.MAX_SEED),
         }
         if self.logprobs is not None:
-            checked["logprobs"] = parameters.integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+            checked["logprobs"] = parameters.integer("logprobs", self.logprobs, 0, parameters.MAX_LOGPROBS)
         for name, value in checked.items():  # as Python's own numbers, whatever type they came in
             object.__setattr__(self, name, value)
 
@@ -67,12 +65,15 @@ class LogitBias:
     raise :class:`~kimi_vl.errors.UserError` (E_PARAMETER)."""
 
     def __init__(self, values: Mapping[int, float]):
-        if len(values) > MAX_BIASED:
-            raise UserError("E_PARAMETER", f"logit_bias may have {MAX_BIASED} tokens; give fewer.")
+        if len(values) > parameters.MAX_BIASED:
+            raise UserError("E_PARAMETER", f"logit_bias may have {parameters.MAX_BIASED} tokens; give fewer.")
         self.ids: list[int] = [
             parameters.integer("a token id in logit_bias", token, 0, parameters.MAX_TOP_K) for token in values
         ]
-        biases = [parameters.number("a value in logit_bias", bias, -MAX_BIAS, MAX_BIAS) for bias in values.values()]
+        biases = [
+            parameters.number("a value in logit_bias", bias, -parameters.MAX_BIAS, parameters.MAX_BIAS)
+            for bias in values.values()
+        ]
         self._tensors = torch.tensor(self.ids, dtype=torch.int64), torch.tensor(biases, dtype=torch.float32)
 
     def add_to(self, logits: Tensor) -> None:
@@ -212,7 +213,7 @@ def logprobs_of(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) ->
     logprobs = logits.log_softmax(-1)
     chosen = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
     # always as many: which of equally likely ones are found must not depend on what another sequence asks for
-    values, ids = logprobs.topk(min(MAX_LOGPROBS, logprobs.shape[-1]))
+    values, ids = logprobs.topk(min(parameters.MAX_LOGPROBS, logprobs.shape[-1]))
     found = []
     for own, top, at, count in zip(chosen, values.tolist(), ids.tolist(), counts, strict=True):
         ranked = sorted(zip(at, top, strict=True), key=lambda pair: (-pair[1], pair[0]))

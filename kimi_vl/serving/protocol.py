@@ -96,6 +96,8 @@ def read_chat(body: Any, rules: Rules = Rules()) -> ChatRequest:
         "max_length_tokens": _length(fields),
         "thinking_budget": _thinking_budget(fields),
         "stop_sequences": _stops(fields),
+        "logprobs": _logprobs(fields),
+        "logit_bias": _logit_bias(fields),
         **read_file_options(fields),
     }
     return ChatRequest(
@@ -261,6 +263,32 @@ def _stops(fields: Fields) -> tuple[str, ...]:
     return stops
 
 
+def _logprobs(fields: Fields) -> int | None:
+    """How many of the likeliest tokens come with each; None for no log-probabilities at all."""
+    asked, top = fields.boolean("logprobs"), fields.integer("top_logprobs", 0, parameters.MAX_LOGPROBS)
+    if asked:
+        return top or 0
+    if top:
+        raise fields.refuse("top_logprobs", "needs logprobs to be true; set it, or leave top_logprobs out.")
+    return None
+
+
+def _logit_bias(fields: Fields) -> dict[int, float] | None:
+    """By token id, which is a text in JSON."""
+    given = fields.object("logit_bias")
+    if given is None or not given.values:
+        return None
+    if not all(name.isascii() and name.isdigit() and len(name) < 10 for name in given.values):
+        raise fields.refuse("logit_bias", "must map token ids to numbers; change it.")
+    if len(given.values) > parameters.MAX_BIASED:
+        raise fields.refuse("logit_bias", f"may have {parameters.MAX_BIASED} tokens; give fewer.")
+    with _at("logit_bias"):
+        return {
+            int(name): parameters.number("a value in logit_bias", bias, -parameters.MAX_BIAS, parameters.MAX_BIAS)
+            for name, bias in given.values.items()
+        }
+
+
 def _thinking_budget(fields: Fields) -> int | None:
     """Thinking tokens at most, by whichever name: a number counts before an on or off, and that before an effort."""
     thinking, reasoning = fields.object("thinking"), fields.object("reasoning")
@@ -319,11 +347,6 @@ def _refuse_unsupported(fields: Fields, rules: Rules) -> None:
         raise unsupported("response_format", "answers of a given form are not supported; leave response_format out.")
     if fields.get("structured_outputs") is not None:
         raise unsupported("structured_outputs", "answers of a given form are not supported; leave it out.")
-    if fields.boolean("logprobs") or fields.integer("top_logprobs", 0, 20):
-        raise unsupported("logprobs", "log-probabilities are not supported; leave logprobs out.")
-    bias = fields.object("logit_bias")
-    if bias and bias.values:
-        raise unsupported("logit_bias", "logit_bias is not supported; leave it out.")
 
 
 def _refuse_tools(fields: Fields, tools: str, choice: str) -> None:

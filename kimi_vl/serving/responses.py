@@ -7,18 +7,20 @@ OpenAI's own types.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..events import Answer, Done, Event, Reasoning
+from ..events import Answer, Done, Event, Reasoning, TokenLogprob
 from ..text.thinking import THINK_CLOSE, THINK_OPEN
 from .errors import ApiError
 from .protocol import ReasoningForm
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
+LEAST_LOGPROB = -9999.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def _choice(head: Head, index: int, done: Done) -> dict[str, Any]:
     return {
         "index": index,
         "message": message,
-        "logprobs": None,
+        "logprobs": logprobs(done.logprobs),
         "finish_reason": finish_reason(done),
         "kimi_vl": details(done),
     }
@@ -84,6 +86,22 @@ def details(done: Done) -> dict[str, Any]:
     if done.media:
         found["media"] = [dataclasses.asdict(use) for use in done.media]
     return found
+
+
+def logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    """Log-probabilities of tokens of the answer; None where there are none."""
+    if not tokens:
+        return None
+    return {
+        "content": [{**_logprob(token), "top_logprobs": [_logprob(each) for each in token.top]} for token in tokens],
+        "refusal": None,
+    }
+
+
+def _logprob(token: TokenLogprob) -> dict[str, Any]:
+    """A token may be a part of a character: its bytes are what counts. JSON has no infinity."""
+    text = token.token_bytes.decode("utf-8", "replace")
+    return {"token": text, "logprob": max(token.logprob, LEAST_LOGPROB), "bytes": list(token.token_bytes)}
 
 
 def usage(choices: Iterable[Done]) -> dict[str, Any]:
@@ -123,16 +141,17 @@ class Chunks:
 
     def _choice(self, index: int, events: Sequence[Event]) -> str:
         parts: list[str] = []
-        kind, held = None, []
-        for event in events:
-            if type(event) is not kind:
-                parts.append(self._text(index, kind, "".join(held)))
-                kind, held = type(event), []
-            if isinstance(event, Done):
-                parts.append(self._finish(index, event))
+        for kind, group in itertools.groupby(events, type):
+            if kind is Done:
+                parts += [self._finish(index, event) for event in group if isinstance(event, Done)]
+            elif kind is Reasoning:
+                parts.append(
+                    self._reasoning(index, "".join(event.text for event in group if isinstance(event, Reasoning)))
+                )
             else:
-                held.append(event.text)
-        parts.append(self._text(index, kind, "".join(held)))
+                answers = [event for event in group if isinstance(event, Answer)]
+                tokens = [token for event in answers for token in event.logprobs]
+                parts.append(self._answer(index, "".join(event.text for event in answers), tokens))
         return "".join(parts)
 
     def usage(self, choices: Sequence[Done]) -> bytes:
@@ -141,26 +160,28 @@ class Chunks:
             return b""
         return f'{self._begin}"choices": [], "usage": {json.dumps(usage(choices))}}}\n\n'.encode()
 
-    def _text(self, index: int, kind: type | None, text: str) -> str:
-        if not text:
+    def _reasoning(self, index: int, text: str) -> str:
+        if not text or self._head.reasoning == "omitted":
             return ""
-        field = "content"
-        if kind is Reasoning:
-            if self._head.reasoning == "omitted":
-                return ""
-            if self._head.reasoning == "separate":
-                field = self._head.reasoning_field
-            elif index not in self._thinking:
-                self._thinking.add(index)
-                text = THINK_OPEN + text
-        elif kind is Answer:
-            text = self._closed(index) + text
-        return self._chunk(index, f'"{field}": {json.dumps(text)}')
+        if self._head.reasoning == "separate":
+            return self._chunk(index, f'"{self._head.reasoning_field}": {json.dumps(text)}')
+        if index not in self._thinking:
+            self._thinking.add(index)
+            text = THINK_OPEN + text
+        return self._chunk(index, f'"content": {json.dumps(text)}')
+
+    def _answer(self, index: int, text: str, tokens: Sequence[TokenLogprob]) -> str:
+        text = self._closed(index) + text
+        if not text and not tokens:
+            return ""
+        found = json.dumps(logprobs(tokens)) if tokens else "null"
+        return self._chunk(index, f'"content": {json.dumps(text)}', logprobs=found)
 
     def _finish(self, index: int, done: Done) -> str:
         closing = self._closed(index)
         before = self._chunk(index, f'"content": {json.dumps(closing)}') if closing else ""
-        return before + self._chunk(index, "", f'"{finish_reason(done)}", "kimi_vl": {json.dumps(details(done))}')
+        finish = f'"{finish_reason(done)}", "kimi_vl": {json.dumps(details(done))}'
+        return before + self._chunk(index, "", finish)
 
     def _closed(self, index: int) -> str:
         """The closing marker, once, where thinking is inline and has begun."""
@@ -169,8 +190,8 @@ class Chunks:
         self._thinking.remove(index)
         return THINK_CLOSE
 
-    def _chunk(self, index: int, delta: str, finish: str = "null") -> str:
-        choice = f'{{"index": {index}, "delta": {{{delta}}}, "logprobs": null, "finish_reason": {finish}}}'
+    def _chunk(self, index: int, delta: str, finish: str = "null", logprobs: str = "null") -> str:
+        choice = f'{{"index": {index}, "delta": {{{delta}}}, "logprobs": {logprobs}, "finish_reason": {finish}}}'
         return f'{self._begin}"choices": [{choice}]{self._tail}'
 
 

@@ -370,3 +370,33 @@ def test_many_at_once(demo: ServerThread) -> None:
     expected = ["".join(event.text for event in stream if isinstance(event, Answer)) for stream in streams]
     assert answers == expected
     assert demo.idle()
+
+
+# Log-probabilities and biases
+
+
+def test_log_probabilities_are_of_the_answers_tokens(client: OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="kimi-vl-demo", messages=SUM, temperature=0, logprobs=True, top_logprobs=2
+    )
+    ChatCompletion.model_validate(answer.model_dump(), strict=True)
+    choice = answer.choices[0]
+    assert choice.logprobs and choice.logprobs.content and choice.message.content
+    tokens = choice.logprobs.content
+    assert b"".join(bytes(token.bytes or []) for token in tokens).decode() == choice.message.content
+    for token in tokens:
+        assert token.logprob <= 0 and len(token.top_logprobs) == 2
+        assert (token.top_logprobs[0].token, token.top_logprobs[0].logprob) == (token.token, token.logprob)
+    stream = client.chat.completions.create(
+        model="kimi-vl-demo", messages=SUM, temperature=0, logprobs=True, top_logprobs=2, stream=True
+    )
+    found = [choice.logprobs for chunk in stream for choice in chunk.choices if choice.logprobs]
+    assert [token.bytes for each in found for token in each.content or []] == [token.bytes for token in tokens]
+
+
+def test_a_bias_bans_a_token(http: httpx.Client) -> None:
+    [four] = http.post("/tokenize", json={"prompt": "4"}).json()["tokens"]
+    assert "4" in ask(http).json()["choices"][0]["message"]["content"]
+    assert "4" not in ask(http, logit_bias={str(four): -100}).json()["choices"][0]["message"]["content"]
+    refused = ask(http, logit_bias={"1000000": 1})
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "e_parameter"
