@@ -50,7 +50,7 @@ class Pictures(Protocol):
     def taken(self, count: int) -> tuple[float, ...]: ...
     def labels(self, count: int) -> list[str]: ...
     def sizes(self, count: int, scale: float, options: ImageOptions) -> list[tuple[int, int]]: ...
-    def read(self, sizes: Sequence[tuple[int, int]]) -> Iterator[Image.Image]: ...
+    def read(self, sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Image.Image]]: ...
 
 
 class Seen(Protocol):
@@ -68,17 +68,17 @@ class Share:
     sizes: list[tuple[int, int]]
     use: MediaUse
 
-    def blanks(self) -> Iterator[Image.Image]:
-        """Empty pictures of the same sizes."""
-        return (Image.new("1", size) for size in self.sizes)
+    def blanks(self) -> Iterator[tuple[int, Image.Image]]:
+        """Empty pictures of the same sizes, numbered."""
+        return enumerate(Image.new("1", size) for size in self.sizes)
 
-    def of(self, pictures: Sequence[Seen], overhead: Callable[[str], int]) -> Share:
-        """The same for what there is in the end, which may be less: the end of a video may be damaged."""
-        count = len(pictures)
-        labels = self.labels[:count]
-        tokens = sum(picture.tokens for picture in pictures) + sum(map(overhead, labels))
-        use = dataclasses.replace(self.use, tokens=tokens, taken=self.use.taken[:count])
-        return Share(labels, self.sizes[:count], use)
+    def of(self, pictures: Sequence[tuple[int, Seen]], overhead: Callable[[str], int]) -> Share:
+        """The same for the numbers that there are in the end: some frames of a video may be damaged."""
+        numbers = [number for number, _ in pictures]
+        labels = [self.labels[number] for number in numbers]
+        tokens = sum(picture.tokens for _, picture in pictures) + sum(map(overhead, labels))
+        use = dataclasses.replace(self.use, tokens=tokens, taken=tuple(self.use.taken[number] for number in numbers))
+        return Share(labels, [self.sizes[number] for number in numbers], use)
 
 
 @contextlib.contextmanager

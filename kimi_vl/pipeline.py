@@ -307,14 +307,17 @@ class Pipeline:
                 room = self._context - min(max_length_tokens, self._context // 4) - others
                 shares = attachments.share(files, room, self._label_tokens, self.image_options)
             shown = [
-                [self._seen(picture, decode) for picture in (file.read(share.sizes) if decode else share.blanks())]
+                [(n, self._seen(picture, decode)) for n, picture in (file.read(share.sizes) if decode else share.blanks())]
                 for file, share in zip(files, shares, strict=True)
             ]
         shares = [share.of(pictures, self._label_tokens) for share, pictures in zip(shares, shown, strict=True)]
         media = attachments.uses(turns, shares, self._label_tokens(""), self.image_options.patch_size)
         turns = attachments.expanded(
             turns,
-            [list(zip(share.labels, pictures, strict=True)) for share, pictures in zip(shares, shown, strict=True)],
+            [
+                [(label, seen) for label, (_, seen) in zip(share.labels, pictures, strict=True)]
+                for share, pictures in zip(shares, shown, strict=True)
+            ],
         )
         patches = [part.source for turn in turns for part in turn.images]
         return _Prompt(encode(turns), patches, prefill, tuple(media))

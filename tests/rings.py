@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 LEFT_OUT = {"fast": ("slow", "nightly"), "default": ("nightly",), "all": ()}
-SLOW_FOLDERS = {"bench", "e2e", "page", "serving", "weights"}
+SLOW_FOLDERS = {"bench", "e2e", "media", "page", "serving", "weights"}
 STARTS = ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.system", "socket.bind")
 
 NIGHTLY = pytest.StashKey[dict[str, int]]()  # how many nightly cases were left out of each test function

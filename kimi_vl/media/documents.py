@@ -11,8 +11,10 @@ from PIL import Image
 from ..errors import UserError
 from . import images, kinds, sources
 from .images import ImageOptions
-from .sandbox import Reason, Sandbox, SandboxError
+from .sandbox import Reason, Sandbox, SandboxError, understood
 
+MAX_POINTS = 14_400
+"""Of a side of a page, 1/72 inch each: what the format allows without another unit."""
 MAX_PAGES = 120
 """Of all documents of a request."""
 DPI = 144
@@ -50,15 +52,17 @@ class Document:
         except SandboxError as error:
             raise _refusal(error) from None
         try:
-            self._numbers = chosen(pages, int(self._sandbox.hello()["pages"]))
-            points = self._sandbox.ask(sizes=self._numbers)["sizes"]
+            with understood():
+                self._numbers = chosen(pages, int(self._sandbox.hello()["pages"]))
+                points = self._sandbox.ask(sizes=self._numbers)["sizes"]
+                pages_and_points = zip(self._numbers, points, strict=True)
+                self._largest = [_size(number, width, height, options) for number, (width, height) in pages_and_points]
         except SandboxError as error:
             self.close()
             raise _refusal(error) from None
         except BaseException:
             self.close()
             raise
-        self._largest = [_size(width, height, options) for width, height in points]
         self.wanted = self.fewest = len(self._numbers)
         tokens = max(images.plan(*size, options).tokens for size in self._largest)
         self.smallest_scale = min(1.0, (SMALLEST_PAGE_TOKENS / tokens) ** 0.5)
@@ -85,15 +89,15 @@ class Document:
         """Width and height of each page in pixels."""
         return [(max(1, int(width * scale)), max(1, int(height * scale))) for width, height in self._largest[:count]]
 
-    def read(self, sizes: Sequence[tuple[int, int]]) -> Iterator[Image.Image]:
-        """The pages as pictures. Raises :class:`UserError`."""
+    def read(self, sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Image.Image]]:
+        """The pages as pictures, with their numbers among those chosen. Raises :class:`UserError`."""
         try:
             self._sandbox.ask(pages=[[n, *size] for n, size in zip(self._numbers, sizes, strict=True)])
-            for size in sizes:
+            for number, size in enumerate(sizes):
                 picture = self._sandbox.picture(*size)
                 if picture is None:
                     raise SandboxError("unreadable")
-                yield Image.frombytes("RGB", size, picture[1])
+                yield number, Image.frombytes("RGB", size, picture[1])
         except SandboxError as error:
             raise _refusal(error) from None
 
@@ -144,18 +148,22 @@ def too_many() -> UserError:
     return UserError("E_DOCUMENT_PAGES", f"a request may have {MAX_PAGES} pages; choose fewer with pages.")
 
 
-def _size(width: float, height: float, options: ImageOptions) -> tuple[int, int]:
-    """Of a page in points, at :data:`DPI` or as large as the model takes it."""
+def _size(number: int, width: float, height: float, options: ImageOptions) -> tuple[int, int]:
+    """Of a page in points, at :data:`DPI` or as large as the model takes it. Raises :class:`UserError`."""
+    if not (width > 0 and height > 0):
+        raise _bad_page(number)
+    if max(width, height) > MAX_POINTS:
+        raise UserError("E_DOCUMENT_TOO_LARGE", f"page {number} is larger than 200 inches; leave it out with pages.")
     scale = DPI / _POINTS_PER_INCH
     size = max(1, round(width * scale)), max(1, round(height * scale))
     return images.plan(*images.fitted_size(*size, options), options).resized
 
 
+def _bad_page(number: int) -> UserError:
+    return UserError("E_DOCUMENT_UNREADABLE", f"page {number} is damaged or has no size; leave it out with pages.")
+
+
 def _refusal(error: SandboxError) -> UserError:
-    if error.detail is not None and error.reason == "too large":
-        return UserError(
-            "E_DOCUMENT_TOO_LARGE", f"page {error.detail} is larger than 200 inches; leave it out with pages."
-        )
-    if error.detail is not None and error.reason == "unreadable":
-        return UserError("E_DOCUMENT_UNREADABLE", f"page {error.detail} is damaged or has no size; leave it out.")
+    if error.detail is not None:
+        return _bad_page(error.detail)
     return UserError(*_ERRORS.get(error.reason, _UNREADABLE))

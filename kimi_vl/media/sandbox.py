@@ -9,6 +9,7 @@ a library says leaves it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import importlib.util
 import json
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -29,7 +30,7 @@ from ..errors import UserError
 Reason = Literal["format", "unreadable", "encrypted", "too large", "too long", "missing"]
 REASONS: tuple[Reason, ...] = ("format", "unreadable", "encrypted", "too large", "too long", "missing")
 
-MEMORY_BYTES = 640 * 2**20
+MEMORY_BYTES = 500_000_000
 """Of a process, libraries and stacks included (RLIMIT_AS)."""
 CPU_S = 40
 """Processor time of a process."""
@@ -39,8 +40,12 @@ MAX_PROCESSES = 2
 """Requests that read such files at a time; more wait."""
 WAIT_S = 60.0
 _MAX_LINE = 4 * 2**20
-_BACKENDS = {"video": ("video_decoder", "av"), "document": ("page_renderer", "pypdfium2")}
-_START = "import sys; sys.path[:0] = sys.argv[3:]; from kimi_vl.media.sandbox import serve; serve()"
+_BACKENDS = {
+    "video": (f"{__package__}.video_decoder", "av"),
+    "document": (f"{__package__}.page_renderer", "pypdfium2"),
+}
+_START = f"import sys; sys.path[:0] = sys.argv[5:]; from {__name__} import serve; serve(*sys.argv[1:5])"
+_PR_SET_PDEATHSIG = 1
 _turns = threading.BoundedSemaphore(MAX_PROCESSES)
 
 
@@ -67,11 +72,22 @@ def turn() -> Iterator[None]:
         _turns.release()
 
 
+@contextlib.contextmanager
+def understood() -> Iterator[None]:
+    """A reply that is not of its form is as good as none: a process that a file has taken over may say anything."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise SandboxError("unreadable") from None
+
+
 class Sandbox:
     """One process over the bytes of one file; a context manager, after which nothing of it is left."""
 
     def __init__(self, backend: str, data: bytes):
-        _, library = _BACKENDS[backend]
+        module, library = _BACKENDS[backend]
         found = importlib.util.find_spec(library)
         if found is None or not found.submodule_search_locations:
             raise SandboxError("missing")
@@ -80,7 +96,7 @@ class Sandbox:
         self._buffer = bytearray()
         with _memory_file(data) as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _START, backend, str(file), *dict.fromkeys(roots)],
+                [sys.executable, "-I", "-S", "-c", _START, module, *map(str, (file, MEMORY_BYTES, CPU_S)), *roots],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -129,7 +145,7 @@ class Sandbox:
         try:
             reply = json.loads(line)
             reason, detail = reply.get("error"), reply.get("detail")
-        except (ValueError, AttributeError):  # a process that a file has taken over may say anything
+        except (ValueError, AttributeError):
             raise SandboxError("unreadable") from None
         if reason is not None:
             known = reason if reason in REASONS else "unreadable"
@@ -200,9 +216,9 @@ class Reader(Protocol):
         ...
 
 
-def serve(arguments: Sequence[str] | None = None) -> None:
+def serve(backend: str, file: str, memory_bytes: str, cpu_s: str) -> None:
     """The whole life of the process: limits, library, file, and answers until nobody asks."""
-    backend, file = (arguments or sys.argv[1:])[:2]
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     out = os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 1)  # what a library prints is nobody's answer
@@ -211,12 +227,12 @@ def serve(arguments: Sequence[str] | None = None) -> None:
     for limit, value in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_AS, MEMORY_BYTES),
-        (resource.RLIMIT_CPU, CPU_S),
+        (resource.RLIMIT_AS, int(memory_bytes)),
+        (resource.RLIMIT_CPU, int(cpu_s)),
     ):
         resource.setrlimit(limit, (value, value))
     try:
-        module = importlib.import_module(f".{_BACKENDS[backend][0]}", __package__)
+        module = importlib.import_module(backend)
         data = os.fdopen(int(file), "rb")
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))  # from now on nothing can be opened, no connection either
         reader: Reader = module.read(data)

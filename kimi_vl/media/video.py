@@ -13,7 +13,7 @@ from .. import parameters
 from ..errors import UserError
 from . import images, kinds, sources
 from .images import ImageOptions
-from .sandbox import Reason, Sandbox, SandboxError
+from .sandbox import Reason, Sandbox, SandboxError, understood
 
 DEFAULT_FPS = 1.0
 MAX_FPS = 60.0
@@ -27,6 +27,7 @@ FEWEST_FRAMES = 16
 SMALLEST_SCALE = 0.5
 """Of a frame's side, where a budget is short."""
 
+_MAX_SECONDS, _MAX_SIDE = 1e7, 1e6
 _FORMATS = "an MP4, MOV, MKV, WebM or AVI file of H.264, HEVC, VP8, VP9, AV1, MPEG-4 or Motion JPEG; convert it first."
 _ERRORS: dict[Reason, tuple[str, str]] = {
     "missing": ("E_VIDEO_UNAVAILABLE", "videos are not read here; whoever runs this service installs kimi-vl[video]."),
@@ -86,9 +87,11 @@ class Video:
         except SandboxError as error:
             raise _refusal(error) from None
         try:
-            told = self._sandbox.hello()
-            self.width, self.height = int(told["width"]), int(told["height"])
-            self._begin, self._end = options.start, min(float(told["seconds"]), options.end or math.inf)
+            with understood():
+                told = self._sandbox.hello()
+                self.width, self.height = (_bounded(told[side], 1, _MAX_SIDE) for side in ("width", "height"))
+                seconds = _bounded(told["seconds"], 0, _MAX_SECONDS)
+            self._begin, self._end = options.start, seconds if options.end is None else min(seconds, options.end)
         except SandboxError as error:
             self.close()
             raise _refusal(error) from None
@@ -129,27 +132,37 @@ class Video:
         size = max(1, round(self.width * scale)), max(1, round(self.height * scale))
         return [images.plan(*images.fitted_size(*size, options), options).resized] * count
 
-    def read(self, sizes: Sequence[tuple[int, int]]) -> Iterator[Image.Image]:
-        """The frames at :meth:`taken`, at least one; the last ones may be damaged. Raises :class:`UserError`."""
+    def read(self, sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Image.Image]]:
+        """The frames at :meth:`taken` with their numbers there, at least one; damaged ones are left out.
+
+        Raises :class:`UserError`.
+        """
         (width, height), count = sizes[0], len(sizes)
         try:
             self._sandbox.ask(times=self.taken(count), width=width, height=height)
-            for number in range(count):
-                picture = self._sandbox.picture(width, height)
-                if picture is None and number == 0:
-                    raise SandboxError("unreadable")
-                if picture is None:
-                    return
+            last = -1
+            while (picture := self._sandbox.picture(width, height)) is not None:
                 said, pixels = picture
-                turns = said.get("turns", 0) % 4
+                with understood():
+                    turns = int(_bounded(said["turns"], 0, 3))
+                    last = int(_bounded(said["at"], last + 1, count - 1))
                 stored = Image.frombytes("RGB", (height, width) if turns % 2 else (width, height), pixels)
-                yield stored.transpose(_TURNS[turns]) if turns else stored
+                yield last, stored.transpose(_TURNS[turns]) if turns else stored
+            if last < 0:
+                raise SandboxError("unreadable")
         except SandboxError as error:
             raise _refusal(error) from None
 
     def _frames(self, fps: float) -> int:
         """How many there are at so many a second, the first at once and none at the very end."""
-        return max(1, math.ceil(min((self._end - self._begin) * fps, 1e9) - 1e-6))
+        return max(1, math.ceil((self._end - self._begin) * fps - 1e-6))
+
+
+def _bounded(value: Any, low: float, high: float) -> float:
+    """A number of a reply. Raises ValueError, or TypeError, for any other."""
+    if not low <= value <= high:
+        raise ValueError
+    return value
 
 
 _TURNS = {1: Image.Transpose.ROTATE_90, 2: Image.Transpose.ROTATE_180, 3: Image.Transpose.ROTATE_270}
