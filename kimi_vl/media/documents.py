@@ -22,7 +22,7 @@ DPI = 144
 SMALLEST_PAGE_TOKENS = 256
 """Of a page, where a budget is short: its headings can be read."""
 _POINTS_PER_INCH = 72
-_RANGE = re.compile(r"\s*(\d{1,9})\s*(?:(-)\s*(\d{1,9})?\s*)?")
+_RANGE = re.compile(r"\s*(\d{1,9})\s*(?:(-)\s*(\d{1,9})?\s*)?", re.ASCII)
 
 _ERRORS: dict[Reason, tuple[str, str]] = {
     "missing": (

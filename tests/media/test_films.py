@@ -89,9 +89,7 @@ def test_a_film_is_no_image(options: ImageOptions) -> None:
             images.load(made(name), options)
 
 
-@pytest.mark.parametrize(
-    "name", ["h264 mkv", "vp9 webm", "mjpeg avi", "index first", "av1 webm", "h264 avi"]
-)
+@pytest.mark.parametrize("name", ["h264 mkv", "vp9 webm", "mjpeg avi", "index first", "av1 webm", "h264 avi"])
 def test_of_a_film_that_is_cut_short_what_came_is_taken(name: str, options: ImageOptions) -> None:
     film = GOOD[name]
     for part in (0.75, 0.9):
@@ -143,7 +141,9 @@ def test_more_than_may_be_decoded_is_refused_before_it_is(
     assert len(film.times) == 240
 
 
-@pytest.mark.parametrize("name", ["reference frames", "open groups", "one key frame", "hevc mp4", "av1 mp4", "h264 avi"])
+@pytest.mark.parametrize(
+    "name", ["reference frames", "open groups", "one key frame", "hevc mp4", "av1 mp4", "h264 avi"]
+)
 def test_frames_that_are_left_out_change_no_pixel(name: str) -> None:
     """Decoding what is wanted alone gives the same pixels as decoding everything."""
     from kimi_vl.media import video_decoder
