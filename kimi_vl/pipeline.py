@@ -307,10 +307,7 @@ class Pipeline:
                 room = self._context - min(max_length_tokens, self._context // 4) - others
                 shares = attachments.share(files, room, self._label_tokens, self.image_options)
             shown = [
-                [
-                    (n, self._seen(picture, decode))
-                    for n, picture in (file.read(share.sizes) if decode else share.blanks())
-                ]
+                [(at, self._seen(one, decode)) for at, one in (file.read(share.sizes) if decode else share.blanks())]
                 for file, share in zip(files, shares, strict=True)
             ]
         shares = [share.of(pictures, self._label_tokens) for share, pictures in zip(shares, shown, strict=True)]

@@ -45,7 +45,7 @@ def every(rate: float, seconds: float) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Film:
-    """``times`` in seconds; ``rotation`` as a phone writes it, in degrees counter-clockwise; ``offset`` of all times."""
+    """``times`` in seconds, ``rotation`` in degrees counter-clockwise that make it upright, ``offset`` of all times."""
 
     codec: str = "h264"
     container: str = "mp4"
@@ -58,6 +58,15 @@ class Film:
     options: dict[str, str] = field(default_factory=dict)
     encoding: dict[str, str] = field(default_factory=dict)
     seekable: bool = True
+
+    @property
+    def seconds(self) -> float:
+        """To the end of the last frame, which stays as long as the average."""
+        return self.times[-1] + 1 / self._rate
+
+    @property
+    def _rate(self) -> int:
+        return max(1, round((len(self.times) - 1) / self.times[-1])) if len(self.times) > 1 else 30
 
     def shown(self, time: float) -> int:
         """The number of the frame that is on the screen at a time after the first frame."""
@@ -81,8 +90,7 @@ class Film:
     def _write(self, out: Any) -> None:
         encoder, pixels, options = ENCODERS[self.codec]
         with av.open(out, "w", format=self.container, options=self.options) as container:
-            rate = round((len(self.times) - 1) / (self.times[-1] - self.times[0])) if len(self.times) > 1 else 30
-            stream: Any = container.add_stream(encoder, rate=max(1, rate), options={**options, **self.encoding})
+            stream: Any = container.add_stream(encoder, rate=self._rate, options={**options, **self.encoding})
             stream.width, stream.height = self.size if self.rotation % 180 == 0 else self.size[::-1]
             stream.pix_fmt = pixels
             stream.codec_context.thread_count = 1
@@ -97,7 +105,7 @@ class Film:
                 stored = np.rot90(picture(number, self.size), -self.rotation // 90)
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(stored), format="gray")
                 if not self._free_times:
-                    frame.pts, frame.time_base = number, Fraction(1, max(1, rate))
+                    frame.pts, frame.time_base = number, Fraction(1, self._rate)
                 else:
                     frame.pts, frame.time_base = round((at + self.offset) * TICKS), Fraction(1, TICKS)
                 container.mux(stream.encode(frame))
@@ -199,7 +207,7 @@ GOOD: dict[str, Film] = {
     "one frame": Film(times=(0.0,)),
     "one frame of mkv": Film("vp9", "matroska", (0.0,)),
     "many a second": Film(times=every(120, 1.5)),
-    "few a second": Film("mpeg4", times=every(0.5, 20)),
+    "few a second": Film("mpeg4", times=every(0.5, 10)),
     "one key frame": Film(times=every(30, 8), encoding={"g": "1000", "bf": "3", "b-pyramid": "strict"}),
     "open groups": Film(times=every(30, 4), encoding={"g": "12", "bf": "3", "x264-params": "open-gop=1"}),
     "reference frames": Film(times=every(30, 4), encoding={"preset": "slow", "bf": "3", "g": "48"}),

@@ -1,4 +1,4 @@
-"""Pages of generated documents are those that were asked for, upright, read back from the pixels; others are refused."""
+"""Pages of generated documents are those that were asked for, upright, read back from the pixels."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_so_many_pages_and_no_more() -> None:
 def test_of_a_damaged_document_the_pages_that_are_whole_can_be_read(published: ImageOptions) -> None:
     data = Paper([Page(1), Page(2, (14_401, 10)), Page(3)]).made()
     assert [number_of(picture) for picture in read(data, "1,3", published)] == [1, 3]
-    with pytest.raises(UserError, match="^E_DOCUMENT_TOO_LARGE: page 2 is larger than 200 inches"):
+    with pytest.raises(UserError, match=r"^E_DOCUMENT_TOO_LARGE: page 2 is larger than 200 inches"):
         read(data, "3,2", published)
 
 
