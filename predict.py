@@ -21,13 +21,15 @@ from typing import TYPE_CHECKING, Any
 from cog import BasePredictor, CancelationException, ConcatenateIterator, Input, Path, concurrent, streaming
 
 import kimi_vl
-from kimi_vl import parameters
+from kimi_vl import annotate, parameters
 from kimi_vl.cog_streaming import Streams, on_cancel
 from kimi_vl.errors import UserError
 from kimi_vl.events import Answer, Done, Event, Reasoning
 from kimi_vl.media import data_url, kinds
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from kimi_vl.pipeline import Pipeline
 
 DEFAULT_MAX_LENGTH_TOKENS = 8192
@@ -93,8 +95,8 @@ class Inputs:
     seed = Input(default=None, description="Seed of the sampling. If left out, one is drawn.")
     output_format = Input(
         default="text",
-        choices=["text", "think_tags", "answer", "json"],
-        description="text: thinking between the markers of the model, then the answer. think_tags: the same with think tags. answer: the answer alone. json: one JSON object per line.",  # noqa: E501
+        choices=["text", "think_tags", "answer", "json", "grounding", "grounding_image"],
+        description="text: thinking between the markers of the model, then the answer. think_tags: the same with think tags. answer: the answer alone. json: one JSON object per line. grounding: one JSON object with the boxes and points that the answer names, in pixels. grounding_image: the same, with each image and what was found drawn on it.",  # noqa: E501
     )
     video = Input(default=None, description="A video: MP4, MOV, MKV, WebM or AVI, up to 100 MiB.")
     document = Input(default=None, description="A PDF document without a password, up to 100 MiB.")
@@ -256,7 +258,12 @@ def answer(predictor: Predictor | ConcurrentPredictor, inputs: dict[str, Any]) -
         # cancelling raises inside the loop, and closing the stream stops the model
         with contextlib.closing(events):
             on_cancel(events.interrupt)
-            yield from format_events(_recorded(predictor, events), inputs["output_format"])
+            recorded = _recorded(predictor, events)
+            if inputs["output_format"] in ("grounding", "grounding_image"):
+                draw = inputs["output_format"] == "grounding_image"
+                yield from _grounding_line(recorded, predictor.pipeline.pictures(chat, chat_images) if draw else None)
+            else:
+                yield from format_events(recorded, inputs["output_format"])
 
 
 @contextlib.contextmanager
@@ -364,7 +371,9 @@ def format_events(events: Iterable[Reasoning | Answer | Done], output_format: st
         return (event.text for event in events if isinstance(event, Answer))
     if output_format in MARKERS:
         return _marked_text(events, *MARKERS[output_format])
-    raise UserError("E_PARAMETER", "output_format must be one of text, think_tags, answer, json.")
+    raise UserError(
+        "E_PARAMETER", "output_format must be one of text, think_tags, answer, json, grounding, grounding_image."
+    )
 
 
 def _marked_text(events: Iterable[Reasoning | Answer | Done], opener: str, closer: str) -> Iterator[str]:
@@ -398,6 +407,22 @@ def _json_lines(events: Iterable[Reasoning | Answer | Done]) -> Iterator[str]:
         else:
             line = {"type": "reasoning" if isinstance(event, Reasoning) else "answer", "text": event.text}
         yield json.dumps(line, ensure_ascii=False).translate(LINE_ENDS) + "\n"
+
+
+def _grounding_line(events: Iterable[Event], pictures: "list[Image] | None") -> Iterator[str]:
+    """One JSON object: the answer, the places that it names, and what was found drawn on each of `pictures`."""
+    for event in events:
+        if isinstance(event, Done):
+            found = kimi_vl.grounding(event.answer, event.image_sizes) if event.image_sizes else None
+            line: dict[str, Any] = {
+                "answer": event.answer,
+                "finish_reason": event.finish_reason,
+                **(found.to_dict() if found else {"unit": None, "findings": []}),
+            }
+            if pictures is not None:
+                drawn = (annotate.with_findings(each, found, index) for index, each in enumerate(pictures) if found)
+                line["images"] = [annotate.data_url(each) for each in drawn]
+            yield json.dumps(line, ensure_ascii=False).translate(LINE_ENDS) + "\n"
 
 
 def metrics(done: Done) -> dict[str, Any]:

@@ -1,17 +1,22 @@
-"""Draws numbered boxes and points on a picture. Knows pixels; not where they come from or what they are called.
+"""Draws numbered boxes and points on a picture.
 
 Labels stay beside the picture: Pillow's own font has no letters but Latin ones.
 """
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
+from .text.grounding import Grounding
+
 COLOURS = ("#e6194b", "#1f77ff", "#2ca02c", "#ff8c00", "#a11fd0", "#00a5b5", "#b8860b", "#d6207e")
+
+MAX_SIDE = 2048
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,22 @@ def _number(
     draw.text((x + 3 - left, y + 3 - top), text, fill="white", font=font)
 
 
-def png(image: Image.Image) -> bytes:
-    """The picture as a PNG file."""
+def with_findings(image: Image.Image, found: Grounding, index: int = 0) -> Image.Image:
+    """The picture that is the ``index``-th of its request with what was found in it, each under its number in order."""
+    width, height = image.size
+    own = [(number, each) for number, each in enumerate(found.findings, 1) if each.image == index]
+    marks = []
+    for _, each in own:
+        box = each.relative_box
+        scaled = (box[0] * width, box[1] * height, box[2] * width, box[3] * height) if box else None
+        marks.append(Mark(scaled, tuple((x * width, y * height) for x, y in each.relative_points)))
+    return annotated(image, marks, [number for number, _ in own])
+
+
+def data_url(image: Image.Image) -> str:
+    """The picture as a data URL: a JPEG of at most 2,048 pixels a side, since it travels inside of JSON."""
+    small = image.copy()
+    small.thumbnail((MAX_SIDE, MAX_SIDE))
     file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
+    small.save(file, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")

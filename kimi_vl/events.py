@@ -92,7 +92,8 @@ class Estimate:
 class Done:
     """The end of a request: the pieces joined, why it ended, and its figures (times in seconds).
 
-    ``media`` has what was taken of each video and document, in order.
+    ``media`` has what was taken of each video and document, ``image_sizes`` the width and height of each image in
+    pixels, as it was sent but upright, both in order.
     """
 
     reasoning: str
@@ -104,6 +105,7 @@ class Done:
     time_to_first_token: float
     tokens_per_second: float
     media: tuple[MediaUse, ...] = field(default=(), repr=False)
+    image_sizes: tuple[tuple[int, int], ...] = field(default=(), repr=False)
     logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)  # of all of the answer
 
 

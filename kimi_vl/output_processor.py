@@ -32,6 +32,7 @@ class TextOutputProcessor:
         began: float,
         deliver: Deliver,
         media: tuple[MediaUse, ...] = (),
+        image_sizes: tuple[tuple[int, int], ...] = (),
         logit_bias: LogitBias | None = None,
     ):
         self._tokenizer, self._stop_ids = tokenizer, tokenizer.stop_ids
@@ -42,7 +43,7 @@ class TextOutputProcessor:
         self._began, self._first_at = began, None
         self._count = 0
         self._deliver = deliver
-        self._media = media
+        self._media, self._image_sizes = media, image_sizes
         if thinking.closing:
             text.drop_unfinished()
 
@@ -123,6 +124,7 @@ class TextOutputProcessor:
                 time_to_first_token=first_at - self._began,
                 tokens_per_second=(self._count - 1) / elapsed if self._count > 1 and elapsed > 0 else 0.0,
                 media=self._media,
+                image_sizes=self._image_sizes,
                 logprobs=tuple(text.answer_logprobs),
             )
         )

@@ -29,6 +29,7 @@ from .errors import UserError
 from .events import Done, Estimate, Event, MediaUse, Usage
 from .media import data_url, images
 from .media.images import ImageOptions
+from .media.images import load as load_image
 from .media.sources import FileSource
 from .model.config import Config
 from .model.kimi_vl import KimiVL
@@ -86,6 +87,7 @@ class _Prompt:
     patches: list[Patches]
     prefill: str | None
     media: tuple[MediaUse, ...]
+    image_sizes: tuple[tuple[int, int], ...]
 
 
 class Pipeline:
@@ -223,6 +225,7 @@ class Pipeline:
             began,
             Coalescer(deliver, interval) if interval else deliver,
             tuple(use for use in prompt.media if use.kind != "image"),
+            prompt.image_sizes,
             bias,
         )
         return self.engine.submit(
@@ -250,6 +253,11 @@ class Pipeline:
         count = len(found.ids)
         text = count - sum(use.tokens for use in found.media)
         return Estimate(count, text, self._context, found.media, tuple(found.ids))
+
+    def pictures(self, messages: Sequence[Message | Turn], images: Images = ()) -> list[Image.Image]:
+        """The images of a request in order, upright and RGB, to draw on. Raises the same :class:`UserError`."""
+        parts = [part for turn in read(messages) for part in turn.images]
+        return [load_image(source, self.image_options) for source in image_sources(parts, image_list(images))]
 
     @property
     def _context(self) -> int:
@@ -299,8 +307,13 @@ class Pipeline:
             return chat.encode(self.tokenizer, turns, counts, limit=self._context, continue_final_message=continues)
 
         with attachments.opened(turns, video_files, document_files, reading, self.image_options) as files:
-            loaded = (images.load(source, self.image_options) for source in found)  # one at a time in memory
-            turns = attachments.with_images(turns, [self._seen(image, decode) for image in loaded])
+            seen, sizes = [], []
+            for source in found:  # one at a time in memory
+                image = images.load(source, self.image_options)
+                sizes.append(images.sent_size(image))
+                seen.append(self._seen(image, decode))
+                del image
+            turns = attachments.with_images(turns, seen)
             shares: list[Share] = []
             if files:
                 others = len(encode(attachments.expanded(turns, [()] * len(files))))
@@ -320,7 +333,7 @@ class Pipeline:
             ],
         )
         patches = [part.source for turn in turns for part in turn.images]
-        return _Prompt(encode(turns), patches, prefill, tuple(media))
+        return _Prompt(encode(turns), patches, prefill, tuple(media), tuple(sizes))
 
     def _seen(self, picture: Image.Image, decode: bool) -> Patches | images.Plan:
         """An image as the engine takes it, or how large that would be."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -17,9 +18,12 @@ from .. import parameters
 from ..errors import UserError
 from ..events import Answer, Done, Reasoning
 from ..media import kinds
+from ..text.grounding import grounding
 from ..text.stop_sequences import StopSequences
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from ..pipeline import EventStream
 
 _DIM, _PLAIN, _CLEAR_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
@@ -39,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show it (dimmed on a terminal, and the default there), hide it (the default elsewhere), or it alone",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of text")
+    parser.add_argument(
+        "--boxes",
+        type=Path,
+        metavar="PICTURE",
+        help="draw the boxes and points of the answer on the image into this file (PNG, JPEG or WebP)",
+    )
     parser.add_argument("--estimate", action="store_true", help="print what the question would cost in tokens, as JSON")
     reading = parser.add_argument_group("videos and documents")
     reading.add_argument("--fps", type=float, help="frames of a video a second (1)")
@@ -61,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     prompt, files = _question(arguments)
     _check(arguments)
+    if arguments.boxes is not None:
+        _check_picture_file(arguments.boxes, files)
     status = _Status(sys.stderr)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_LogToStatus(status)])
     model = arguments.model or os.environ.get("KIMI_VL_MODEL") or "auto"
@@ -96,7 +108,11 @@ def run(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
         )
         with closing(events):
-            return _print_json(events, status) if arguments.json else _print(events, arguments.thinking, status)
+            printing = _print_json if arguments.json else functools.partial(_print, thinking=arguments.thinking)
+            done = printing(events, status=status)
+        if arguments.boxes and done:
+            _draw(done, pipeline.pictures(chat, beside["images"]), arguments.boxes, status)
+        return 0
     finally:
         status.clear()
         pipeline.close()
@@ -157,19 +173,47 @@ def _load(model: str, status: _Status):
     return pipeline.load(model)
 
 
-def _print_json(events: EventStream, status: _Status) -> int:
+def _check_picture_file(path: Path, files: list[Path]) -> None:
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError("E_PARAMETER", f"--boxes {path}: name a file that ends in .png, .jpg or .webp.")
+    if not path.parent.is_dir():
+        raise UserError("E_PARAMETER", f"--boxes {path}: there is no folder {path.parent}.")
+    if not any(_kind(file) == "image" for file in files):
+        raise UserError("E_PARAMETER", "--boxes draws on an image; name one after the question.")
+
+
+def _draw(done: Done, pictures: list[Image], path: Path, status: _Status) -> None:
+    """What the answer names, on the first picture into ``path`` and on further ones into numbered files beside it."""
+    from .. import annotate
+
+    found = grounding(done.answer, done.image_sizes)
+    for number, picture in enumerate(pictures, 1):
+        target = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
+        try:
+            annotate.with_findings(picture, found, number - 1).save(target)
+        except OSError as error:
+            raise UserError("E_PARAMETER", f"{target}: {error.strerror or 'it cannot be written'}.") from None
+    names = (f"{number}: {each.label or each.action or 'unnamed'}" for number, each in enumerate(found.findings, 1))
+    status.line(f"{path}: {', '.join(names) or 'the answer names no place'}".translate(_INERT))
+
+
+def _print_json(events: EventStream, status: _Status) -> Done | None:
+    done = None
     for event in events:
         if isinstance(event, Done):
+            done = event
             status.clear()
             summary = dataclasses.asdict(event)
             del summary["logprobs"]  # none are asked for
             if not event.media:
                 del summary["media"]
+            if event.image_sizes:
+                summary["grounding"] = grounding(event.answer, event.image_sizes).to_dict()
             print(json.dumps(summary, ensure_ascii=False, indent=2))
-    return 0
+    return done
 
 
-def _print(events: EventStream, thinking: str | None, status: _Status) -> int:
+def _print(events: EventStream, thinking: str | None, status: _Status) -> Done | None:
     """Pieces as they come. Thinking that is hidden is counted on the terminal instead."""
     out = sys.stdout
     if hasattr(out, "reconfigure"):  # an answer must not fail on what the terminal cannot show
@@ -177,10 +221,11 @@ def _print(events: EventStream, thinking: str | None, status: _Status) -> int:
     terminal = out.isatty()
     thinking = thinking or ("show" if terminal else "hide")
     dim, plain = (_DIM, _PLAIN) if terminal and not os.environ.get("NO_COLOR") else ("", "")
-    section, last, pieces = None, "", 0
+    section, last, pieces, done = None, "", 0, None
     try:
         for event in events:
             if isinstance(event, Done):
+                done = event
                 continue
             if isinstance(event, Reasoning) and thinking == "hide":
                 pieces += 1
@@ -203,7 +248,7 @@ def _print(events: EventStream, thinking: str | None, status: _Status) -> int:
         if last and not last.endswith("\n"):
             out.write("\n")
         out.flush()
-    return 0
+    return done
 
 
 class _Status:

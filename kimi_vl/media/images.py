@@ -153,6 +153,9 @@ def preprocess(image: Image.Image, options: ImageOptions) -> tuple[np.ndarray, t
     return np.ascontiguousarray(patches).reshape(rows * columns, 3, patch, patch), chosen.grid
 
 
+_SENT_SIZE = "kimi_vl_sent_size"
+
+
 def load(source: bytes | bytearray | str | Path | Image.Image, options: ImageOptions) -> Image.Image:
     """An upright RGB image that :func:`plan` accepts, from a file's bytes, its path, a data URL or an open image.
 
@@ -354,4 +357,13 @@ def fitted_size(width: int, height: int, options: ImageOptions) -> tuple[int, in
 
 def _fitted(image: Image.Image, options: ImageOptions) -> Image.Image:
     size = fitted_size(*image.size, options)
-    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+    if size == image.size:
+        return image
+    fitted = image.resize(size, Image.Resampling.BICUBIC)
+    fitted.info[_SENT_SIZE] = image.size
+    return fitted
+
+
+def sent_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of an image that :func:`load` gave, upright, before it was made smaller."""
+    return image.info.get(_SENT_SIZE, image.size)

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 from ..errors import UserError
 from .loose_json import Value, values
 
+Sizes = tuple[int, int] | Sequence[tuple[int, int]]
 Unit = Literal["relative", "percent", "thousandths", "pixels"]
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
@@ -135,9 +136,7 @@ class _Raw:
             yield from point
 
 
-def grounding(
-    answer: str, image_size: tuple[int, int] | Sequence[tuple[int, int]], unit: Unit | None = None
-) -> Grounding:
+def grounding(answer: str, image_size: Sizes, unit: Unit | None = None) -> Grounding:
     """The places that ``answer`` names in a picture of ``image_size`` (width, height), or in several pictures.
 
     The unit of the numbers is decided once for the whole answer: any ``%`` makes it percent; all within 0 to 1,

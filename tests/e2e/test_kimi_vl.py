@@ -20,9 +20,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from kimi_vl.cli import programs
+from kimi_vl.cli import ask, programs
 from kimi_vl.cli.main import main
+from kimi_vl.events import Answer, Done, Usage
 from kimi_vl.media import sources
 
 from .conftest import heed_interrupts
@@ -49,6 +51,59 @@ class Result:
     returncode: int
     stdout: str
     stderr: str
+
+
+class Scripted:
+    """A pipeline whose answer is given, where the demo model could not say it."""
+
+    def __init__(self, answer: str):
+        self.answer = answer
+
+    def stream(self, messages: Any, images: list[Path], **params: Any) -> Iterator[Any]:
+        sizes = tuple(Image.open(image).size for image in images)
+        yield Answer(self.answer)
+        yield Done("", self.answer, "stop", "none", Usage(1, 0, 1, 0), 0, 0.0, 0.0, image_sizes=sizes)
+
+    def pictures(self, messages: Any, images: list[Path]) -> list[Image.Image]:
+        return [Image.open(image).convert("RGB") for image in images]
+
+    def close(self) -> None:
+        pass
+
+
+def test_boxes_are_drawn_on_the_picture(
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pictures = [str(tmp_path / f"{name}.png") for name in "ab"]
+    for picture in pictures:
+        Image.new("RGB", (200, 100), "white").save(picture)
+    answer = (
+        '[{"bbox": [0.25, 0.2, 0.75, 0.8], "label": "a\x1bdog"}, {"image": 2, "point": [0.5, 0.5], "label": "cat"}]'
+    )
+    monkeypatch.setattr(ask, "_load", lambda model, status: Scripted(answer))
+    result = run("ask", "Where?", *pictures, "--boxes", str(tmp_path / "out.png"))
+    assert result.returncode == 0 and result.stdout == answer + "\n"
+    assert result.stderr == f"{tmp_path / 'out.png'}: 1: a\ufffddog, 2: cat\n"
+    first, second = Image.open(tmp_path / "out.png"), Image.open(tmp_path / "out-2.png")
+    assert first.getpixel((149, 60)) != (255, 255, 255) and second.getpixel((149, 60)) == (255, 255, 255)
+    assert second.getpixel((100, 50)) != (255, 255, 255)
+    found = json.loads(run("ask", "Where?", *pictures, "--json").stdout)["grounding"]
+    assert [(each["label"], each["box"], each["points"], each["image"]) for each in found["findings"]] == [
+        ("a\x1bdog", [50.0, 20.0, 150.0, 80.0], [], 0),
+        ("cat", None, [[100.0, 50.0]], 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    "path, picture", [("out.txt", True), ("out", True), ("no_such_folder/out.png", True), ("out.png", False)]
+)
+def test_a_picture_that_cannot_be_drawn_is_refused_before_the_model_is_loaded(
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str, picture: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr(ask, "_load")
+    result = run("ask", "Where?", *([PICTURE] if picture else []), "--boxes", path)
+    assert result.returncode != 0 and result.stderr.count("\n") == 1 and "--boxes" in result.stderr
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@ import io
 import pytest
 from PIL import Image
 
-from kimi_vl.annotate import COLOURS, Mark, annotated, png
+from kimi_vl.annotate import COLOURS, MAX_SIDE, Mark, annotated, data_url, with_findings
+from kimi_vl.media import data_url as data_urls
+from kimi_vl.text.grounding import grounding
 
 
 def colour(index: int) -> tuple[int, int, int]:
@@ -39,7 +41,20 @@ def test_numbers_stay_inside(size: tuple[int, int]) -> None:
     marks = [Mark(points=(corner,)) for corner in corners] + [Mark(box=(0, 0, width, height))]
     drawn = annotated(Image.new("RGB", size, "white"), marks)
     assert drawn.size == size
-    assert Image.open(io.BytesIO(png(drawn))).size == size
+
+
+def test_the_data_url_is_a_picture_of_bounded_size() -> None:
+    image = Image.open(io.BytesIO(data_urls.decode(data_url(Image.new("RGB", (5000, 1000))))))
+    assert image.format == "JPEG" and image.size == (MAX_SIDE, round(MAX_SIDE / 5))
+
+
+def test_findings_are_drawn_on_their_picture_under_their_number() -> None:
+    found = grounding(
+        '[{"image": 2, "bbox": [0, 0, 0.5, 0.5]}, {"image": 1, "bbox": [0.5, 0.5, 1, 1]}]', [(80, 80)] * 2
+    )
+    first, second = (with_findings(Image.new("RGB", (160, 160)), found, index) for index in range(2))
+    assert first.getpixel((159, 100)) == colour(1) and first.getpixel((79, 60)) == (0, 0, 0)
+    assert second.getpixel((79, 60)) == colour(0) and second.getpixel((159, 100)) == (0, 0, 0)
 
 
 def test_numbers_are_legible_in_each_corner() -> None:
@@ -47,4 +62,4 @@ def test_numbers_are_legible_in_each_corner() -> None:
     image = Image.new("RGB", (200, 200), "black")
     for corner in [(0.0, 0.0), (200.0, 200.0)]:
         drawn = annotated(image, [Mark(points=(corner,))], [8])
-        assert sum(min(pixel) > 180 for pixel in drawn.get_flattened_data()) > 10
+        assert sum(drawn.convert("L").histogram()[180:]) > 10

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kimi_vl.errors import UserError
+from kimi_vl.text import prompts
 from kimi_vl.text.grounding import MAX_FINDINGS, Grounding, grounding
 from kimi_vl.text.loose_json import MAX_DEPTH, Value, values
 
@@ -356,3 +357,11 @@ def test_values_keep_their_places() -> None:
 def test_deep_nesting_ends() -> None:
     assert list(values("[" * (MAX_DEPTH - 1) + "1" + "]" * (MAX_DEPTH - 1)))
     assert len(list(values("[" * 10_000))) < 10_000 / (MAX_DEPTH - 1)
+
+
+def test_prompts_show_a_form_that_is_read() -> None:
+    system, _ = prompts.click("Open the settings")
+    assert found(system["content"]) == [("click", (500.0, 250.0))]
+    assert prompts.detect(["dog", "cat"])[0]["content"][0] == {"type": "image"}
+    assert "dog, cat" in prompts.detect(["dog", "cat"])[0]["content"][1]["text"]
+    assert prompts.detect("dog")[0]["content"][1]["text"].startswith("Find every dog in")

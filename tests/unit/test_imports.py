@@ -18,9 +18,9 @@ PACKAGE = ROOT / "kimi_vl"
 ALLOWED = {
     "errors": set(),
     "events": set(),
-    "annotate": set(),
     "parameters": {"errors"},
     "text": {"errors", "events"},
+    "annotate": {"text"},
     "device": set(),
     "quantization": {"errors"},
     "kernels": {"device", "quantization"},
@@ -52,6 +52,7 @@ ALLOWED = {
     "cog_streaming": set(),
     "serving": {"__init__", "engine", "errors", "event_loop", "events", "media", "parameters", "pipeline", "text"},
     "cli": {
+        "annotate",
         "__init__",
         "device",
         "engine",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import json
 import pathlib
 from collections.abc import Iterator
@@ -12,11 +13,13 @@ from typing import Any
 
 import pytest
 from cog import CancelationException, Path
+from PIL import Image
 
 import predict
 from cog_local import schema
 from kimi_vl.errors import UserError
 from kimi_vl.events import Answer, Done, Reasoning, Usage
+from kimi_vl.media import data_url
 
 PNG = b"\x89PNG not really"
 DATA_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
@@ -174,6 +177,40 @@ def test_json_lines() -> None:
         "usage": {"input_tokens": 11, "image_tokens": 4, "output_tokens": 7, "reasoning_tokens": 5, "cached_tokens": 2},
         "seed": 3,
     }
+
+
+BOX = '{"bbox_2d": [0.1, 0.2, 0.5, 0.5], "label": "a dog"}'
+
+
+def test_grounding_is_one_line_with_pixels_of_the_picture() -> None:
+    """Guesses of the thinking do not count."""
+    ended = done(reasoning='{"bbox_2d": [0, 0, 1, 1]}', answer=BOX, image_sizes=((100, 50),))
+    (line,) = run(Reasoning("…"), Answer(BOX), ended, output_format="grounding", image=Path("dog.png"))
+    found = json.loads(line)
+    assert line.endswith("\n") and found["answer"] == BOX and found["unit"] == "relative"
+    assert [(each["label"], each["box"], each["image"]) for each in found["findings"]] == [
+        ("a dog", [10.0, 10.0, 50.0, 25.0], 0)
+    ]
+    assert "images" not in found
+
+
+def test_grounding_without_a_picture_finds_nothing() -> None:
+    (line,) = run(Answer(BOX), done(answer=BOX), output_format="grounding")
+    assert json.loads(line) == {"answer": BOX, "finish_reason": "stop", "unit": None, "findings": []}
+
+
+def test_grounding_with_the_picture_drawn_on() -> None:
+    class WithPictures(StubPipeline):
+        def pictures(self, messages: Any, images: Any) -> list[Image.Image]:
+            assert messages[0]["content"][0] == {"type": "image"} and images == [Path("dog.png")]
+            return [Image.new("RGB", (100, 50), "white")]
+
+    pipeline = WithPictures(Answer(BOX), done(answer=BOX, image_sizes=((100, 50),)))
+    inputs = {**DEFAULTS, "prompt": "Where?", "image": Path("dog.png"), "output_format": "grounding_image"}
+    (line,) = Recorder(pipeline).predict(**inputs)
+    (drawn,) = json.loads(line)["images"]
+    picture = Image.open(io.BytesIO(data_url.decode(drawn)))
+    assert picture.size == (100, 50) and any(picture.convert("L").histogram()[:150])
 
 
 def test_json_keeps_line_breaks_inside_one_line() -> None:

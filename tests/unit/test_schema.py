@@ -127,7 +127,7 @@ def test_nothing_is_required(document: dict[str, Any]) -> None:
 def test_output_format_is_an_enumeration(document: dict[str, Any]) -> None:
     enumeration = document["components"]["schemas"]["output_format"]
     assert enumeration["type"] == "string"
-    assert enumeration["enum"] == ["text", "think_tags", "answer", "json"]
+    assert enumeration["enum"] == ["text", "think_tags", "answer", "json", "grounding", "grounding_image"]
 
 
 def test_output_streams(document: dict[str, Any]) -> None:
