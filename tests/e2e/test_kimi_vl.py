@@ -391,7 +391,7 @@ def test_the_server_keeps_models_where_the_other_commands_do(run, monkeypatch: p
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     seen = []
     monkeypatch.setattr(programs, "run", lambda *_: seen.append(os.environ["KIMI_VL_CACHE"]) or 0)
-    assert run("serve").returncode == 0 and seen == ["/somewhere/kimi-vl"]
+    assert run("serve", "--cog").returncode == 0 and seen == ["/somewhere/kimi-vl"]
 
 
 @pytest.mark.parametrize("name", ["serve", "bench"])
