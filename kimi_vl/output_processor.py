@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from .engine.sampling import Constraint, LogitBias, Logprobs, Sampling
 from .events import Done, Event, FinishReason, MediaUse, TokenLogprob, Usage
+from .text.grammar import Matcher
 from .text.output_text import OutputText
 from .text.thinking import ThinkingBudget
 from .text.tokenizer import Tokenizer
@@ -34,23 +35,24 @@ class TextOutputProcessor:
         media: tuple[MediaUse, ...] = (),
         image_sizes: tuple[tuple[int, int], ...] = (),
         logit_bias: LogitBias | None = None,
+        matcher: Matcher | None = None,
     ):
         self._tokenizer, self._stop_ids = tokenizer, tokenizer.stop_ids
         self.sampling = sampling
-        self._bias = logit_bias
+        self._bias, self._matcher = logit_bias, matcher
         self._sampled: Logprobs | None = None  # those of the token that is taken next
         self._thinking, self._text, self._max_new_tokens, self._usage = thinking, text, max_new_tokens, usage
         self._began, self._first_at = began, None
         self._count = 0
         self._deliver = deliver
         self._media, self._image_sizes = media, image_sizes
-        if thinking.closing:
+        if thinking.forces:
             text.drop_unfinished()
 
     @property
     def text_only(self) -> bool:
-        """Whether only tokens with text may follow: after thinking an answer is never empty."""
-        return self._thinking.closed_by != "none" and not self._text.answer.strip()
+        """Whether only tokens with text may follow: after thinking an answer is never empty, if no grammar says so."""
+        return self._matcher is None and self._thinking.closed_by != "none" and not self._text.answer.strip()
 
     @property
     def logit_bias(self) -> LogitBias | None:
@@ -59,7 +61,7 @@ class TextOutputProcessor:
 
     @property
     def constraint(self) -> Constraint | None:
-        return None
+        return self._matcher if self._answers else None
 
     @property
     def _answers(self) -> bool:
@@ -78,10 +80,17 @@ class TextOutputProcessor:
 
     def take(self, token: int) -> int | None:
         logprobs, self._sampled = self._sampled, None
-        if token in self._stop_ids and self._text.splitter.section == "reasoning":
-            token = self._thinking.close()  # a turn does not end inside the thinking: an answer follows
-            self._text.drop_unfinished()
-            logprobs = None
+        if self._text.splitter.section == "reasoning":
+            if token in self._stop_ids:
+                token = self._thinking.close()  # a turn does not end inside the thinking: an answer follows
+                self._text.drop_unfinished()
+                logprobs = None
+            elif self._matcher is not None and (marker := self._text.end_of_thinking(token)):
+                # a structured answer begins with a token of its own
+                token, *others = self._tokenizer.encode_bytes(marker)
+                self._thinking.force(others)
+        elif self._matcher is not None and self._answers and token not in self._stop_ids:
+            self._matcher.consume(token)
         self._count += 1
         self._first_at = self._first_at or time.monotonic()
         if token in self._stop_ids:
@@ -92,6 +101,8 @@ class TextOutputProcessor:
             self._text.drop_unfinished()
         if self._text.stopped:
             return self._finish("stop_sequence")
+        if self._matcher is not None and self._answers and self._matcher.complete:
+            return self._finish("stop")
         return token if self._count < self._max_new_tokens else self._finish("length")
 
     def _token_logprob(self, token: int, logprobs: Logprobs) -> TokenLogprob:

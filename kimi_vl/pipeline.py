@@ -35,6 +35,7 @@ from .model.config import Config
 from .model.kimi_vl import KimiVL
 from .output_processor import Deliver, TextOutputProcessor
 from .text import chat
+from .text.grammar import Grammar, GrammarCompiler
 from .text.messages import ImagePart, Message, Turn, asks_something, read
 from .text.output_text import OutputText
 from .text.stop_sequences import StopSequences
@@ -105,6 +106,7 @@ class Pipeline:
         self.image_options = image_options
         self.thinks = thinks
         self.engine = Engine(model, tokenizer.num_ranks, options)
+        self._grammars = GrammarCompiler(tokenizer, model.config.text_config.vocab_size)
 
     @property
     def model(self) -> KimiVL:
@@ -127,7 +129,8 @@ class Pipeline:
         ``params`` are ``temperature`` (0.6), ``top_p`` (1.0), ``top_k`` (0), ``max_length_tokens`` (8192),
         ``thinking_budget`` (None), ``stop_sequences`` (()), ``seed`` (None), ``logprobs`` (None, or how many of the
         likeliest tokens the answer's pieces come with beside the sampled ones, at most 20), ``logit_bias`` (None, or
-        token ids to numbers from -100 to 100 that are added to their logits in the answer), those of
+        token ids to numbers from -100 to 100 that are added to their logits in the answer), ``grammar`` (None, or what
+        an answer may look like, of :mod:`kimi_vl.text.grammar`), those of
         :class:`~kimi_vl.attachments.ReadingOptions`, ``deadline`` (seconds, None) and ``interval`` (0.0): for so many
         seconds pieces are joined to one, but for the first; many streams at a time disturb each other less. The request
         is checked at once, by this call: :class:`UserError` says what the caller
@@ -185,6 +188,7 @@ class Pipeline:
         seed: int | None = None,
         logprobs: int | None = None,
         logit_bias: Mapping[int, float] | None = None,
+        grammar: Grammar | None = None,
         deadline: float | None = None,
         interval: float = 0.0,
         videos: Files = (),
@@ -203,6 +207,11 @@ class Pipeline:
             deadline = parameters.number("deadline", deadline, 0)
         interval = parameters.number("interval", interval, 0)
         stops = StopSequences(parameters.texts("stop_sequences", stop_sequences))
+        if grammar is not None:
+            if not isinstance(grammar, Grammar):
+                raise UserError("E_PARAMETER", "grammar must be one that kimi_vl.text.grammar makes; change it.")
+            if stops.any:
+                raise UserError("E_PARAMETER", "stop_sequences would cut a structured answer; leave them out.")
         prompt = self._prompt(
             messages, image_list(images), videos, documents, ReadingOptions(**reading), max_length_tokens
         )
@@ -215,10 +224,17 @@ class Pipeline:
                 f"the prompt takes {len(ids)} tokens of {context}; shorten it or send fewer images.",
             )
         text = OutputText(self.tokenizer, stops, prompt.prefill or "", logprobs is not None)
+        matcher = None
+        if grammar is not None:
+            if text.splitter.section is None and not self.thinks:
+                text.skip_thinking()
+            matcher = self._grammars.matcher(grammar, text.prefilled_answer)
+        section, structured = text.splitter.section, matcher is not None
+        thinking = ThinkingBudget(self.tokenizer, self.thinks, max_new_tokens, thinking_budget, section, structured)
         processor = TextOutputProcessor(
             self.tokenizer,
             sampling,
-            ThinkingBudget(self.tokenizer, self.thinks, max_new_tokens, thinking_budget, text.splitter.section),
+            thinking,
             text,
             max_new_tokens,
             Usage(len(ids), sum(image.tokens for image in patches), 0, 0),
@@ -227,6 +243,7 @@ class Pipeline:
             tuple(use for use in prompt.media if use.kind != "image"),
             prompt.image_sizes,
             bias,
+            matcher,
         )
         return self.engine.submit(
             ids, patches, max_new_tokens, processor, float("inf") if deadline is None else deadline

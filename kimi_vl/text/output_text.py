@@ -7,7 +7,7 @@ import dataclasses
 from ..events import Answer, Event, Reasoning, TokenLogprob
 from .answer_logprobs import AnswerLogprobs
 from .stop_sequences import StopSequences
-from .thinking import Section, ThinkingSplitter
+from .thinking import THINK_CLOSE, Section, ThinkingSplitter
 from .tokenizer import TextStream, Tokenizer
 
 
@@ -22,7 +22,7 @@ class OutputText:
         self._tokenizer = tokenizer
         self._stream = TextStream(tokenizer)
         self.splitter = ThinkingSplitter()
-        self.splitter.prefill(prefill)
+        self.prefilled_answer = self.splitter.prefill(prefill)
         self._stops = stops
         self._logprobs = AnswerLogprobs() if logprobs else None
         self._characters = 0  # of the output
@@ -30,6 +30,16 @@ class OutputText:
         self.reasoning = ""
         self.answer = ""
         self.answer_logprobs: list[TokenLogprob] = []
+
+    def skip_thinking(self) -> None:
+        """All that follows is answer, whatever it looks like."""
+        self.prefilled_answer += self.splitter.skip_thinking()
+
+    def end_of_thinking(self, token: int) -> bytes | None:
+        """The bytes of a token up to the end of the closing marker, where it ends the thinking and goes on after it."""
+        before, own = self.splitter.held.encode() + self._stream.unfinished, self._tokenizer.token_bytes(token)
+        _, marker, after = (before + own).partition(THINK_CLOSE.encode())
+        return own[: len(own) - len(after)] if marker and after and self.splitter.section == "reasoning" else None
 
     @property
     def stopped(self) -> bool:

@@ -28,6 +28,11 @@ class StopSequences:
         self._held = ""
         self.stopped = False
 
+    @property
+    def any(self) -> bool:
+        """Whether there is something to look for."""
+        return bool(self._sequences)
+
     def push(self, text: str) -> str:
         """What may leave after ``text`` came: not a stop sequence, nor what may yet become one."""
         if self.stopped:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,10 @@ MAX_BLOCK_TOKENS = 256
 MIN_COPIES = 4
 MIN_LOOP_TOKENS = 128
 CHECK_EVERY = 16
+
+# What is left of the length for an answer: so many tokens, but at most a quarter of it, half for a structured one.
+RESERVE = 1024
+STRUCTURED_RESERVE = 4096
 
 Section = Literal["reasoning", "answer"]
 
@@ -49,10 +54,25 @@ class ThinkingSplitter:
         self._held = ""
         self._prefilled = 0  # how many of the characters that are held back belong to the assistant prefill
 
-    def prefill(self, text: str) -> None:
-        """Begin after ``text``, which gives no pieces, neither now nor where its end is held back."""
-        self.push(text)
+    def prefill(self, text: str) -> str:
+        """Begin after ``text``, which gives no pieces, neither now nor where its end is held back.
+
+        Returns the part of it that is answer for certain.
+        """
+        pieces = self.push(text)
         self._prefilled = sum(map(len, self._space)) + len(self._held)
+        return "".join(piece for section, piece in pieces if section == "answer")
+
+    def skip_thinking(self) -> str:
+        """All that follows is answer, whatever it looks like; returns what of the prefill was held back."""
+        held = "".join(self._space) + self._held
+        self.section, self._space, self._held, self._prefilled = "answer", [], "", 0
+        return held
+
+    @property
+    def held(self) -> str:
+        """The end of the text that may become a marker."""
+        return self._held
 
     def push(self, text: str) -> list[tuple[Section, str]]:
         """The pieces that ``text`` makes certain, in order; none of them empty."""
@@ -112,11 +132,19 @@ class ThinkingBudget:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, thinks: bool, max_new_tokens: int, budget: int | None, section: Section | None
+        self,
+        tokenizer: Tokenizer,
+        thinks: bool,
+        max_new_tokens: int,
+        budget: int | None,
+        section: Section | None,
+        structured: bool = False,
     ):
         """``thinks`` is whether the model begins with thinking; ``section`` is where an assistant prefill ends.
 
         ``budget`` None is as much of ``max_new_tokens`` as leaves tokens for an answer, which also bounds any other.
+        A ``structured`` answer must be whole to be of use: more is left for it, and a model that thinks is made to
+        begin with the opening marker, so that it is known where the answer begins.
         """
         self._opener, self._closer = tokenizer.encode(THINK_OPEN), tokenizer.encode(THINK_CLOSE)
         self.thinks = thinks
@@ -126,10 +154,22 @@ class ThinkingBudget:
         self._repetition = RepetitionDetector()
         self.closed_by: ClosedBy = "none"
         self.reasoning_tokens = 0
-        longest = max(0, max_new_tokens - min(1024, max_new_tokens // 4) - len(self._closer))
+        reserve = min(STRUCTURED_RESERVE, max_new_tokens // 2) if structured else min(RESERVE, max_new_tokens // 4)
+        longest = max(0, max_new_tokens - reserve - len(self._closer))
         self._budget = longest if budget is None else min(budget, longest)
         if thinks and budget == 0 and section != "answer":
             self._forced, self.closing = self._closing_tokens(section), True
+        elif thinks and structured and section is None:
+            self._forced = self._opener.copy()
+
+    @property
+    def forces(self) -> bool:
+        """Whether the next token is not to be sampled."""
+        return bool(self._forced)
+
+    def force(self, tokens: Sequence[int]) -> None:
+        """Put ``tokens`` in the place of sampled ones."""
+        self._forced = list(tokens)
 
     def forced(self) -> int | None:
         """The next token where it is not to be sampled."""

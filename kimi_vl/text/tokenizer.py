@@ -120,6 +120,13 @@ class Tokenizer:
     def _encode_special(self, text: str) -> list[int]:
         return [i for piece in _pieces(text) for i in self._encoding.encode(piece, allowed_special="all")]
 
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Ids whose bytes joined are ``data``, which need not be UTF-8."""
+        try:
+            return self.encode(data.decode())
+        except UnicodeDecodeError:
+            return [self._encoding.encode_single_token(bytes([value])) for value in data]
+
     def token_bytes(self, index: int) -> bytes:
         """The bytes of one id; special tokens give their name."""
         if not 0 <= index < self.size:
@@ -150,6 +157,11 @@ class TextStream:
         if self._tokenizer.is_special(index):
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(index))
+
+    @property
+    def unfinished(self) -> bytes:
+        """The beginning of a character that is held back."""
+        return self._decoder.getstate()[0]
 
     def drop_unfinished(self) -> None:
         """Forget the beginning of a character that is held back."""
