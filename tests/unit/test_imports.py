@@ -51,9 +51,11 @@ ALLOWED = {
     "__init__": {"errors", "events", "hf", "pipeline", "text"},
     "cog_streaming": set(),
     "serving": {"__init__", "engine", "errors", "event_loop", "events", "media", "parameters", "pipeline", "text"},
+    "batch": {"__init__", "errors", "events", "pipeline", "serving", "text"},
     "cli": {
         "annotate",
         "__init__",
+        "batch",
         "device",
         "engine",
         "errors",
