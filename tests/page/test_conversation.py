@@ -105,6 +105,17 @@ def test_stop_keeps_what_has_come_and_closes_the_connection(page: Page, server: 
     ]
 
 
+def test_an_answer_that_never_began_is_not_sent_back(page: Page, server: ScriptedServer) -> None:
+    server.scripts.append([Thinking("only thinking"), Pause(threading.Event())])
+    ask(page, "one")
+    expect(said(page, "only thinking")).to_be_visible()
+    page.get_by_role("button", name="Stop").click()
+    expect(said(page, "Stopped.")).to_be_visible()
+    ask(page, "two")
+    is_done(page)
+    assert [message["content"] for message in server.seen[-1].body["messages"]] == ["one", "two"]
+
+
 def test_an_earlier_message_is_edited_and_what_follows_is_dropped(page: Page, server: ScriptedServer) -> None:
     server.scripts += [[Answer("A1")], [Answer("A2")], [Answer("A3")]]
     for text in ("one", "two"):

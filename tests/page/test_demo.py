@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import BrowserContext, Page, expect
 
+from kimi_vl import __version__
 from tests.serving.conftest import ServerProcess
 
 from .conftest import Noise
@@ -43,6 +44,7 @@ def enter_key(page: Page) -> None:
 def test_a_picture_is_read_and_its_thinking_is_folded(page: Page, demo: ServerProcess) -> None:
     enter_key(page)
     page.get_by_role("button", name="Settings").click()
+    expect(page.get_by_role("dialog")).to_contain_text(f"Version {__version__}, context of 8,192 tokens")
     page.get_by_label("Temperature").fill("0")
     page.keyboard.press("Escape")
     page.locator("#files").set_input_files(PICTURE)

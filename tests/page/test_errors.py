@@ -36,6 +36,7 @@ def test_a_refusal_is_told_and_nothing_is_lost(page: Page, server: ScriptedServe
         expect(page.locator("#text")).to_have_value(f"Question before: {title}")
         page.keyboard.press("Escape")
         alert.get_by_role("button", name="Try again").click()
+        expect(page.locator("#text")).to_be_focused()
         is_done(page)
         expect(last_answer(page)).to_contain_text("Here it is.")
         expect(alert).to_have_count(0)
@@ -125,6 +126,16 @@ def test_the_waiting_for_a_busy_server_can_be_ended(page: Page, server: Scripted
     page.clock.run_for(60_000)
     assert len(server.seen) == 2
     expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
+
+
+def test_another_message_ends_the_waiting_for_a_busy_server(page: Page, server: ScriptedServer) -> None:
+    server.scripts.append(Refusal(429, "overloaded", "busy.", {"Retry-After": "30"}))
+    ask(page, "one")
+    expect(said(page, "Trying again in")).to_be_visible()
+    ask(page, "two")
+    expect(last_answer(page)).to_contain_text("Here it is.")
+    expect(said(page, "Trying again in")).to_have_count(0)
+    assert [message["content"] for message in server.seen[-1].body["messages"]] == ["one", "two"]
 
 
 def test_a_key_is_asked_for_kept_for_the_tab_and_sent(page: Page, server: ScriptedServer) -> None:

@@ -93,6 +93,12 @@ def test_no_script_reads_text_as_markup_or_names_another_host(script) -> None:
     assert len(script.read_text().splitlines()) <= 450
 
 
+def test_every_module_is_fetched_at_once_and_not_one_after_the_other() -> None:
+    document = (page.FOLDER / "index.html").read_text()
+    preloaded = re.findall(r'<link rel="modulepreload" href="page/([\w.]+)">', document)
+    assert sorted(preloaded) == [path.name for path in SCRIPTS if path.name not in ("page.js", "theme.js")]
+
+
 def test_every_script_and_style_is_named_by_another_file() -> None:
     texts = {path.name: path.read_text() for path in page.FOLDER.iterdir() if path.suffix in page.TYPES}
     for name in texts.keys() - {"index.html"}:

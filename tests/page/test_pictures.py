@@ -131,6 +131,10 @@ def test_a_picture_is_what_it_holds_not_what_it_is_called(page: Page, server: Sc
         "data:image/tiff",
     ]
     assert sent_images(server) == [buffer.getvalue(), tiff.getvalue()]
+    # An address of a file that a browser takes for a document would be one of this page's origin.
+    kept = """async (bytes) => (await (await import("/page/pictures.js")).read(
+        new File([Uint8Array.from(bytes)], "page.html", { type: "text/html" }))).blob.type"""
+    assert page.evaluate(kept, list(buffer.getvalue())) == "image/jpeg"
 
 
 def test_a_file_that_is_too_large_can_be_made_smaller(page: Page, server: ScriptedServer) -> None:

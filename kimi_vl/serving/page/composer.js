@@ -27,6 +27,11 @@ export class Composer {
     return this.#reading > 0;
   }
 
+  /** Bring the cursor into the box, but where that would open a keyboard on the screen. */
+  focus() {
+    if (!matchMedia("(hover: none)").matches) this.text.focus();
+  }
+
   set(text, pictures) {
     this.text.value = text;
     this.pictures = [...pictures];
@@ -87,7 +92,7 @@ export class Composer {
     }
     if (problems.length === 1) this.notice(...problems[0]);
     else if (problems.length) this.notice(problems.map(([text]) => text).join(" "));
-    this.text.focus();
+    this.focus();
   }
 
   #add(added) {
@@ -99,7 +104,7 @@ export class Composer {
   async #addSmaller(large) {
     this.notice("");
     this.#add(await picture.smaller(large));
-    this.text.focus();
+    this.focus();
   }
 
   async #makeSmaller(old) {

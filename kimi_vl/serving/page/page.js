@@ -54,7 +54,11 @@ function checkedSettings() {
 }
 
 function send() {
-  if (running || composer.isReading || composer.isEmpty) return;
+  if (composer.isReading || composer.isEmpty) return;
+  if (running?.controller) {
+    announce("An answer is still coming");
+    return;
+  }
   const bytes = composer.pictures.reduce((sum, picture) => sum + (picture.blob.size * 4) / 3, 0);
   if (bytes > LIMITS.body) {
     composer.notice("The pictures are too large together. Take one out or make some smaller.");
@@ -83,7 +87,9 @@ async function ask(exchange, waits = 0) {
   exchange.settings = settings;
   exchange.controller = controller;
   running = { controller };
+  const hasFocus = exchange.node.contains(document.activeElement);
   const restoreFormer = exchange.begin(settings.schema !== null);
+  if (hasFocus) composer.focus(); // the button that was pressed is gone
   showRunning();
   follow(true);
   announce("Waiting for the answer");
@@ -186,7 +192,7 @@ function showRunning() {
   const focused = document.activeElement;
   byId("stop").hidden = !running;
   byId("send").hidden = Boolean(running);
-  if (focused === byId("stop") || focused === byId("send")) composer.text.focus();
+  if (focused === byId("stop") || focused === byId("send")) composer.focus();
   document.body.classList.toggle("running", Boolean(running));
 }
 
@@ -225,7 +231,7 @@ function newChat() {
   byId("conversation").replaceChildren();
   byId("welcome").hidden = false;
   composer.notice("");
-  composer.text.focus();
+  composer.focus();
   showLatest();
 }
 
@@ -239,7 +245,7 @@ function prepareKeys() {
     if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
     if (running) stop();
     else if (edited) byId("leave-editing").click();
-    composer.text.focus();
+    composer.focus();
   });
 }
 
@@ -300,7 +306,7 @@ byId("latest").addEventListener("click", () => follow(true));
 byId("leave-editing").addEventListener("click", () => {
   leaveEditing();
   composer.take();
-  composer.text.focus();
+  composer.focus();
 });
 byId("thinking").addEventListener("click", ({ currentTarget }) => {
   const thinks = currentTarget.getAttribute("aria-pressed") !== "true";
