@@ -26,6 +26,7 @@ from kimi_vl.cog_streaming import Streams, on_cancel
 from kimi_vl.errors import UserError
 from kimi_vl.events import Answer, Done, Event, Reasoning
 from kimi_vl.media import data_url, kinds
+from kimi_vl.text import grammar
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -112,6 +113,10 @@ class Inputs:
     pages = Input(
         default="", description="The pages of the document, as in 1-3,7. Empty is all of them, which may be 120."
     )
+    json_schema = Input(
+        default="",
+        description="A JSON schema, as text, that the answer fits; the thinking before it is free. Empty is none.",
+    )
     max_tokens = Input(default=None, description="Another name of max_length_tokens.", deprecated=True)
     max_new_tokens = Input(default=None, description="Another name of max_length_tokens.", deprecated=True)
 
@@ -150,6 +155,7 @@ class Predictor(BasePredictor):
         start: float = Inputs.start,
         end: float | None = Inputs.end,
         pages: str = Inputs.pages,
+        json_schema: str = Inputs.json_schema,
         max_tokens: int | None = Inputs.max_tokens,
         max_new_tokens: int | None = Inputs.max_new_tokens,
     ) -> ConcatenateIterator[str]:  # pyright: ignore[reportInvalidTypeForm]
@@ -198,6 +204,7 @@ class ConcurrentPredictor(BasePredictor):
         start: float = Inputs.start,
         end: float | None = Inputs.end,
         pages: str = Inputs.pages,
+        json_schema: str = Inputs.json_schema,
         max_tokens: int | None = Inputs.max_tokens,
         max_new_tokens: int | None = Inputs.max_new_tokens,
     ) -> ConcatenateIterator[str]:  # pyright: ignore[reportInvalidTypeForm]
@@ -244,6 +251,7 @@ def answer(predictor: Predictor | ConcurrentPredictor, inputs: dict[str, Any]) -
             chat_images,
             videos=videos,
             documents=documents,
+            grammar=grammar.json_schema(inputs["json_schema"]) if inputs["json_schema"] else None,
             **{name: inputs[name] for name in ("fps", "max_frames", "start", "end", "pages")},
             temperature=inputs["temperature"],
             top_p=inputs["top_p"],

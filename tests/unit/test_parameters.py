@@ -74,6 +74,7 @@ def ask(demo: Pipeline, request: pytest.FixtureRequest) -> Any:
         "images": [], "system_prompt": "", "messages": [], "thinking_budget": None, "top_k": 0, "stop_sequences": "",
         "seed": 3, "output_format": "json", "max_tokens": None, "max_new_tokens": None,
         "video": None, "document": None, "fps": 1.0, "max_frames": 64, "start": 0.0, "end": None, "pages": "",
+        "json_schema": "",
     }  # fmt: skip
 
     def by_python(**given: Any) -> int:

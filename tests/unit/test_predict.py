@@ -20,6 +20,7 @@ from cog_local import schema
 from kimi_vl.errors import UserError
 from kimi_vl.events import Answer, Done, Reasoning, Usage
 from kimi_vl.media import data_url
+from kimi_vl.text import grammar
 
 PNG = b"\x89PNG not really"
 DATA_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
@@ -44,6 +45,7 @@ DEFAULTS: dict[str, Any] = {
     "start": 0.0,
     "end": None,
     "pages": "",
+    "json_schema": "",
     "max_tokens": None,
     "max_new_tokens": None,
 }
@@ -310,6 +312,12 @@ def test_a_video_or_document_that_cog_did_not_fetch_is_refused(name: str, source
     assert message.startswith(f"E_{name.upper()}_SOURCE: ") and "hostname" not in message
 
 
+def test_a_json_schema_is_a_grammar() -> None:
+    schema = '{"type": "object", "properties": {"result": {"type": "integer"}}}'
+    assert parameters(json_schema=schema)["grammar"] == grammar.json_schema(json.loads(schema))
+    assert refusal(prompt="hi", json_schema='{"type": ').startswith("E_GRAMMAR: json_schema is not JSON")
+
+
 # Messages
 
 
@@ -367,6 +375,7 @@ def test_parameters_reach_the_pipeline() -> None:
         "start": 0.0,
         "end": None,
         "pages": "",
+        "grammar": None,
     }
     given = parameters(temperature=1, top_p=0, top_k=5, thinking_budget=0, seed=0, stop_sequences="END")
     assert (given["temperature"], given["top_p"], given["top_k"]) == (1.0, 0.0, 5)

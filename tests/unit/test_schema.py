@@ -35,6 +35,7 @@ PROMISED: list[tuple[str, dict[str, Any]]] = [
     ("start", {"type": "number", "default": 0.0, "minimum": 0}),
     ("end", {"type": "number", **NONE, "minimum": 0}),
     ("pages", {"type": "string", "default": ""}),
+    ("json_schema", {"type": "string", "default": ""}),
     ("max_tokens", {"type": "integer", **NONE, "deprecated": True}),
     ("max_new_tokens", {"type": "integer", **NONE, "deprecated": True}),
 ]
