@@ -18,8 +18,8 @@ kimi_vl_browser() {
   # Another run may fetch it at the same time: each has a folder of its own, and the last step is one renaming.
   part="$(mktemp -d "$kimi_vl_root/.chromium-part-XXXXXX")" || return 1
   if _kimi_vl_fetch_browser "$part" > "$part/log" 2>&1; then
-    rm -rf "$folder"
-    mv "$part" "$folder" 2> /dev/null || [ -e "$folder/.done" ]
+    [ -e "$folder/.done" ] || rm -rf "$folder"
+    mv -T "$part" "$folder" 2> /dev/null || { rm -rf "$part"; [ -e "$folder/.done" ]; }
   else
     echo "set-up: Chromium could not be fetched; the tests of the page are skipped" >&2
     tail -n 3 "$part/log" >&2

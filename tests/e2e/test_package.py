@@ -58,6 +58,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     ours = {f"kimi_vl/{path.relative_to(ROOT / 'kimi_vl')}" for path in (ROOT / "kimi_vl").rglob("*.py")}
     assert ours <= names
     assert {"kimi_vl/py.typed", "kimi_vl/demo/model.safetensors", "kimi_vl/_project/predict.py"} <= names
+    assert {"kimi_vl/serving/page/index.html", "kimi_vl/serving/page/page.js"} <= names
     assert not [name for name in names if re.search(r"__pycache__|\.pyc$|^tests|model_cache|/\.c", name)]
     version = re.search(r'__version__ = "(.*)"', (ROOT / "kimi_vl" / "__init__.py").read_text())
     assert version and wheel.name.startswith(f"kimi_vl-{version[1]}-")

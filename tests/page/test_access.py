@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import pytest
 from playwright.sync_api import Page, expect
 
 from .conftest import png
@@ -188,22 +187,25 @@ CONTRAST = """() => {
 }"""
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_texts_stand_out_from_their_ground(page: Page, server: ScriptedServer, scheme) -> None:
-    page.emulate_media(color_scheme=scheme)
-    assert page.evaluate(CONTRAST)[0] >= 4.5
+def test_texts_stand_out_from_their_ground(page: Page, server: ScriptedServer) -> None:
+    def worst() -> dict[float, str]:
+        """The texts of the lowest contrast, in both schemes."""
+        page.emulate_media(color_scheme="light")
+        light = page.evaluate(CONTRAST)
+        page.emulate_media(color_scheme="dark")
+        return dict([light, page.evaluate(CONTRAST)])
+
+    assert min(found := worst()) >= 4.5, found
     full(page, server)
     page.locator("summary").first.click()
     page.get_by_role("button", name="Edit and send again").last.click()
     page.evaluate("document.querySelectorAll('.dropped').forEach((node) => node.classList.remove('dropped'))")
-    ratio, text = page.evaluate(CONTRAST)
-    assert ratio >= 4.5, text
+    assert min(found := worst()) >= 4.5, found
     page.get_by_role("button", name="Settings").click()
     page.locator("#temperature").fill("9")
-    ratio, text = page.evaluate(CONTRAST)
-    assert ratio >= 4.5, text
+    assert min(found := worst()) >= 4.5, found
     page.evaluate("document.getElementById('about').style.color = getComputedStyle(document.body).backgroundColor")
-    assert page.evaluate(CONTRAST)[0] < 1.5
+    assert min(worst()) < 1.5
 
 
 GROUND = "getComputedStyle(document.documentElement).backgroundColor"
@@ -225,25 +227,32 @@ def test_dark_and_light_are_the_systems_unless_chosen(page: Page, server: Script
     assert seen == [("Colours: light", light), ("Colours: dark", dark), ("Colours: as the system", dark)]
 
 
-@pytest.mark.parametrize("width", [320, 360])
-def test_a_phone_needs_no_scrolling_sideways(page: Page, server: ScriptedServer, width: int) -> None:
-    page.set_viewport_size({"width": width, "height": 640})
-    scrolls = "document.documentElement.scrollWidth > innerWidth || document.body.scrollWidth > innerWidth"
-    assert not page.evaluate(scrolls)
+SCROLLS_SIDEWAYS = "document.documentElement.scrollWidth > innerWidth || document.body.scrollWidth > innerWidth"
+OUTSIDE = """() => [...document.querySelectorAll("main *, footer *, header *")].filter((node) => {
+    const box = node.getBoundingClientRect();
+    return box.width && (box.right > innerWidth + 1 || box.left < -1) && !node.closest("pre, .table, .unseen");
+}).map((node) => node.outerHTML.slice(0, 80))"""
+# What a finger hits: 24 pixels at least, but for links in a sentence.
+SMALL = """() => [...document.querySelectorAll("button, summary")].filter((node) => {
+    const box = node.getBoundingClientRect();
+    return node.checkVisibility() && !node.matches(".link") && Math.min(box.width, box.height) < 24;
+}).map((node) => node.outerHTML.slice(0, 80))"""
+
+
+def test_a_phone_needs_no_scrolling_sideways(page: Page, server: ScriptedServer) -> None:
+    page.set_viewport_size({"width": 360, "height": 640})
+    assert not page.evaluate(SCROLLS_SIDEWAYS)
     full(page, server)
-    assert not page.evaluate(scrolls)
-    outside = """(width) => [...document.querySelectorAll("main *, footer *, header *")].filter((node) => {
-        const box = node.getBoundingClientRect();
-        return box.width && (box.right > width + 1 || box.left < -1) && !node.closest("pre, .table, .unseen");
-    }).map((node) => node.outerHTML.slice(0, 80))"""
-    assert page.evaluate(outside, width) == []
-    for button in page.locator("button:visible, summary:visible").all():
-        box = button.bounding_box()
-        assert box and (button.evaluate("(node) => node.matches('.link')") or min(box["width"], box["height"]) >= 24)
-    for control in ("Send", "Add pictures"):
-        expect(page.get_by_role("button", name=control, exact=True)).to_be_in_viewport()
-    page.get_by_role("button", name="Settings").click()
-    settings = page.get_by_role("dialog", name="Settings")
-    assert settings.evaluate("(node) => node.scrollWidth <= node.clientWidth")
-    box = settings.bounding_box()
-    assert box and box["x"] >= 0 and box["width"] <= width
+    for width in (360, 320):
+        page.set_viewport_size({"width": width, "height": 640})
+        assert not page.evaluate(SCROLLS_SIDEWAYS)
+        assert page.evaluate(OUTSIDE) == []
+        assert page.evaluate(SMALL) == []
+        for control in ("Send", "Add pictures"):
+            expect(page.get_by_role("button", name=control, exact=True)).to_be_in_viewport()
+        page.get_by_role("button", name="Settings").click()
+        settings = page.get_by_role("dialog", name="Settings")
+        assert settings.evaluate("(node) => node.scrollWidth <= node.clientWidth")
+        box = settings.bounding_box()
+        assert box and box["x"] >= 0 and box["width"] <= width
+        page.keyboard.press("Escape")

@@ -6,7 +6,7 @@ const SIZE = { width: 448, height: 336 };
 /** Buttons; each calls `choose` with a text and files. */
 export function ideas(choose) {
   const all = [
-    ["Read a sum from a picture", "What is the result?", drawSum, "sum.png"],
+    ["Read a sum", "What is the result?", drawSum, "sum.png"],
     ["Describe some shapes", "Describe this image in detail.", drawShapes, "shapes.png"],
     ["Ask without a picture", "What is a mixture of experts?", null, ""],
   ];

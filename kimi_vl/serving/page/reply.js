@@ -150,7 +150,7 @@ export class Reply {
     foot.append(button("Answer again", icon("again"), again));
     foot.append(button("Copy this request for curl", "curl", (node) => copied(node, curl())));
     foot.append(button("Copy this request for Python", "Python", (node) => copied(node, python())));
-    if (figures) foot.append(element("p", { className: "figures" }, figures));
+    if (figures) foot.append(element("p", { className: "figures", title: figures }, figures));
     this.below.append(foot);
   }
 }
