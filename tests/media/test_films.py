@@ -11,6 +11,7 @@ import io
 import math
 import struct
 
+import av
 import pytest
 
 from kimi_vl.errors import UserError
@@ -119,6 +120,19 @@ def test_damage_costs_the_frames_that_it_hits(name: str, options: ImageOptions) 
         pictures = dict(video.read(video.sizes(video.wanted, 1.0, options)))
         times = video.taken(video.wanted)
     assert [number_of(pictures[at]) for at in range(3)] == [film.shown(time) for time in times[:3]]
+
+
+def test_a_damaged_frame_is_left_out_and_none_stands_for_it(options: ImageOptions) -> None:
+    film = Film(container="matroska", encoding={"g": "1", "bf": "0"})
+    data = film.made()
+    with av.open(io.BytesIO(data)) as container:
+        packets = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    for packet in packets[40:60]:
+        at = data.index(packet)
+        data = data[:at] + bytes(len(packet)) + data[at + len(packet) :]
+    times, numbers = frames(data, VideoOptions(fps=5), options)
+    assert numbers == [0, 6, 12, 18, 24, 30, 36, 60, 66, 72, 78, 84]
+    assert times == pytest.approx([number / 30 for number in numbers])
 
 
 def test_small_pictures_of_many_frames(options: ImageOptions) -> None:
