@@ -126,6 +126,7 @@ class _Answer:
             service.fingerprint,
             request.reasoning,
             service.options.reasoning_field,
+            request.grounding,
         )
         self._n = request.n
         generation = Generation(

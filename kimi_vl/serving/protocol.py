@@ -44,7 +44,7 @@ READ = frozenset(
     | {"reasoning_effort", "thinking", "reasoning", "chat_template_kwargs", "enable_thinking", "include_reasoning"}
     | {"separate_reasoning", "response_format", "structured_outputs", "logprobs", "top_logprobs", "logit_bias"}
     | {"tools", "tool_choice", "functions", "function_call", "modalities", "continue_final_message"}
-    | {"media_io_kwargs", *LENGTH_NAMES, *BUDGET_NAMES, *NEUTRAL}
+    | {"media_io_kwargs", "kimi_vl", *LENGTH_NAMES, *BUDGET_NAMES, *NEUTRAL}
 )
 
 ReasoningForm = Literal["separate", "inline", "omitted"]
@@ -63,7 +63,8 @@ class ChatRequest:
     """A chat completion: ``params`` are keyword arguments of :meth:`kimi_vl.pipeline.Pipeline.submit`.
 
     ``reasoning`` says where the thinking goes: to a field of its own, between its markers into the content, or nowhere.
-    ``unknown`` are the keys of the body that were ignored because nobody knows them.
+    ``grounding`` asks for the places that the answer names. ``unknown`` are the keys of the body that were ignored
+    because nobody knows them.
     """
 
     model: str | None
@@ -74,6 +75,7 @@ class ChatRequest:
     stream: bool = False
     include_usage: bool = False
     reasoning: ReasoningForm = "separate"
+    grounding: bool = False
     unknown: tuple[str, ...] = field(default=(), compare=False)
 
     def params_of(self, choice: int) -> dict[str, Any]:
@@ -88,6 +90,7 @@ def read_chat(body: Any, rules: Rules = Rules()) -> ChatRequest:
     _refuse_unsupported(fields, rules)
     stream = bool(fields.boolean("stream"))
     options = fields.object("stream_options")
+    own = fields.object("kimi_vl")
     seed = fields.integer("seed")
     params: dict[str, Any] = {
         "temperature": fields.number("temperature", 0, 2),
@@ -109,6 +112,7 @@ def read_chat(body: Any, rules: Rules = Rules()) -> ChatRequest:
         stream=stream,
         include_usage=bool(options and options.boolean("include_usage")),
         reasoning=_reasoning_form(fields),
+        grounding=bool(own and own.boolean("grounding")),
         unknown=tuple(sorted(fields.values.keys() - READ - IGNORED - UNSUPPORTED)),
     )
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..events import Answer, Done, Event, Reasoning, TokenLogprob
+from ..text.grounding import grounding
 from ..text.thinking import THINK_CLOSE, THINK_OPEN
 from .errors import ApiError
 from .protocol import ReasoningForm
@@ -27,7 +28,7 @@ LEAST_LOGPROB = -9999.0
 class Head:
     """What every object of one answer says: ``model`` is the served name, ``created`` in seconds since 1970.
 
-    ``reasoning_field`` is the name under which thinking is sent.
+    ``reasoning_field`` is the name under which thinking is sent, ``grounding`` adds the places that an answer names.
     """
 
     id: str
@@ -36,6 +37,7 @@ class Head:
     fingerprint: str
     reasoning: ReasoningForm = "separate"
     reasoning_field: str = "reasoning_content"
+    grounding: bool = False
 
     def fields(self, kind: str) -> dict[str, Any]:
         return {
@@ -67,7 +69,7 @@ def _choice(head: Head, index: int, done: Done) -> dict[str, Any]:
         "message": message,
         "logprobs": logprobs(done.logprobs),
         "finish_reason": finish_reason(done),
-        "kimi_vl": details(done),
+        "kimi_vl": details(done, head.grounding),
     }
 
 
@@ -76,7 +78,7 @@ def finish_reason(done: Done) -> str:
     return "length" if done.finish_reason == "length" else "stop"
 
 
-def details(done: Done) -> dict[str, Any]:
+def details(done: Done, grounded: bool = False) -> dict[str, Any]:
     """What else is known of an answer; OpenAI's clients keep such a field."""
     found: dict[str, Any] = {
         "seed": done.seed,
@@ -85,6 +87,8 @@ def details(done: Done) -> dict[str, Any]:
     }
     if done.media:
         found["media"] = [dataclasses.asdict(use) for use in done.media]
+    if grounded and done.image_sizes:
+        found["grounding"] = grounding(done.answer, done.image_sizes).to_dict()
     return found
 
 
@@ -180,7 +184,7 @@ class Chunks:
     def _finish(self, index: int, done: Done) -> str:
         closing = self._closed(index)
         before = self._chunk(index, f'"content": {json.dumps(closing)}') if closing else ""
-        finish = f'"{finish_reason(done)}", "kimi_vl": {json.dumps(details(done))}'
+        finish = f'"{finish_reason(done)}", "kimi_vl": {json.dumps(details(done, self._head.grounding))}'
         return before + self._chunk(index, "", finish)
 
     def _closed(self, index: int) -> str:

@@ -23,7 +23,7 @@ Point = tuple[float, float]
 Box = tuple[float, float, float, float]
 
 MAX_FINDINGS = 1_000
-MAX_CHARACTERS = 200_000
+MAX_CHARACTERS = 100_000
 """Of an answer, from its beginning; the rest is not read."""
 MAX_LABEL = 500
 

@@ -416,3 +416,10 @@ def test_a_body_is_an_object(body: Any):
 
 def test_no_field_is_of_two_kinds():
     assert not (READ & IGNORED or READ & UNSUPPORTED or IGNORED & UNSUPPORTED)
+
+
+def test_places_are_asked_for_in_a_field_of_our_own():
+    assert read(kimi_vl={"grounding": True}).grounding
+    assert not any(read(kimi_vl=value).grounding for value in (None, {}, {"grounding": False}, {"grounding": None}))
+    assert refused(kimi_vl={"grounding": "yes"})[0] == "kimi_vl.grounding"
+    assert refused(kimi_vl=[True])[0] == "kimi_vl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -139,3 +140,15 @@ def test_an_error_in_a_stream():
     expected = {"message": "say it right.", "type": "invalid_request_error", "param": "a.b", "code": "e_parameter"}
     assert event == {"error": expected}
     assert ApiError(500, "x").object() == json.loads(ApiError(500, "x").body())
+
+
+def test_places_are_found_when_they_are_asked_for():
+    answer = '{"bbox_2d": [0.1, 0.2, 0.5, 0.5], "label": "dog"}'
+    end = done(answer=answer, image_sizes=((100, 50),))
+    asked = dataclasses.replace(head(), grounding=True)
+    whole = completion(asked, [end])["choices"][0]["kimi_vl"]["grounding"]
+    streamed = parsed(Chunks(asked, include_usage=False).events([(0, Answer(answer)), (0, end)]))
+    assert streamed[-1]["choices"][0]["kimi_vl"]["grounding"] == whole
+    assert whole["unit"] == "relative" and whole["findings"][0]["box"] == [10.0, 10.0, 50.0, 25.0]
+    assert "grounding" not in completion(head(), [end])["choices"][0]["kimi_vl"]
+    assert "grounding" not in completion(asked, [done(answer=answer)])["choices"][0]["kimi_vl"], "no picture was sent"
