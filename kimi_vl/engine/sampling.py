@@ -200,7 +200,7 @@ def _change(logits: Tensor, biases: Sequence[LogitBias | None], masks: Sequence[
             addends = torch.from_numpy(_ADDENDS).to(logits.device)[torch.from_numpy(octets).to(logits.device).int()]
         else:
             addends = torch.from_numpy(_ADDENDS.take(octets, axis=0))  # (N, V / 8, 8)
-        logits[masked] += addends.flatten(1)[:, : logits.shape[-1]]
+        logits.index_add_(0, torch.tensor(masked, device=logits.device), addends.flatten(1)[:, : logits.shape[-1]])
 
 
 _ADDENDS = np.where(np.arange(256)[:, None] >> np.arange(8) & 1, np.float32(0), np.float32("-inf"))

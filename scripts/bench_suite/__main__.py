@@ -10,6 +10,7 @@ import sys
 # Each is a module of this package and a function in it, `(arguments: list[str]) -> int`; imported only when called.
 COMMANDS = {
     "cog": ("cog", "main", "the concurrent predictor through Cog, beside its engine by plain threads"),
+    "grammar": ("grammar", "main", "microseconds of a grammar's mask, at the size of the published vocabulary"),
     "launches": ("launches", "main", "launches, waits and bytes of a decode step, counted on an imitated GPU"),
     "load": ("load", "main", "seconds from a checkpoint in the page cache to a model, against transformers"),
     "latency": ("traffic", "latency", "first token and tokens a second of one request, by context length"),
