@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 from playwright.sync_api import BrowserContext, Page, expect
 
 from kimi_vl import __version__
-from tests.serving.conftest import ServerProcess
+from tests.e2e.scripted import make_thinker
+from tests.serving.conftest import ServerThread, until
 
 from .conftest import Noise
 from .reading import ask, is_done, last_answer
@@ -19,13 +21,13 @@ KEY = "a-key-of-the-tests"
 
 
 @pytest.fixture(scope="module")
-def demo() -> Iterator[ServerProcess]:
-    with ServerProcess(environment={"KIMI_VL_API_KEYS": KEY}) as running:
+def demo() -> Iterator[ServerThread]:
+    with ServerThread(api_keys=(KEY,)) as running:
         yield running
 
 
 @pytest.fixture
-def page(context: BrowserContext, demo: ServerProcess, noise: Noise) -> Iterator[Page]:
+def page(context: BrowserContext, demo: ServerThread, noise: Noise) -> Iterator[Page]:
     page = context.new_page()
     noise.listen(page)
     page.goto(demo.url)
@@ -41,7 +43,7 @@ def enter_key(page: Page) -> None:
     expect(page.locator("#model-name")).to_have_text("kimi-vl-demo")
 
 
-def test_a_picture_is_read_and_its_thinking_is_folded(page: Page, demo: ServerProcess) -> None:
+def test_a_picture_is_read_and_its_thinking_is_folded(page: Page, demo: ServerThread) -> None:
     enter_key(page)
     page.get_by_role("button", name="Settings").click()
     expect(page.get_by_role("dialog")).to_contain_text(f"Version {__version__}, context of 8,192 tokens")
@@ -64,3 +66,16 @@ def test_a_picture_is_read_and_its_thinking_is_folded(page: Page, demo: ServerPr
     ask(page, "What is 12 + 30?")
     is_done(page)
     expect(last_answer(page).locator("details")).to_be_hidden()
+
+
+def test_stop_frees_the_server(context: BrowserContext, tmp_path: Path) -> None:
+    with ServerThread(make_thinker(tmp_path)) as endless:
+        page = context.new_page()
+        page.goto(endless.url)
+        ask(page, "Go on")
+        expect(last_answer(page).locator(".thought")).to_have_text(re.compile(r"\S"))
+        assert not endless.idle()
+        page.get_by_role("button", name="Stop").click()
+        expect(last_answer(page)).to_contain_text("Stopped.")
+        until(endless.idle)
+        page.close()
