@@ -3,6 +3,8 @@
 #   kimi_vl_environment run|dev               sets KIMI_VL_PYTHON; silent unless something has to be installed
 #   kimi_vl_transformers oldest|newest        after `dev`: prints the Python of an environment over .venv, with the
 #                                             oldest or newest transformers that pyproject.toml allows
+#   kimi_vl_clients                           the same with clients of OpenAI's API
+#   kimi_vl_lmms_eval                         the same with lmms-eval
 #
 # What was installed is remembered as the text of these two, in .venv itself. A mark stands there while it is
 # being made; where it is found later, that installation was cut off, and the environment is made from nothing.
@@ -83,10 +85,11 @@ _kimi_vl_install() {
   echo "set-up: done" >&2
 }
 
-# The environment has only what differs from .venv, whose packages it finds after its own: torch is never installed
-# anew, and no other package moves further than that transformers needs.
+# Environments over .venv have only what differs from it, whose packages they find after their own: torch is never
+# installed anew, and no other package moves further than what is wanted needs. Each prints its Python.
+
 kimi_vl_transformers() {
-  local over="$kimi_vl_root/.venv-$1" allowed wanted base
+  local allowed wanted
   allowed="$("$KIMI_VL_PYTHON" -c 'import sys, tomllib
 dependencies = tomllib.load(open(sys.argv[1], "rb"))["project"]["dependencies"]
 print(next(text for text in dependencies if text.startswith("transformers")))' "$kimi_vl_root/pyproject.toml")" || return 1
@@ -95,19 +98,52 @@ print(next(text for text in dependencies if text.startswith("transformers")))' "
     newest) wanted="$allowed" ;;
     *) echo "error: unknown environment $1" >&2; return 1 ;;
   esac
-  base="$("$KIMI_VL_PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || return 1
+  _kimi_vl_over "$1" "$wanted"
+}
+
+kimi_vl_clients() {
+  _kimi_vl_over clients langchain-openai==1.7.4 litellm==1.110.2
+}
+
+# filelock 4 lacks what datasets asks of it. PyPI's torchvision does not load with torch for CPUs, and what asks a
+# server does not need it.
+kimi_vl_lmms_eval() {
+  local python
+  python="$(_kimi_vl_over lmms-eval lmms-eval==0.7.3 "filelock<4")" || return 1
+  "$KIMI_VL_PYTHON" -m pip --python "$python" uninstall --yes --quiet torchvision >&2
+  echo "$python"
+}
+
+# The environment .venv-$1 with the requirements that follow. One at a time: two tests may ask for it.
+_kimi_vl_over() {
+  local name="$1" over="$kimi_vl_root/.venv-$1"
+  shift
+  (
+    exec 8< "$kimi_vl_root/scripts" || exit 1
+    _kimi_vl_python -c 'import fcntl; fcntl.flock(8, fcntl.LOCK_EX)' || exit 1
+    _kimi_vl_install_over "$name" "$over" "$@"
+  ) || return 1
+  echo "$over/bin/python"
+}
+
+_kimi_vl_install_over() {
+  local name="$1" over="$2" base
+  shift 2
   # Made from nothing where its making was cut off, and where .venv has changed below it.
   if [ -e "$over/.installing" ] || ! [ "$over/.made" -nt "$kimi_vl_venv/.installed-dev" ]; then
+    base="$("$KIMI_VL_PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || return 1
     rm -rf "$over"
     "$KIMI_VL_PYTHON" -m venv --without-pip "$over" >&2 || return 1
     echo "$base" > "$("$over/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth" || return 1
     "$KIMI_VL_PYTHON" -m pip freeze | grep '^torch==' > "$over/constraints.txt" || return 1
     touch "$over/.made"
   fi
+  # A range may have a newer version than it had; exact versions are installed once.
+  [ "$(cat "$over/.wanted" 2> /dev/null)" = "$*" ] && [[ "$1" == *==* ]] && return 0
   touch "$over/.installing" || return 1
-  echo "set-up: $wanted in .venv-$1" >&2
+  echo "set-up: $* in .venv-$name" >&2
   "$KIMI_VL_PYTHON" -m pip --python "$over/bin/python" install --disable-pip-version-check --no-input --quiet --upgrade \
-    --constraint "$over/constraints.txt" "$wanted" >&2 || return 1
+    --constraint "$over/constraints.txt" "$@" >&2 || return 1
+  printf '%s' "$*" > "$over/.wanted" || return 1
   rm -f "$over/.installing"
-  echo "$over/bin/python"
 }
