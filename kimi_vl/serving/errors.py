@@ -17,7 +17,7 @@ RATE_LIMIT = "rate_limit_error"
 UNAVAILABLE = "service_unavailable_error"
 API_ERROR = "api_error"
 
-_ELSEWHERE = {"E_PARAMETER": None}
+_ELSEWHERE = {"E_PARAMETER": None, "E_GRAMMAR": "response_format"}
 """The parameter at fault, where nothing nearer is known, for mistakes that are not in the messages."""
 
 

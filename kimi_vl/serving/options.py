@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -186,7 +187,10 @@ def _checked(name: str, value: Any, where: str) -> Any:
         raise OptionError(f"{where} must be at most 65535")
     if value == "":
         raise OptionError(f"{where} must not be empty")
+    if name == "reasoning_field" and (value in _MESSAGE_FIELDS or not re.fullmatch("[a-z_]+", str(value))):
+        raise OptionError(f"{where} must be a name of small letters that the message does not have yet")
     return value
 
 
+_MESSAGE_FIELDS = ("role", "content", "refusal")
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}

@@ -13,7 +13,9 @@ from typing import Any, Literal
 
 from .. import parameters
 from ..errors import UserError
+from ..text import grammar
 from ..text import messages as chat_messages
+from ..text.grammar import Grammar
 from ..text.messages import Turn
 from ..text.stop_sequences import MAX_CHARACTERS, MAX_SEQUENCES
 from ..text.thinking import THINK_CLOSE, THINK_OPEN
@@ -99,10 +101,13 @@ def read_chat(body: Any, rules: Rules = Rules()) -> ChatRequest:
         "max_length_tokens": _length(fields),
         "thinking_budget": _thinking_budget(fields),
         "stop_sequences": _stops(fields),
+        "grammar": _grammar(fields),
         "logprobs": _logprobs(fields),
         "logit_bias": _logit_bias(fields),
         **read_file_options(fields),
     }
+    if params["grammar"] is not None and params["stop_sequences"]:
+        raise fields.refuse("stop", "would cut a structured answer; leave it out.")
     return ChatRequest(
         model=model,
         turns=read_turns(fields),
@@ -267,6 +272,52 @@ def _stops(fields: Fields) -> tuple[str, ...]:
     return stops
 
 
+def _grammar(fields: Fields) -> Grammar | None:
+    """What the answer may look like, by OpenAI's field or by vLLM's."""
+    found = [each for each in (_response_format(fields), _structured_outputs(fields)) if each is not None]
+    if len(found) > 1:
+        raise fields.refuse("structured_outputs", "and response_format both give the answer a form; keep one.")
+    return found[0] if found else None
+
+
+def _response_format(fields: Fields) -> Grammar | None:
+    form = fields.object("response_format")
+    if form is None:
+        return None
+    kind = form.one_of("type", ("text", "json_object", "json_schema"))
+    if kind is None:
+        raise form.refuse("type", "must be text, json_object or json_schema; add it.")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return grammar.json_object()
+    inner = form.object("json_schema")
+    schema = inner.object("schema") if inner else None
+    if inner is None or schema is None:
+        raise form.refuse("json_schema.schema", "must be a JSON schema; add it.")
+    with _at(inner.path("schema")):
+        return grammar.json_schema(schema.values)
+
+
+def _structured_outputs(fields: Fields) -> Grammar | None:
+    """``json``, ``regex`` or ``choice``, one of them; what else asks for a form is refused, not ignored."""
+    form = fields.object("structured_outputs")
+    if form is None:
+        return None
+    makers = {"json": grammar.json_schema, "regex": grammar.regex, "choice": grammar.choice}
+    given = {name: value for name, value in form.values.items() if value not in (None, False)}
+    for name in sorted(given.keys() & {"grammar", "structural_tag"}):
+        raise unsupported(form.path(name), f"{form.path(name)} is not supported; leave it out.")
+    if given.get("json_object"):
+        makers["json_object"] = lambda _: grammar.json_object()
+    asked = given.keys() & makers.keys()
+    if len(asked) != 1:
+        raise bad_request("structured_outputs", "structured_outputs must have one of json, regex and choice.")
+    [name] = asked
+    with _at(form.path(name)):
+        return makers[name](given[name])
+
+
 def _logprobs(fields: Fields) -> int | None:
     """How many of the likeliest tokens come with each; None for no log-probabilities at all."""
     asked, top = fields.boolean("logprobs"), fields.integer("top_logprobs", 0, parameters.MAX_LOGPROBS)
@@ -346,11 +397,6 @@ def _refuse_unsupported(fields: Fields, rules: Rules) -> None:
     if not rules.ignore_tools:
         _refuse_tools(fields, "tools", "tool_choice")
         _refuse_tools(fields, "functions", "function_call")
-    form = fields.object("response_format")
-    if form and form.one_of("type", ("text", "json_object", "json_schema")) not in (None, "text"):
-        raise unsupported("response_format", "answers of a given form are not supported; leave response_format out.")
-    if fields.get("structured_outputs") is not None:
-        raise unsupported("structured_outputs", "answers of a given form are not supported; leave it out.")
 
 
 def _refuse_tools(fields: Fields, tools: str, choice: str) -> None:

@@ -224,3 +224,8 @@ def endless_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ask(http: httpx.Client, **body: Any) -> httpx.Response:
     return http.post("/v1/chat/completions", json={"messages": user("What is 12 + 30?"), "temperature": 0, **body})
+
+
+def thinking_of(said: Any) -> str:
+    """What a message or a delta has of the thinking."""
+    return (said.model_extra or {}).get("reasoning_content") or ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -11,15 +12,16 @@ from typing import Any
 
 import httpx
 import pytest
-from openai import APIError, OpenAI
+from openai import APIError, LengthFinishReasonError, OpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import BaseModel
 
 from kimi_vl.engine.faults import Overloaded
 from kimi_vl.events import Answer
 from kimi_vl.serving import completions
 from kimi_vl.text.thinking import THINK_CLOSE, THINK_OPEN
 
-from .conftest import ServerThread, ask, until, user
+from .conftest import ServerThread, ask, thinking_of, until, user
 
 POST = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 SUM = user("What is 12 + 30?")
@@ -158,7 +160,7 @@ def test_choices_are_those_of_their_seeds(http: httpx.Client) -> None:
 
 
 def test_choices_share_the_prefill(demo: ServerThread, http: httpx.Client) -> None:
-    messages = user("Count the words. " + "apple pear plum " * 100)
+    messages = user("Count the words. " + "apple pear plum " * 800)
     before = demo.engine.stats()
     prompt = ask(http, messages=messages, n=4, max_tokens=2).json()["usage"]["prompt_tokens"]
     after = demo.engine.stats()
@@ -400,3 +402,52 @@ def test_a_bias_bans_a_token(http: httpx.Client) -> None:
     assert "4" not in ask(http, logit_bias={str(four): -100}).json()["choices"][0]["message"]["content"]
     refused = ask(http, logit_bias={"1000000": 1})
     assert refused.status_code == 400 and refused.json()["error"]["code"] == "e_parameter"
+
+
+# Structured answers
+
+
+class Sum(BaseModel):
+    first: int
+    second: int
+
+
+def test_openais_client_parses_an_answer(client: OpenAI) -> None:
+    answer = client.chat.completions.parse(
+        model="kimi-vl-demo", messages=SUM, temperature=0, response_format=Sum, max_tokens=2000
+    )
+    assert isinstance(answer.choices[0].message.parsed, Sum)
+    assert thinking_of(answer.choices[0].message), "the form holds for the answer alone"
+    with client.chat.completions.stream(
+        model="kimi-vl-demo", messages=SUM, temperature=0, response_format=Sum, max_tokens=2000
+    ) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == answer.choices[0].message.parsed
+
+
+def test_an_answer_that_is_cut_is_no_valid_one(client: OpenAI) -> None:
+    with pytest.raises(LengthFinishReasonError):
+        client.chat.completions.parse(
+            model="kimi-vl-demo", messages=SUM, temperature=0, response_format=Sum, max_tokens=8
+        )
+
+
+@pytest.mark.parametrize(
+    ("body", "pattern"),
+    [
+        ({"response_format": {"type": "json_object"}}, r"(?s)\{.*\}"),
+        ({"structured_outputs": {"regex": "[a-c]{3}"}}, "[a-c]{3}"),
+        ({"structured_outputs": {"choice": ["red", "green"]}}, "red|green"),
+    ],
+)
+def test_forms_of_answers(http: httpx.Client, body: dict[str, Any], pattern: str) -> None:
+    choice = ask(http, max_tokens=2000, **body).json()["choices"][0]
+    if choice["finish_reason"] == "stop":
+        assert re.fullmatch(pattern, choice["message"]["content"])
+    assert "json_object" in str(body) or choice["finish_reason"] == "stop"
+
+
+def test_a_schema_that_cannot_be_followed(http: httpx.Client) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {"type": "integer"}}}}
+    refused = ask(http, response_format=form)
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "e_grammar"
+    assert refused.json()["error"]["param"] == "response_format" and "not" in refused.json()["error"]["message"]

@@ -57,6 +57,16 @@ WRONG = [
     (("--deadline-s", "0"), {}, "--deadline-s must be at least 0.1"),
     (("--deadline-s", "nan"), {}, "--deadline-s must be at least 0.1"),
     (("--max-num-seqs", "1.5"), {}, "--max-num-seqs must be a whole number, not '1.5'"),
+    (
+        ("--reasoning-field", "content"),
+        {},
+        "--reasoning-field must be a name of small letters that the message does not have yet",
+    ),
+    (
+        ("--reasoning-field", 'a"b'),
+        {},
+        "--reasoning-field must be a name of small letters that the message does not have yet",
+    ),
     ((), {"KIMI_VL_PORT": "x"}, "KIMI_VL_PORT must be a whole number, not 'x'"),
     ((), {"KIMI_VL_LENIENT": "maybe"}, "KIMI_VL_LENIENT must be 1 or 0, not 'maybe'"),
     (("--config", "/nowhere.toml"), {}, "/nowhere.toml: cannot be read (No such file or directory)"),

@@ -9,6 +9,7 @@ import pytest
 
 from kimi_vl.serving.errors import ApiError
 from kimi_vl.serving.protocol import IGNORED, READ, SEEDS, UNSUPPORTED, ChatRequest, Rules, read_chat
+from kimi_vl.text import grammar
 from kimi_vl.text.messages import ImagePart, Turn
 from kimi_vl.text.thinking import THINK_CLOSE, THINK_OPEN
 
@@ -254,6 +255,67 @@ def test_messages_that_are_refused(messages: Any, param: str):
 
 def test_continuing_needs_something_to_continue():
     assert refused(continue_final_message=True)[0] == "continue_final_message"
+
+
+# Structured answers
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+def grammar_of(**body: Any) -> Any:
+    return read(**body).params.get("grammar")
+
+
+def test_forms_of_an_answer():
+    form = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": SCHEMA}}
+    assert grammar_of(response_format=form) == grammar.json_schema(SCHEMA)
+    assert grammar_of(response_format={"type": "json_object"}) == grammar.json_object()
+    assert grammar_of(response_format={"type": "text"}) is None
+    assert grammar_of(structured_outputs={"json": SCHEMA}) == grammar.json_schema(SCHEMA)
+    assert grammar_of(structured_outputs={"json": json.dumps(SCHEMA)}) == grammar.json_schema(SCHEMA)
+    assert grammar_of(structured_outputs={"regex": "a+", "json": None}) == grammar.regex("a+")
+    assert grammar_of(structured_outputs={"choice": ["a", "b"], "disable_any_whitespace": True}) == grammar.choice(
+        ["a", "b"]
+    )
+    assert grammar_of(structured_outputs={"json_object": True}) == grammar.json_object()
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"response_format": "json"}, "response_format"),
+        ({"response_format": {}}, "response_format.type"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": []}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": 5}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"structured_outputs": []}, "structured_outputs"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"json": SCHEMA, "regex": "a"}}, "structured_outputs"),
+        ({"structured_outputs": {"json": SCHEMA}, "response_format": {"type": "json_object"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": 5}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": "ab"}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        ({"structured_outputs": {"grammar": "root ::= x"}}, "structured_outputs.grammar"),
+        ({"response_format": {"type": "json_object"}, "stop": ["a"]}, "stop"),
+    ],
+    ids=str,
+)
+def test_forms_that_are_refused(body: dict[str, Any], param: str):
+    assert refused(**body)[0] == param
+
+
+def test_a_schema_that_is_too_deep():
+    schema: dict[str, Any] = {}
+    for _ in range(200):
+        schema = {"items": schema}
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    assert refused(response_format=form) == ("response_format.json_schema.schema", "e_grammar")
 
 
 # Refused
