@@ -1,6 +1,7 @@
 """The requests of a batch: lines of a file, or one for each picture of a folder. Read one by one, never all at once.
 
 A line is known by the digest of its bytes, wherever it stands: that is how a run finds what an earlier one has done.
+Where nothing else tells it from others, its number counts, too.
 """
 
 from __future__ import annotations
@@ -117,7 +118,8 @@ def parse(number: int, data: bytes) -> Line:
             raise LineError("invalid_body", "body must be an object.")
         return Line(number, digest(data), custom_id, value["body"])
     except LineError as error:
-        return Line(number, digest(data), custom_id, error=error)
+        known_by = data if custom_id is not None else b"%d %s" % (number, data)  # which the error names
+        return Line(number, digest(known_by), custom_id, error=error)
 
 
 def _json(data: bytes) -> dict[str, Any]:

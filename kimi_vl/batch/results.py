@@ -13,7 +13,6 @@ import os
 import stat
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,13 @@ _BEGINNING = b'{"id": "batch_req_'
 
 
 class Earlier:
-    """What earlier runs have answered: lines by their digests, each as often as it was answered.
+    """What earlier runs have answered: lines by their digests, of which no two of a batch have the same.
 
     ``answered`` and ``failed`` count those that this run has come across.
     """
 
     def __init__(self) -> None:
-        self._lines: Counter[int] = Counter()
+        self._lines: set[int] = set()
         self._failures: set[int] = set()
         self._ids: set[int] = set()
         self.answered = self.failed = 0
@@ -39,17 +38,16 @@ class Earlier:
     def add(self, result: dict[str, Any]) -> None:
         """A line of the file of answers. Raises ValueError, LookupError or TypeError where it is none."""
         line = int(result["id"].removeprefix("batch_req_"), 16)
-        self._lines[line] += 1
+        self._lines.add(line)
         if failed(result):
             self._failures.add(line)
         elif result["custom_id"] is not None:
             self._ids.add(digest(result["custom_id"].encode("utf-8", "surrogatepass")))
 
     def take(self, line: int) -> bool:
-        """Whether the line with this digest is answered, by an answer that counts for no other line."""
-        if self._lines.get(line, 0) == 0:
+        """Whether the line with this digest is answered; counts it then."""
+        if line not in self._lines:
             return False
-        self._lines[line] -= 1
         self.answered += 1
         self.failed += line in self._failures
         return True

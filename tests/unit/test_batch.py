@@ -260,6 +260,25 @@ def test_a_file_that_ends_at_any_byte_is_completed(tmp_path: Path, ordered: bool
             assert {again[text] for text in pipeline.asked} == {*"abcd"} - answered
 
 
+@pytest.mark.parametrize("lines", [[line("a", "one"), line("a", "one")], [b"{", b"{"], [b"{", line("a", "one"), b"{"]])
+def test_equal_lines_each_have_an_answer_whichever_came_first(tmp_path: Path, lines: list[bytes]) -> None:
+    whole = run(tmp_path / "whole", lines)
+    for kept in whole:
+        (tmp_path / "out").write_text(json.dumps(kept) + "\n")
+        assert same(run(tmp_path / "out", lines)) == same(whole)
+
+
+def test_failures_of_earlier_runs_count(tmp_path: Path) -> None:
+    run(tmp_path / "out", LINES)
+    results = Results(str(tmp_path / "out"))
+    source = FileLines(io.BytesIO(b"\n".join([*LINES, b"}"])), None)
+    progress = Progress(io.StringIO(), source.total, results.earlier)
+    model: Any = Scripted()
+    Batch(model, ServerOptions(model="demo"), iter(source), Files(tmp_path), results, progress).run()
+    results.close()
+    assert (results.earlier.answered, results.earlier.failed, progress.failed) == (6, 3, 4)
+
+
 def test_what_is_done_is_not_asked_again(tmp_path: Path) -> None:
     run(tmp_path / "out", LINES)
     before = (tmp_path / "out").read_bytes()
@@ -393,7 +412,9 @@ def test_pictures_are_named_from_the_folder_of_the_lines(tmp_path: Path) -> None
     folder = tmp_path / "lines"
     (folder / "in ner").mkdir(parents=True)
     inside, outside = folder / "in ner" / "a%20ü.png", tmp_path / "secret.png"
-    for path in (inside, outside):
+    beside = tmp_path / "lines beside"
+    beside.mkdir()
+    for path in (inside, outside, beside / "a.png"):
         path.write_bytes(b"picture")
     (folder / "link.png").symlink_to(inside)
     (folder / "out.png").symlink_to(outside)
@@ -401,7 +422,7 @@ def test_pictures_are_named_from_the_folder_of_the_lines(tmp_path: Path) -> None
     (folder / "up").symlink_to(tmp_path)
     os.mkfifo(folder / "pipe")
     names = ["in ner/a%20ü.png", "./in ner/../link.png", "link.png", "data:image/png;base64,AAAA", "https://a.test/x"]
-    names += ["../secret.png", str(outside), "out.png", "up/secret.png", str(inside)]
+    names += ["../secret.png", str(outside), "out.png", "up/secret.png", str(inside), "../lines beside/a.png"]
     names += ["missing.png", "loop.png", "in ner", "pipe", "a\0b", "x" * 5000, "", "file:///etc/passwd"]
     lines = [line(f"{number}", picture(name)) for number, name in enumerate(names)]
     pipeline = Scripted()
@@ -415,8 +436,8 @@ def test_pictures_are_named_from_the_folder_of_the_lines(tmp_path: Path) -> None
         for number, response in found.items()
         if names[number] not in taken
     }
-    assert {name for name, code in codes.items() if code == "e_image_source"} == {*names[5:9]}
-    assert {name for name, code in codes.items() if code == "e_image_unreadable"} == {*names[10:17]}
+    assert {name for name, code in codes.items() if code == "e_image_source"} == {*names[5:9], names[10]}
+    assert {name for name, code in codes.items() if code == "e_image_unreadable"} == {*names[11:18]}
     pipeline = Scripted()
     run(tmp_path / "other", lines, pipeline, folder, anywhere=True)
     assert outside.resolve() in pipeline.sources
