@@ -11,7 +11,7 @@ import sys
 from ..errors import UserError
 from ..serving import options
 
-NEEDED = ("starlette", "uvicorn", "httptools")
+NEEDED = ("starlette", "uvicorn", "httptools", "prometheus_client")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.cog:  # where it comes first, its program runs in place of this
+        raise UserError("E_PARAMETER", "--cog comes first: kimi-vl serve --cog …")
     if any(importlib.util.find_spec(name) is None for name in NEEDED):
         raise UserError("E_PARAMETER", 'the server is not installed; pip install "kimi-vl[server]" adds it')
     try:

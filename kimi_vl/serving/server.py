@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -177,7 +176,7 @@ def configuration(app: Starlette, options: ServerOptions) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=type("Connection", (Connection,), {"options": options}),
-        loop="uvloop" if sys.platform != "win32" else "asyncio",
+        loop="auto",  # uvloop where it is installed
         ws="none",
         lifespan="on",
         log_config=None,

@@ -143,3 +143,13 @@ def test_names_that_were_given_are_the_ones_that_are_listed():
     server = ServerOptions(model="demo", served_model_name=("one", "two"))
     assert server.names() == ("one", "two")
     assert [server.served(name) for name in ("one", "two", "TWO", None, "demo")] == ["one", "two", "two", "one", "one"]
+
+
+def test_cogs_server_has_options_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    ran: list[tuple[object, ...]] = []
+    monkeypatch.setattr("kimi_vl.cli.programs.run", lambda *arguments: ran.append(arguments) or 0)
+    assert main.main(["serve", "--cog", "--port", "5001"]) == 0
+    assert ran == [("serve --cog", "cog_local.server", ["--port", "5001"])]
+    assert main.main(["serve", "--port", "5001", "--cog"]) == 1
+    assert capsys.readouterr().err == "error: --cog comes first: kimi-vl serve --cog …\n"
