@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ..device import memory
-from ..kernels import Experts, Ops, Widths, mlp, project
+from ..kernels import Experts, Ops, Widths, mlp
 from ..kernels.attention_metadata import StepMetadata
 from ..model.config import TextConfig
 from ..model.language import LATENT_NORM_EPS, Attention, LanguageModel, Layer, MoE, rope_tables
+from ..quantization.weight import QuantizedWeight, Weight, dense, joined
 
 # Shapes: T tokens, of which the first B are one of a sequence each; H, N, R, P, Q, V as in the decoder.
 
@@ -59,9 +60,10 @@ class FusedDecoder:
             self._rope = pool.submit(_rope, model).result()  # (max_position_embeddings, 2P)
         self._besides = {"packed": self._packed} if self._packed else {}
 
-    def _weights(self, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Experts]]:
+    def _weights(self, layers: Sequence[Layer]) -> tuple[list[Weight], list[Experts]]:
         """The weights of GEMMs apart from experts, and these."""
-        weights, experts = [self._model.lm_head.weight], []
+        weights: list[Weight] = [self._model.lm_head.weight]
+        experts: list[Experts] = []
         for layer, projections in zip(layers, self._projections, strict=True):
             weights += [projections.joined, projections.to_key, projections.to_value, layer.self_attn.o_proj.weight]
             if isinstance(layer.mlp, MoE):
@@ -90,12 +92,12 @@ class FusedDecoder:
                 delta = ops.moe(normed, topk_ids, topk_weights, *_experts(layer.mlp), **self._besides)
             else:
                 residual, normed = ops.add_rms_norm(residual, delta, norm.weight, norm.eps)
-                delta = mlp(normed, layer.mlp.weights, self._packed)
+                delta = mlp(normed, layer.mlp.weights, self._packed, ops.project)
         return ops.add_rms_norm(residual, delta, decoder.norm.weight, decoder.norm.eps)[1]
 
     def logits(self, states: Tensor) -> Tensor:
         """float32 logits (T, vocab_size) of final states (T, H), contiguous."""
-        scores = project(states, self._model.lm_head.weight, self._packed)
+        scores = self._ops.project(states, self._model.lm_head.weight, self._packed)
         return scores.to(torch.float32, memory_format=torch.contiguous_format)
 
     def _attend(
@@ -111,7 +113,7 @@ class FusedDecoder:
         keys and values."""
         config, ops, decoding = attention.config, self._ops, len(step.decode.seq_lens)
         # kernels take contiguous tokens
-        joined = project(normed, projections.joined, self._packed).contiguous()  # (T, N (Q+P) + R+P)
+        joined = ops.project(normed, projections.joined, self._packed).contiguous()  # (T, N (Q+P) + R+P)
         absorbed, rotated = ops.mla_prepare(
             joined, projections.to_key, attention.kv_a_layernorm.weight, rope, kv_cache, step.slot_mapping,
             LATENT_NORM_EPS, decoding, **self._besides,
@@ -130,13 +132,13 @@ class FusedDecoder:
             q, r = (part.transpose(0, 1).unsqueeze(0) for part in (query, rotated[own]))  # (1, N, S, Q), (1, N, S, P)
             parts.append(attention.expanded(q, r, past, chunk.mask)[0].transpose(0, 1).flatten(1))  # (S, N V)
         states = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return project(states, attention.o_proj.weight, self._packed)
+        return ops.project(states, attention.o_proj.weight, self._packed)
 
 
 @torch.no_grad()
 def _rope(model: LanguageModel) -> Tensor:
     """Cosines, then sines of every position there may be: made once, since a step's own take a dozen launches."""
-    config, weight = model.model.config, model.lm_head.weight
+    config, weight = model.model.config, model.model.embed_tokens.weight
     positions = torch.arange(config.max_position_embeddings, device=weight.device)
     return torch.cat(rope_tables(positions, config.qk_rope_head_dim, config.rope_theta, weight.dtype), dim=-1)
 
@@ -162,14 +164,24 @@ class _Projections:
     def __init__(self, attention: Attention):
         config = attention.config
         both = (attention.q_proj, attention.kv_a_proj_with_mqa)
-        sizes = [projection.out_features for projection in both]
-        weight = both[0].weight
-        self.joined = memory.empty((sum(sizes), config.hidden_size), weight.dtype, weight.device)
-        for projection, part in zip(both, self.joined.split(sizes), strict=True):
-            projection.weight.data = part.copy_(projection.weight)
-        up = attention.kv_b_proj.weight.view(config.num_attention_heads, -1, config.kv_lora_rank)  # (N, Q+V, R)
+        self.joined = _joined([projection.weight for projection in both], attention.kv_b_proj.weight.dtype)
+        weight = attention.kv_b_proj.weight
+        up = weight.view(config.num_attention_heads, -1, config.kv_lora_rank)  # (N, Q+V, R)
         to_key, to_value = up.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
         halves = to_key, to_value.transpose(1, 2)
         if weight.device.type == "cpu":  # where bmm would copy them, each time
             halves = tuple(half.contiguous() for half in halves)
         self.to_key, self.to_value = (half.transpose(1, 2) for half in halves)
+
+
+def _joined(weights: Sequence[Weight], dtype: torch.dtype) -> Weight:
+    """One matrix (O, I) of several with the same inputs, which become parts of it."""
+    quantized = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
+    if len(quantized) == len(weights) and (found := joined(quantized)) is not None:
+        return found
+    plain = [dense(weight, dtype) for weight in weights]  # also where they are quantised in different ways
+    sizes = [len(weight) for weight in plain]
+    whole = memory.empty((sum(sizes), plain[0].shape[1]), dtype, plain[0].device)
+    for weight, part in zip(plain, whole.split(sizes), strict=True):
+        weight.data = part.copy_(weight)
+    return whole

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import flash_attention, packed_weights, plain, reference
-from .linear import mlp, project
+from ..quantization.weight import Weight
+from . import flash_attention, linear, packed_weights, plain, reference
+from .linear import mlp
 from .packed_weights import Experts, PackedWeight
 
 __all__ = [
@@ -31,7 +32,6 @@ __all__ = [
     "Widths",
     "mlp",
     "prepare",
-    "project",
     "select_ops",
 ]
 
@@ -48,17 +48,18 @@ class Ops:
 
     ``static`` operations never synchronise with the device and skip tokens without a slot, so that they can be captured
     (:mod:`kimi_vl.engine.cuda_graphs`). ``prepack`` packs weights; the result is the argument ``packed`` of
-    :func:`project`, :func:`mlp`, and of ``moe``, ``mla_prepare`` and ``mla_decode`` of the same table.
+    :func:`mlp`, and of ``project``, ``moe``, ``mla_prepare`` and ``mla_decode`` of the same table.
     """
 
     name: str
     static: bool
     add_rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
     norm_router: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    project: Callable[..., Tensor]
     moe: Callable[..., Tensor]
     mla_prepare: Callable[..., tuple[Tensor, Tensor]]
     mla_decode: Callable[..., Tensor]
-    prepack: Callable[[Sequence[Tensor], Sequence[Experts]], dict[Tensor, PackedWeight]] = lambda weights, experts: {}
+    prepack: Callable[[Sequence[Weight], Sequence[Experts]], dict[Tensor, PackedWeight]] = lambda weights, experts: {}
 
 
 OPERATIONS = tuple(
@@ -100,6 +101,7 @@ REFERENCE = Ops(
     True,
     reference.add_rms_norm,
     reference.norm_router,
+    linear.naive_project,
     reference.moe,
     reference.mla_prepare,
     reference.mla_decode,
@@ -109,6 +111,7 @@ TORCH = Ops(
     False,
     reference.add_rms_norm,
     reference.norm_router,
+    linear.project,
     plain.moe,
     plain.mla_prepare,
     plain.mla_decode,
@@ -159,6 +162,7 @@ def triton_ops() -> Ops:
         True,
         triton_norm.add_rms_norm,
         triton_router.norm_router,
+        linear.project,
         triton_moe.moe,
         triton_mla.mla_prepare,
         triton_mla.mla_decode,

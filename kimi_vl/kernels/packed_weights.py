@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from ..device import memory
+from ..quantization.weight import Weight
 
 # Shapes: E matrices of O rows and I inputs, each in S panels; n vectors.
 
@@ -60,11 +62,11 @@ def naive_gemv(weights: Sequence[Tensor], vectors: Tensor, matrices: Tensor | No
     return torch.stack([weights[number] @ vector for number, vector in zip(numbers, vectors, strict=True)])
 
 
-Experts = tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]
+Experts = tuple[Weight, Weight, tuple[Weight, Weight, Weight] | None]
 """What ``moe`` is given: ``gate_up``, ``down``, ``shared``."""
 
 
-def prepack(weights: Sequence[Tensor], experts: Sequence[Experts]) -> dict[Tensor, PackedWeight]:
+def prepack(weights: Sequence[Weight], experts: Sequence[Experts]) -> dict[Tensor, PackedWeight]:
     """Pack weights in the order given, as long as the copies fit into a third of the memory that is free.
 
     The result maps a weight to its packed copy: each of ``weights`` (O, I) or (E, O, I), and ``gate_up`` and ``down``
@@ -80,20 +82,21 @@ def prepack(weights: Sequence[Tensor], experts: Sequence[Experts]) -> dict[Tenso
     return made
 
 
-def _groups(weights: Sequence[Tensor], experts: Sequence[Experts]) -> Iterator[dict[Tensor, list[Tensor]]]:
+def _groups(weights: Sequence[Weight], experts: Sequence[Experts]) -> Iterator[dict[Tensor, list[Tensor]]]:
     """Weights that are packed together or not at all: for each weight, the matrices of its packed copy."""
     for weight in filter(_usable, weights):
         yield {weight: [weight] if weight.dim() == 2 else [*weight]}
     for gate_up, down, shared in experts:
-        if _usable(gate_up) and _usable(down):
+        beside = [weight for weight in shared or () if isinstance(weight, Tensor)]
+        if _usable(gate_up) and _usable(down) and len(beside) == len(shared or ()):
             width = down.shape[-1]
-            both = zip(*(weight.split(width) for weight in shared[:2]), strict=True) if shared else ()
-            others = shared[2].split(width, dim=1) if shared else ()
+            both = zip(*(weight.split(width) for weight in beside[:2]), strict=True) if shared else ()
+            others = beside[2].split(width, dim=1) if shared else ()
             yield {gate_up: [*gate_up, *map(torch.cat, both)], down: [*down, *others]}
 
 
-def _usable(weight: Tensor) -> bool:
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+def _usable(weight: Weight) -> TypeGuard[Tensor]:
+    if not isinstance(weight, Tensor) or weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
         return False
     outputs, inputs = weight.shape[-2:]
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and _width(outputs, inputs) > 0

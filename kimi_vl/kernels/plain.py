@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..quantization.weight import Weight
 from . import reference
 from .attention_metadata import Block, DecodeMetadata
 from .linear import NOT_PACKED, mlp, project
@@ -31,16 +32,18 @@ def moe(
     states: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    shared: tuple[Tensor, Tensor, Tensor] | None = None,
+    gate_up: Weight,
+    down: Weight,
+    shared: tuple[Weight, Weight, Weight] | None = None,
     packed: Mapping[Tensor, PackedWeight] = NOT_PACKED,
 ) -> Tensor:
     """See :func:`kimi_vl.kernels.reference.moe`; ``packed`` has some of the weights packed, as :func:`prepack
     <kimi_vl.kernels.packed_weights.prepack>` makes them."""
-    if len(states) == 1 and gate_up in packed:
+    if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor):
+        outputs = _by_expert(states, topk_ids, gate_up, down)  # each is dequantised where it is needed
+    elif len(states) == 1 and gate_up in packed:
         return _of_one(states, topk_ids, topk_weights, packed[gate_up], packed[down], len(down))
-    if states.device.type != "cpu":
+    elif states.device.type != "cpu":
         outputs = _on_device(states, topk_ids, down)(states, topk_ids, gate_up, down)
     elif 1 < len(states) <= _FEW and states.dtype == torch.bfloat16:
         outputs = _of_few(states, topk_ids, gate_up, down, packed)
@@ -158,7 +161,7 @@ def _of_all(states: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> 
     return outputs[topk_ids.long(), torch.arange(len(states), device=states.device).unsqueeze(1)]
 
 
-def _by_expert(states: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def _by_expert(states: Tensor, topk_ids: Tensor, gate_up: Weight, down: Weight) -> Tensor:
     """The same expert by expert, for any number of tokens. Synchronises once, to learn which experts are selected."""
     if len(states) == 1:  # there is nothing to sort
         return torch.stack([_expert(states, gate_up[number], down[number]) for number in topk_ids[0].tolist()], dim=1)
@@ -169,7 +172,7 @@ def _by_expert(states: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor) 
     return torch.cat(outputs)[order.argsort()].view(*topk_ids.shape, -1)
 
 
-def _expert(states: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def _expert(states: Tensor, gate_up: Weight, down: Weight) -> Tensor:
     """(n, H) of one expert. More than 16 tokens are padded to a multiple of 16: oneDNN compiles for each new count."""
     count = len(states)
     padded = F.pad(states, (0, 0, 0, -count % 16)) if count > 16 else states

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..quantization.weight import Weight, dense
 from .attention_metadata import DecodeMetadata
 
 # Shapes: T tokens, H hidden_size, E routed experts, K experts a token, I expert width, W shared experts' width,
@@ -47,8 +48,9 @@ def router(states: Tensor, weight: Tensor, bias: Tensor, top_k: int, scaling: fl
     return topk_ids.int(), topk_weights / (topk_weights.sum(-1, keepdim=True) + 1e-20) * scaling
 
 
-def mlp(states: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def mlp(states: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
     """down(silu(gate x) * up x) of ``states`` (T, H), with ``gate`` and ``up`` (W, H) and ``down`` (H, W)."""
+    gate, up, down = (dense(weight, states.dtype) for weight in (gate, up, down))
     return F.linear(F.silu(F.linear(states, gate)) * F.linear(states, up), down)
 
 
@@ -56,9 +58,9 @@ def moe(
     states: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    shared: tuple[Tensor, Tensor, Tensor] | None = None,
+    gate_up: Weight,
+    down: Weight,
+    shared: tuple[Weight, Weight, Weight] | None = None,
 ) -> Tensor:
     """The weighted sum (T, H) over each token's experts, taken in float32 and cast at the end.
 
@@ -69,7 +71,7 @@ def moe(
     mixed = torch.zeros_like(upcast(states))
     for expert in topk_ids.unique().tolist():
         tokens, slots = (topk_ids == expert).nonzero(as_tuple=True)
-        gate, up = gate_up[expert].chunk(2)
+        gate, up = dense(gate_up[expert], states.dtype).chunk(2)
         output = mlp(states[tokens], gate, up, down[expert])  # (t, H)
         mixed.index_add_(0, tokens, upcast(output) * topk_weights[tokens, slots].unsqueeze(-1))
     routed = mixed.to(states.dtype)

@@ -25,7 +25,7 @@ LATENT_NORM_EPS = 1e-6  # the published kv_a_layernorm does not take the config'
 
 
 class Linear(nn.Linear):
-    """A matrix (out_features, in_features) without bias, applied by :func:`project`."""
+    """A matrix (out_features, in_features) without bias, applied by :func:`project`; its weight may be quantised."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)

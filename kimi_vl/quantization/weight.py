@@ -81,6 +81,15 @@ class QuantizedWeight(nn.Module):
         return f"{tuple(self.shape)}, bits={self.bits}, group={self.group}"
 
 
+Weight = Tensor | QuantizedWeight
+"""What a GEMM takes."""
+
+
+def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """``weight`` itself where it is floating-point, else dequantised."""
+    return weight if isinstance(weight, Tensor) else weight.dequantize(dtype)
+
+
 def joined(weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
     """One matrix of the output channels of several, or None where these are quantised in different ways.
 

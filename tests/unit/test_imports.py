@@ -27,7 +27,7 @@ ALLOWED = {
     "model": {"errors", "kernels", "quantization"},
     "media": {"errors", "model", "parameters"},
     "weights": {"device", "errors", "model", "quantization"},
-    "engine": {"device", "errors", "kernels", "model", "parameters"},
+    "engine": {"device", "errors", "kernels", "model", "parameters", "quantization"},
     "mindspore": {"engine", "errors", "model", "parameters", "weights"},
     "hf": {"errors", "media", "mindspore", "model", "text", "weights"},
     "output_processor": {"engine", "events", "text"},
