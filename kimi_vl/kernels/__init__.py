@@ -155,14 +155,14 @@ def prepare(device: torch.device | str, use: Use) -> None:
 
 def triton_ops() -> Ops:
     """The table of all Triton kernels. Raises ImportError where Triton is missing."""
-    from . import triton_mla, triton_moe, triton_norm, triton_router
+    from . import triton_linear, triton_mla, triton_moe, triton_norm
 
     return Ops(
         "triton",
         True,
         triton_norm.add_rms_norm,
-        triton_router.norm_router,
-        linear.project,
+        triton_norm.norm_router,
+        triton_linear.project,
         triton_moe.moe,
         triton_mla.mla_prepare,
         triton_mla.mla_decode,

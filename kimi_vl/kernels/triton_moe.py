@@ -28,6 +28,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..quantization.weight import Weight
+from . import plain
+from .linear import mlp
+from .triton_linear import first_group, form_of, groups_of, numbers, project, scaled_tile, stored, weight_tile
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -54,24 +59,30 @@ PAIRS = Plan(0, Tile(4, 0, 4, 1), Tile(4, 512, 4, 5))
 FEW = Plan(16, Tile(64, 128, 4, 3), Tile(64, 128, 4, 4))
 SOME = Plan(64, Tile(64, 64, 4, 4), Tile(128, 64, 4, 4))
 MANY = Plan(128, Tile(128, 64, 8, 3), Tile(256, 64, 8, 3))
+# For quantised weights, which are widened in registers.
+QUANTIZED_PAIRS = Plan(0, Tile(4, 0, 8, 1), Tile(4, 512, 4, 3))
+QUANTIZED_FEW = Plan(16, Tile(32, 128, 4, 3), Tile(32, 128, 4, 3))
+QUANTIZED_SOME = Plan(64, Tile(64, 64, 8, 3), Tile(64, 64, 8, 3))
+QUANTIZED_MANY = Plan(128, Tile(64, 64, 8, 3), Tile(128, 64, 8, 3))
 # Correctness rather than speed: no tensor cores, and twice the shared memory.
 FLOAT32 = Plan(16, Tile(32, 32, 4, 2), Tile(64, 32, 4, 2))
 
 
-def choose_plan(tokens: int, top_k: int, experts: int, itemsize: int) -> Plan:
+def choose_plan(tokens: int, top_k: int, experts: int, itemsize: int, bits: int = 16) -> Plan:
     """By the pairs that an expert gets on average: while reading weights dominates, short blocks waste the least."""
     if tokens * top_k * 4 <= experts:
-        return PAIRS
+        return PAIRS if bits == 16 else QUANTIZED_PAIRS
     if itemsize != 2:
         return FLOAT32
+    few, some, many = (FEW, SOME, MANY) if bits == 16 else (QUANTIZED_FEW, QUANTIZED_SOME, QUANTIZED_MANY)
     expected = tokens * top_k / experts
-    return FEW if expected <= 16 else SOME if expected <= 96 else MANY
+    return few if expected <= 16 else some if expected <= 96 else many
 
 
 @triton.jit
 def _gate_and_up(expert, gate_up, shared_gate, shared_up, size, experts, SHARED: tl.constexpr):
-    """Pointers to an expert's gate and up matrices. Shared experts have ids after the routed ones, and their own
-    tensors."""
+    """Pointers to an expert's gate and up matrices, or to their scales, of ``size`` each. Shared experts have ids after
+    the routed ones, and their own tensors."""
     gate = gate_up + expert * 2 * size
     up = gate + size
     if SHARED and expert >= experts:
@@ -95,6 +106,9 @@ def _pair_gate_up(
     gate_up,
     shared_gate,
     shared_up,
+    scales,
+    shared_gate_scales,
+    shared_up_scales,
     hidden,
     top_k,
     slots,
@@ -102,6 +116,8 @@ def _pair_gate_up(
     width,
     inner,
     SHARED: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -109,19 +125,20 @@ def _pair_gate_up(
     token, slot = pair // slots, pair % slots
     expert = tl.load(topk_ids + token * top_k + slot, mask=slot < top_k, other=0)
     expert = tl.where(slot < top_k, expert, experts + slot - top_k).to(tl.int64)
-    gate, up = _gate_and_up(expert, gate_up, shared_gate, shared_up, inner * width, experts, SHARED)
+    size = inner * width // numbers(BITS)
+    gate, up = _gate_and_up(expert, gate_up, shared_gate, shared_up, size, experts, SHARED)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     at = tl.arange(0, BLOCK_K)
     within = at < width
-    mask = (columns < inner)[:, None] & within[None, :]
-    place = columns[:, None] * width + at[None, :]
-    gates = tl.load(gate + place, mask=mask, other=0.0)  # (BLOCK_N, BLOCK_K)
-    ups = tl.load(up + place, mask=mask, other=0.0)
     state = tl.load(states + token * width + at, mask=within, other=0.0).to(tl.float32)[None, :]
+    inside, size = columns < inner, inner * groups_of(width, GROUP)
+    gate_scales, up_scales = _gate_and_up(expert, scales, shared_gate_scales, shared_up_scales, size, experts, SHARED)
+    gates = scaled_tile(gate, gate_scales, columns, inside, 0, width, width, BITS, GROUP, BLOCK_N, BLOCK_K)
     acc_gate = tl.sum(gates.to(tl.float32) * state, axis=1)
+    ups = scaled_tile(up, up_scales, columns, inside, 0, width, width, BITS, GROUP, BLOCK_N, BLOCK_K)
     acc_up = tl.sum(ups.to(tl.float32) * state, axis=1)
     result = _silu(acc_gate) * acc_up
-    tl.store(hidden + pair * inner + columns, result.to(hidden.dtype.element_ty), mask=columns < inner)
+    tl.store(hidden + pair * inner + columns, result.to(hidden.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -131,6 +148,8 @@ def _pair_down(
     topk_weights,
     down,
     shared_down,
+    scales,
+    shared_scales,
     out,
     top_k,
     slots,
@@ -138,6 +157,8 @@ def _pair_down(
     inner,
     shared_inner,
     SHARED: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
@@ -152,18 +173,20 @@ def _pair_down(
         slot, at = step // steps, step % steps * BLOCK_K + depth
         expert = tl.load(topk_ids + token * top_k + slot).to(tl.int64)
         weight = tl.load(topk_weights + token * top_k + slot)
-        place = columns[:, None] * inner + at[None, :]
-        mask = inside[:, None] & (at < inner)[None, :]
         row = tl.load(hidden + (token * slots + slot) * inner + at, mask=at < inner, other=0.0).to(tl.float32)
-        matrix = tl.load(down + expert * width * inner + place, mask=mask, other=0.0)  # (BLOCK_N, BLOCK_K)
+        codes = down + expert * (width * inner // numbers(BITS))
+        own = scales + expert * width * groups_of(inner, GROUP)
+        begin = step % steps * BLOCK_K
+        matrix = scaled_tile(codes, own, columns, inside, begin, inner, inner, BITS, GROUP, BLOCK_N, BLOCK_K)
         acc += matrix.to(tl.float32) * (row * weight)[None, :]
     if SHARED:
         for step in tl.range(0, (slots - top_k) * steps, num_stages=STAGES):
             slot, at = step // steps, step % steps * BLOCK_K + depth
-            place = columns[:, None] * shared_inner + slot * inner + at[None, :]
-            mask = inside[:, None] & (at < inner)[None, :]
             row = tl.load(hidden + (token * slots + top_k + slot) * inner + at, mask=at < inner, other=0.0)
-            matrix = tl.load(shared_down + place, mask=mask, other=0.0)
+            codes = shared_down + slot * (inner // numbers(BITS))
+            own = shared_scales + first_group(slot * inner, GROUP)
+            begin = step % steps * BLOCK_K
+            matrix = scaled_tile(codes, own, columns, inside, begin, inner, shared_inner, BITS, GROUP, BLOCK_N, BLOCK_K)
             acc += matrix.to(tl.float32) * row.to(tl.float32)[None, :]
     result = tl.sum(acc, axis=1)
     tl.store(out + token * width + columns, result.to(out.dtype.element_ty), mask=inside)
@@ -244,6 +267,9 @@ def _block_gate_up(
     gate_up,
     shared_gate,
     shared_up,
+    scales,
+    shared_gate_scales,
+    shared_up_scales,
     hidden,
     num_pairs,
     slots,
@@ -251,6 +277,8 @@ def _block_gate_up(
     width,
     inner,
     SHARED: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -259,24 +287,28 @@ def _block_gate_up(
     expert = tl.load(expert_ids + block).to(tl.int64)
     if expert < 0:
         return
-    gate, up = _gate_and_up(expert, gate_up, shared_gate, shared_up, inner * width, experts, SHARED)
+    size = inner * width // numbers(BITS)
+    gate, up = _gate_and_up(expert, gate_up, shared_gate, shared_up, size, experts, SHARED)
+    size = inner * groups_of(width, GROUP)
+    gate_scales, up_scales = _gate_and_up(expert, scales, shared_gate_scales, shared_up_scales, size, experts, SHARED)
     pair = tl.load(sorted_pairs + block * BLOCK_M + tl.arange(0, BLOCK_M))
     real = pair < num_pairs
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < inner
     depth = tl.arange(0, BLOCK_K)
     state_place = (pair // slots).to(tl.int64)[:, None] * width + depth[None, :]
-    place = columns[None, :] * width + depth[:, None]
     acc_gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     acc_up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for begin in range(0, width, BLOCK_K):
         within = begin + depth < width
-        mask = within[:, None] & inside[None, :]
         state = tl.load(states + begin + state_place, mask=real[:, None] & within[None, :], other=0.0)
-        gates = tl.load(gate + begin + place, mask=mask, other=0.0)  # (BLOCK_K, BLOCK_N)
-        ups = tl.load(up + begin + place, mask=mask, other=0.0)
-        acc_gate = tl.dot(state, gates, acc_gate, input_precision="ieee")
-        acc_up = tl.dot(state, ups, acc_up, input_precision="ieee")
+        gates = weight_tile(gate, gate_scales, columns, inside, begin, width, width, BITS, GROUP, BLOCK_N, BLOCK_K)
+        acc_gate = tl.dot(state, tl.trans(gates.to(state.dtype)), acc_gate, input_precision="ieee")
+        ups = weight_tile(up, up_scales, columns, inside, begin, width, width, BITS, GROUP, BLOCK_N, BLOCK_K)
+        acc_up = tl.dot(state, tl.trans(ups.to(state.dtype)), acc_up, input_precision="ieee")
+    if BITS < 16 and GROUP == 0:
+        acc_gate *= tl.load(gate_scales + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        acc_up *= tl.load(up_scales + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     result = (_silu(acc_gate) * acc_up).to(hidden.dtype.element_ty)
     target = hidden + pair.to(tl.int64)[:, None] * inner + columns[None, :]
     tl.store(target, result, mask=real[:, None] & inside[None, :])
@@ -289,6 +321,8 @@ def _block_down(
     expert_ids,
     down,
     shared_down,
+    scales,
+    shared_scales,
     outputs,
     num_pairs,
     experts,
@@ -296,6 +330,8 @@ def _block_down(
     inner,
     shared_inner,
     SHARED: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -304,22 +340,25 @@ def _block_down(
     expert = tl.load(expert_ids + block).to(tl.int64)
     if expert < 0:
         return
-    matrix, stride = down + expert * width * inner, inner
+    matrix, stride = down + expert * (width * inner // numbers(BITS)), inner
+    own = scales + expert * width * groups_of(inner, GROUP)
     if SHARED and expert >= experts:
-        matrix, stride = shared_down + (expert - experts) * inner, shared_inner
+        matrix, stride = shared_down + (expert - experts) * (inner // numbers(BITS)), shared_inner
+        own = shared_scales + first_group((expert - experts) * inner, GROUP)
     pair = tl.load(sorted_pairs + block * BLOCK_M + tl.arange(0, BLOCK_M))
     real = pair < num_pairs
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < width
     depth = tl.arange(0, BLOCK_K)
     row_place = pair.to(tl.int64)[:, None] * inner + depth[None, :]
-    place = columns[None, :] * stride + depth[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for begin in range(0, inner, BLOCK_K):
         within = begin + depth < inner
         rows = tl.load(hidden + begin + row_place, mask=real[:, None] & within[None, :], other=0.0)
-        values = tl.load(matrix + begin + place, mask=within[:, None] & inside[None, :], other=0.0)
-        acc = tl.dot(rows, values, acc, input_precision="ieee")
+        values = weight_tile(matrix, own, columns, inside, begin, inner, stride, BITS, GROUP, BLOCK_N, BLOCK_K)
+        acc = tl.dot(rows, tl.trans(values.to(rows.dtype)), acc, input_precision="ieee")
+    if BITS < 16 and GROUP == 0:
+        acc *= tl.load(own + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     target = outputs + pair.to(tl.int64)[:, None] * width + columns[None, :]
     tl.store(target, acc.to(outputs.dtype.element_ty), mask=real[:, None] & inside[None, :])
 
@@ -364,23 +403,33 @@ def moe(
     states: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    shared: tuple[Tensor, Tensor, Tensor] | None = None,
+    gate_up: Weight,
+    down: Weight,
+    shared: tuple[Weight, Weight, Weight] | None = None,
     plan: Plan | None = None,
 ) -> Tensor:
     """See :func:`kimi_vl.kernels.reference.moe`; ``topk_ids`` is int32, ``topk_weights`` float32.
 
     ``shared`` are computed as experts that every token selects, so their width must be a multiple of a routed expert's.
-    Their outputs are part of the float32 sum here.
+    Their outputs are part of the float32 sum here, except where they are quantised in another way than the routed ones.
     """
+    form = form_of(gate_up, down)
+    if form is None:
+        return plain.moe(states, topk_ids, topk_weights, gate_up, down, shared)
+    if shared and form_of(*shared) != form:
+        return moe(states, topk_ids, topk_weights, gate_up, down, None, plan) + mlp(states, shared, project=project)
     tokens, width = states.shape
     experts, _, inner = down.shape
     top_k = topk_ids.shape[1]
     gate, up, shared_down = shared or (gate_up, gate_up, down)
-    shared_inner = shared_down.shape[1] if shared else 0
-    if shared_inner % inner:
+    shared_inner = shared_down.shape[-1] if shared else 0
+    if shared_inner % inner or (shared and form[1] and inner % form[1]):
         raise ValueError(f"the shared experts' width {shared_inner} is no multiple of {inner}, a routed expert's")
+    gate_up, gate_up_scales = stored(gate_up)
+    down, down_scales = stored(down)
+    gate, gate_scales = stored(gate)
+    up, up_scales = stored(up)
+    shared_down, shared_scales = stored(shared_down)
     if not all(each.is_contiguous() for each in (topk_ids, topk_weights, gate_up, down, gate, up, shared_down)):
         raise ValueError("topk_ids, topk_weights and weights must be contiguous")
     states = states.contiguous()
@@ -388,18 +437,20 @@ def moe(
     if not tokens:
         return out
     slots = top_k + shared_inner // inner
-    plan = plan or choose_plan(tokens, top_k, experts, states.itemsize)
+    plan = plan or choose_plan(tokens, top_k, experts, states.itemsize, form[0])
     hidden = torch.empty(tokens * slots, inner, dtype=states.dtype, device=states.device)
-    common = {"SHARED": shared is not None}
+    common = {"SHARED": shared is not None, "BITS": form[0], "GROUP": form[1]}
     if plan.block_m == 0:
         _pair_gate_up[(-(-inner // plan.gate_up.block_n), tokens * slots)](
-            states, topk_ids, gate_up, gate, up, hidden, top_k, slots, experts, width, inner,
-            BLOCK_N=plan.gate_up.block_n, BLOCK_K=triton.next_power_of_2(width), num_warps=plan.gate_up.warps, **common,
+            states, topk_ids, gate_up, gate, up, gate_up_scales, gate_scales, up_scales, hidden, top_k, slots, experts,
+            width, inner, BLOCK_N=plan.gate_up.block_n, BLOCK_K=triton.next_power_of_2(width),
+            num_warps=plan.gate_up.warps, **common,
         )  # fmt: skip
         _pair_down[(-(-width // plan.down.block_n), tokens)](
-            hidden, topk_ids, topk_weights, down, shared_down, out, top_k, slots, width, inner, shared_inner,
-            BLOCK_N=plan.down.block_n, BLOCK_K=min(plan.down.block_k, triton.next_power_of_2(inner)),
-            STAGES=plan.down.stages, num_warps=plan.down.warps, **common,
+            hidden, topk_ids, topk_weights, down, shared_down, down_scales, shared_scales, out, top_k, slots, width,
+            inner, shared_inner, BLOCK_N=plan.down.block_n,
+            BLOCK_K=min(plan.down.block_k, triton.next_power_of_2(inner)), STAGES=plan.down.stages,
+            num_warps=plan.down.warps, **common,
         )  # fmt: skip
         return out
     block_m = plan.block_m
@@ -408,15 +459,15 @@ def moe(
     expert_ids = torch.empty(blocks, dtype=torch.int32, device=states.device)
     group(topk_ids, sorted_pairs, expert_ids, experts, slots - top_k, block_m)
     _block_gate_up[(blocks, -(-inner // plan.gate_up.block_n))](
-        states, sorted_pairs, expert_ids, gate_up, gate, up, hidden, tokens * slots, slots, experts, width, inner,
-        BLOCK_M=block_m, BLOCK_N=plan.gate_up.block_n, BLOCK_K=plan.gate_up.block_k,
-        num_warps=plan.gate_up.warps, num_stages=plan.gate_up.stages, **common,
+        states, sorted_pairs, expert_ids, gate_up, gate, up, gate_up_scales, gate_scales, up_scales, hidden,
+        tokens * slots, slots, experts, width, inner, BLOCK_M=block_m, BLOCK_N=plan.gate_up.block_n,
+        BLOCK_K=plan.gate_up.block_k, num_warps=plan.gate_up.warps, num_stages=plan.gate_up.stages, **common,
     )  # fmt: skip
     outputs = torch.empty(tokens * slots, width, dtype=states.dtype, device=states.device)
     _block_down[(blocks, -(-width // plan.down.block_n))](
-        hidden, sorted_pairs, expert_ids, down, shared_down, outputs, tokens * slots, experts, width, inner,
-        shared_inner, BLOCK_M=block_m, BLOCK_N=plan.down.block_n, BLOCK_K=plan.down.block_k, num_warps=plan.down.warps,
-        num_stages=plan.down.stages, **common,
+        hidden, sorted_pairs, expert_ids, down, shared_down, down_scales, shared_scales, outputs, tokens * slots,
+        experts, width, inner, shared_inner, BLOCK_M=block_m, BLOCK_N=plan.down.block_n, BLOCK_K=plan.down.block_k,
+        num_warps=plan.down.warps, num_stages=plan.down.stages, **common,
     )  # fmt: skip
     columns = min(1024, triton.next_power_of_2(width))
     _combine[(tokens, -(-width // columns))](

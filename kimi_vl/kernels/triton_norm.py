@@ -2,6 +2,12 @@
 
 Memory traffic: two vectors read and two written for each token, one and one without a residual. Unfused, the sum is
 read once more.
+
+With the router behind it: residual addition, RMS norm and router in one kernel, 16 tokens a program.
+
+Memory traffic: two vectors read and two written for each token, and the router's weight (E, H) once for each program,
+which all but the first read from the L2 cache. tl.dot takes at least 16 tokens, so fewer cost as much as 16. Hidden
+states are read twice, first for their mean square and then for the scores; the second time they are in the cache.
 """
 
 # Options of a launch (num_warps and so on) are no parameters of a kernel.
@@ -54,3 +60,131 @@ def add_rms_norm(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: fl
             num_warps=min(8, max(1, block // 256)),
         )
     return total, normed
+
+
+_TOKENS = 16  # the least that tl.dot takes
+
+
+@triton.jit
+def _added(residual, delta, place, mask):
+    """The sum as it is stored, which is what the norm is taken of."""
+    value = tl.load(residual + place, mask=mask, other=0.0)
+    added = tl.load(delta + place, mask=mask, other=0.0)
+    return (value.to(tl.float32) + added.to(tl.float32)).to(value.dtype)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _norm_router(
+    residual,
+    delta,
+    norm_weight,
+    weight,
+    bias,
+    total,
+    normed,
+    topk_ids,
+    topk_weights,
+    tokens,
+    width,
+    experts,
+    eps,
+    scaling,
+    TOP_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_TOPK: tl.constexpr,
+):
+    token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ids = tl.arange(0, BLOCK_N)
+    real, known = token < tokens, ids < experts
+    first = token.to(tl.int64)[:, None] * width
+    squares = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    for begin in range(0, width, BLOCK_K):
+        at = begin + tl.arange(0, BLOCK_K)
+        mask = real[:, None] & (at < width)[None, :]
+        value = _added(residual, delta, first + at[None, :], mask)
+        tl.store(total + first + at[None, :], value, mask=mask)
+        squares += value.to(tl.float32) * value.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(squares, axis=1) / width + eps)  # (BLOCK_M)
+    logits = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for begin in range(0, width, BLOCK_K):
+        at = begin + tl.arange(0, BLOCK_K)
+        within = at < width
+        mask = real[:, None] & within[None, :]
+        value = _added(residual, delta, first + at[None, :], mask)
+        factor = tl.load(norm_weight + at, mask=within, other=0.0).to(tl.float32)
+        state = (value.to(tl.float32) * scale[:, None]).to(value.dtype).to(tl.float32) * factor[None, :]
+        state = state.to(value.dtype)
+        tl.store(normed + first + at[None, :], state, mask=mask)
+        columns = tl.load(
+            weight + ids[None, :] * width + at[:, None], mask=known[None, :] & within[:, None], other=0.0
+        )  # (BLOCK_K, BLOCK_N)
+        if state.dtype != columns.dtype:
+            state, columns = state.to(tl.float32), columns.to(tl.float32)
+        # bfloat16 products are exact in float32; rounding float32 inputs to tf32 would change the routing
+        logits = tl.dot(state, columns, logits, input_precision="ieee")
+    scores = 1.0 / (1.0 + tl.exp(-logits))
+    choice = scores + tl.load(bias + ids, mask=known, other=0.0).to(tl.float32)[None, :]
+    # NaN scores are chosen last. Padding experts are never chosen: argmax takes the first of equals, and they come last
+    choice = tl.where(known[None, :] & (choice == choice), choice, float("-inf"))
+    slots = tl.arange(0, BLOCK_TOPK)
+    best_ids = tl.zeros((BLOCK_M, BLOCK_TOPK), dtype=tl.int32)
+    best = tl.zeros((BLOCK_M, BLOCK_TOPK), dtype=tl.float32)
+    for slot in tl.static_range(TOP_K):
+        winner = tl.argmax(choice, axis=1)  # (BLOCK_M)
+        hit = ids[None, :] == winner[:, None]
+        score = tl.sum(tl.where(hit, scores, 0.0), axis=1)
+        here = slots[None, :] == slot
+        best_ids = tl.where(here, winner[:, None], best_ids)
+        best = tl.where(here, score[:, None], best)
+        choice = tl.where(hit, float("-inf"), choice)
+    best = best / (tl.sum(best, axis=1)[:, None] + 1e-20) * scaling
+    place = token[:, None] * TOP_K + slots[None, :]
+    kept = real[:, None] & (slots < TOP_K)[None, :]
+    tl.store(topk_ids + place, best_ids, mask=kept)
+    tl.store(topk_weights + place, best, mask=kept)
+
+
+def norm_router(
+    residual: Tensor,
+    delta: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor,
+    top_k: int,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`kimi_vl.kernels.reference.norm_router`. Of experts with equal scores the first is taken."""
+    tokens, width = residual.shape
+    residual, delta = residual.contiguous(), delta.contiguous()
+    total, normed = torch.empty_like(residual), torch.empty_like(residual)
+    topk_ids = torch.empty(tokens, top_k, dtype=torch.int32, device=residual.device)
+    topk_weights = torch.empty(tokens, top_k, dtype=torch.float32, device=residual.device)
+    if tokens:
+        _norm_router[(-(-tokens // _TOKENS),)](
+            residual,
+            delta,
+            norm_weight,
+            weight.contiguous(),
+            bias,
+            total,
+            normed,
+            topk_ids,
+            topk_weights,
+            tokens,
+            width,
+            weight.shape[0],
+            eps,
+            scaling,
+            TOP_K=top_k,
+            BLOCK_M=_TOKENS,
+            BLOCK_N=max(16, triton.next_power_of_2(weight.shape[0])),
+            # 256 bytes of each weight row at a time: with three loads in flight that is 48 KB for one program
+            BLOCK_K=256 // weight.itemsize,
+            BLOCK_TOPK=triton.next_power_of_2(top_k),
+            num_warps=4,
+            num_stages=4,
+        )
+    return total, normed, topk_ids, topk_weights
