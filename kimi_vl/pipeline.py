@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from . import attachments, kernels, parameters
+from . import attachments, kernels, parameters, placement
 from .attachments import ReadingOptions, Share
 from .coalescer import Coalescer
 from .engine.engine import Engine, EngineOptions, Patches, RequestHandle
@@ -68,9 +68,12 @@ def load(
     thinks = resolve.thinks(model, directory) if thinks is None else thinks
     dtype = dtype or (torch.bfloat16 if chosen.type == "cuda" else torch.float32)
     options = options or EngineOptions()
-    kernels.prepare(chosen, options.use(Config.from_directory(directory).text_config, dtype))
+    refuse_without_bfloat16(chosen, dtype)
+    config = Config.from_directory(directory)
+    form = placement.choose(config, dtype, chosen, options)
+    kernels.prepare(chosen, options.use(loader.planned_model(config, dtype, form)))
     pipeline = Pipeline(
-        loader.load(directory, dtype=dtype, device=chosen),
+        loader.load(directory, dtype=dtype, device=chosen, form=form),
         Tokenizer.from_directory(directory),
         ImageOptions.from_directory(directory),
         thinks=thinks,
@@ -89,6 +92,17 @@ class _Prompt:
     prefill: str | None
     media: tuple[MediaUse, ...]
     image_sizes: tuple[tuple[int, int], ...]
+
+
+def refuse_without_bfloat16(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises RuntimeError with a sentence for a GPU that cannot compute in bfloat16, which the weights are made for."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise RuntimeError(
+            f"this GPU has compute capability {major}.{minor}, which has no bfloat16; use one of 8.0 or later"
+        )
 
 
 class Pipeline:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..device import memory
-from ..kernels import Experts, Ops, Widths, mlp
+from ..kernels import Experts, Form, Ops, Widths, form_of, mlp
 from ..kernels.attention_metadata import StepMetadata
 from ..model.config import TextConfig
-from ..model.language import LATENT_NORM_EPS, Attention, LanguageModel, Layer, MoE, rope_tables
+from ..model.language import LATENT_NORM_EPS, Attention, LanguageModel, Layer, Linear, MoE, rope_tables
 from ..quantization.weight import QuantizedWeight, Weight, dense, joined
 
 # Shapes: T tokens, of which the first B are one of a sequence each; H, N, R, P, Q, V as in the decoder.
@@ -41,6 +41,14 @@ def widths(config: TextConfig, page_size: int) -> Widths:
         eps=config.rms_norm_eps,
         latent_eps=LATENT_NORM_EPS,
     )
+
+
+def forms(model: LanguageModel) -> tuple[Form | None, tuple[Form, ...]]:
+    """How the weights of experts and of projections are quantised, each form once."""
+    layers = [layer for layer in model.model.layers if isinstance(layer, Layer)]
+    experts = next((form_of(layer.mlp.experts.gate_up_proj) for layer in layers if isinstance(layer.mlp, MoE)), None)
+    linear = [module.weight for module in model.modules() if isinstance(module, Linear)]
+    return experts, tuple(sorted({form for weight in linear if (form := form_of(weight)) is not None}))
 
 
 class FusedDecoder:

@@ -30,7 +30,7 @@ from ..model.config import TextConfig
 from ..model.kimi_vl import KimiVL
 from . import cuda_graphs
 from .cuda_graphs import Action, CudaGraphs, StaticDecoder
-from .decoder import FusedDecoder, widths
+from .decoder import FusedDecoder, forms, widths
 from .faults import Broken, Failed, Faults, Overloaded
 from .image_cache import EmbeddingCache
 from .kv_cache import Chunk, PagedCache, spare_bytes
@@ -65,9 +65,11 @@ class EngineOptions:
     embedding_bytes: int = 256 << 20
     prefix_caching: bool = True
 
-    def use(self, config: TextConfig, dtype: torch.dtype) -> kernels.Use:
-        """What this asks of the decoder's operations."""
-        return kernels.Use(widths(config, self.page_size), dtype, self.max_num_seqs, self.max_num_batched_tokens)
+    def use(self, model: KimiVL) -> kernels.Use:
+        """What this asks of the operations of ``model``'s decoder, which need not have memory yet."""
+        sizes = widths(model.config.text_config, self.page_size)
+        experts, projections = forms(model.language_model)
+        return kernels.Use(sizes, model.dtype, self.max_num_seqs, self.max_num_batched_tokens, experts, projections)
 
     def page_count(self, device: torch.device, config: TextConfig, dtype: torch.dtype, weights: int = 0) -> int:
         """How many pages the KV cache gets: what memory there is, and no more than all sequences can ever fill.
@@ -114,7 +116,7 @@ class Engine:
         on_gpu, wanted = self._device.type == "cuda", cuda_graphs.wanted()
         # before memory is counted: kernels are compiled and tried
         with cuda.current(self._device):
-            self.ops = ops or kernels.select_ops(self._device, use=options.use(text, model.dtype))
+            self.ops = ops or kernels.select_ops(self._device, use=options.use(model))
         pages = options.page_count(self._device, text, model.dtype)
         if pages < 1:
             raise MemoryError("there is no memory left for a cache; free some or take a smaller model")

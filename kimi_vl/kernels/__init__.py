@@ -27,9 +27,11 @@ __all__ = [
     "TORCH",
     "VARIABLE",
     "Experts",
+    "Form",
     "Ops",
     "Use",
     "Widths",
+    "form_of",
     "mlp",
     "prepare",
     "select_ops",
@@ -86,14 +88,28 @@ class Widths:
     latent_eps: float = 1e-6
 
 
+Form = tuple[int, int, str]
+"""How a weight is quantised: bits, inputs that share a scale (0: all of them), and the dtype of scales."""
+
+
+def form_of(weight: Weight) -> Form | None:
+    """None for a floating-point weight."""
+    if isinstance(weight, Tensor):
+        return None
+    return weight.bits, weight.group % weight.shape[-1], str(weight.scales.dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class Use:
-    """What an engine will call the operations with: the widths of its model, and the sizes of its largest step."""
+    """What an engine will call the operations with: the widths of its model, the sizes of its largest step, and how the
+    weights of experts and of projections are quantised."""
 
     widths: Widths
     dtype: torch.dtype
     max_num_seqs: int
     max_num_batched_tokens: int
+    experts: Form | None = None
+    projections: tuple[Form, ...] = ()
 
 
 REFERENCE = Ops(

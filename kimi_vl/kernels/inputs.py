@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import REFERENCE, Ops, Widths, reference
+from ..quantization.weight import QuantizedWeight, Weight
+from . import REFERENCE, Form, Ops, Widths, reference
 from .attention_metadata import DecodeMetadata
 
 # The relative error of one rounding: to bfloat16 (8 significant bits) at most 2^-8; for float32, sums of some thousand
@@ -163,27 +164,45 @@ class Inputs:
         topk_weights = torch.rand(tokens, top_k, generator=self._generator, device=self.device) + 0.1
         return topk_ids.int().contiguous(), topk_weights
 
-    def experts(self) -> tuple[Tensor, Tensor]:
-        widths = self.widths
-        gate_up = self.normal(widths.experts, 2 * widths.inner, widths.hidden, scale=2 * widths.hidden**-0.5)
-        return gate_up, self.normal(widths.experts, widths.hidden, widths.inner, scale=widths.inner**-0.5)
+    def quantized(self, form: Form, *shape: int, scale: float = 1.0) -> QuantizedWeight:
+        """Codes that are equally likely, with a standard deviation of about ``scale`` after scaling."""
+        bits, group, kind = form
+        *above, inputs = shape
+        codes = self.integers(256, *above, inputs * bits // 8).to(torch.uint8)
+        scales = self.normal(*above, inputs // (group or inputs), dtype=torch.float32).mul_(0.2).add_(1)
+        spread = (1 << bits) / 12**0.5  # of integers that are equally likely
+        return QuantizedWeight(codes, scales.mul_(scale / spread).to(getattr(torch, kind)), bits)
 
-    def shared_experts(self) -> tuple[Tensor, Tensor, Tensor]:
+    def weight(self, *shape: int, scale: float, form: Form | None = None) -> Weight:
+        return self.quantized(form, *shape, scale=scale) if form else self.normal(*shape, scale=scale)
+
+    def project(self, tokens: int, weight: QuantizedWeight) -> Call:
+        return Call("project", (self.normal(tokens, weight.shape[-1]), weight), roundings=2)
+
+    def experts(self, form: Form | None = None) -> tuple[Weight, Weight]:
         widths = self.widths
-        gate, up = (self.normal(widths.shared, widths.hidden, scale=2 * widths.hidden**-0.5) for _ in range(2))
-        return gate, up, self.normal(widths.hidden, widths.shared, scale=widths.shared**-0.5)
+        gate_up = self.weight(widths.experts, 2 * widths.inner, widths.hidden, scale=2 * widths.hidden**-0.5, form=form)
+        return gate_up, self.weight(widths.experts, widths.hidden, widths.inner, scale=widths.inner**-0.5, form=form)
+
+    def shared_experts(self, form: Form | None = None) -> tuple[Weight, Weight, Weight]:
+        widths = self.widths
+        gate, up = (
+            self.weight(widths.shared, widths.hidden, scale=2 * widths.hidden**-0.5, form=form) for _ in range(2)
+        )
+        return gate, up, self.weight(widths.hidden, widths.shared, scale=widths.shared**-0.5, form=form)
 
     def moe(
         self,
         tokens: int,
         routing: str = "random",
         shared: bool = True,
-        weights: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
+        weights: tuple[tuple[Weight, Weight], tuple[Weight, Weight, Weight]] | None = None,
     ) -> Call:
         """``weights`` of experts and shared experts are used instead of drawing new ones."""
         routed, always = weights or (self.experts(), self.shared_experts() if shared else None)
         states = self.normal(tokens, self.widths.hidden)
-        return Call("moe", (states, *self.choices(tokens, routing), *routed, always if shared else None), roundings=3)
+        arguments = (states, *self.choices(tokens, routing), *routed, always if shared else None)
+        return Call("moe", arguments, roundings=3 if isinstance(routed[0], Tensor) else 4)  # that of the scaled weight
 
     def mla_prepare(self, tokens: int, decoding: int | None = None, unwritten: int = 0) -> Call:
         """The first ``decoding`` of ``tokens`` (None: all) decode; the last ``unwritten`` have no slot. ``to_key`` has

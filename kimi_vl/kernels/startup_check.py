@@ -66,9 +66,18 @@ class Calls:
         for tokens in (1, self._use.max_num_batched_tokens):
             yield self._inputs.norm_router(tokens)
 
+    def project(self) -> Iterator[Call]:
+        """Nothing where all weights are floating-point, since these have no kernel of their own."""
+        widths = self._inputs.widths
+        for form in self._use.projections:
+            for width in {widths.hidden: None, widths.heads * widths.nope: None}:
+                weight = self._inputs.quantized(form, 192, width)
+                for tokens in token_counts(self._use.max_num_batched_tokens):
+                    yield self._inputs.project(tokens, weight)
+
     def moe(self) -> Iterator[Call]:
-        inputs = self._inputs
-        weights = inputs.experts(), inputs.shared_experts()
+        inputs, form = self._inputs, self._use.experts
+        weights = inputs.experts(form), inputs.shared_experts(form)
         for tokens in token_counts(self._use.max_num_batched_tokens):
             yield inputs.moe(tokens, shared=inputs.widths.shared > 0, weights=weights)
 
@@ -252,7 +261,13 @@ def main(ops: Ops | None = None) -> int:
     """Check the operations that the last argument names; print a line before each call and one with each verdict."""
     job = json.loads(sys.argv[-1])
     device, values = torch.device(job["device"]), job["use"]
-    use = Use(**values | {"widths": Widths(**values["widths"]), "dtype": getattr(torch, values["dtype"])})
+    decoded = {
+        "widths": Widths(**values["widths"]),
+        "dtype": getattr(torch, values["dtype"]),
+        "experts": values["experts"] and tuple(values["experts"]),
+        "projections": tuple(map(tuple, values["projections"])),
+    }
+    use = Use(**values | decoded)
     told = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes to stderr
 

@@ -159,7 +159,7 @@ def _project(
     tl.store(target, acc.to(out.dtype.element_ty), mask=real[:, None] & inside[None, :])
 
 
-def form_of(*weights: Weight) -> tuple[int, int] | None:
+def kernel_form(*weights: Weight) -> tuple[int, int] | None:
     """Bits of all ``weights``, and the inputs that share a scale, of which 0 is all; 16 and 0 where they are
     floating-point. None where they differ, or the kernels do not take such groups."""
     forms = {_form(weight) for weight in weights}
@@ -185,7 +185,7 @@ def project(
 ) -> Tensor:
     """See :func:`kimi_vl.kernels.linear.project`; ``states`` are (T, I). Floating-point weights, and those in groups
     that the kernel does not take, are computed there."""
-    form = form_of(weight)
+    form = kernel_form(weight)
     if isinstance(weight, Tensor) or form is None:
         return linear.project(states, weight, packed)
     outputs, width = weight.shape

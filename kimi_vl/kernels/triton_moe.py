@@ -31,7 +31,7 @@ from torch import Tensor
 from ..quantization.weight import Weight
 from . import plain
 from .linear import mlp
-from .triton_linear import first_group, form_of, groups_of, numbers, project, scaled_tile, stored, weight_tile
+from .triton_linear import first_group, groups_of, kernel_form, numbers, project, scaled_tile, stored, weight_tile
 
 
 @dataclass(frozen=True)
@@ -413,10 +413,10 @@ def moe(
     ``shared`` are computed as experts that every token selects, so their width must be a multiple of a routed expert's.
     Their outputs are part of the float32 sum here, except where they are quantised in another way than the routed ones.
     """
-    form = form_of(gate_up, down)
+    form = kernel_form(gate_up, down)
     if form is None:
         return plain.moe(states, topk_ids, topk_weights, gate_up, down, shared)
-    if shared and form_of(*shared) != form:
+    if shared and kernel_form(*shared) != form:
         return moe(states, topk_ids, topk_weights, gate_up, down, None, plan) + mlp(states, shared, project=project)
     tokens, width = states.shape
     experts, _, inner = down.shape

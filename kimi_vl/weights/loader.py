@@ -90,6 +90,13 @@ def empty_model(config: Config, dtype: torch.dtype = torch.bfloat16) -> KimiVL:
     return model
 
 
+def planned_model(config: Config, dtype: torch.dtype = torch.bfloat16, form: str | None = None) -> KimiVL:
+    """What :func:`load` makes of a checkpoint with ``config``, without memory."""
+    model = empty_model(config, dtype)
+    Plan(model, config.quantization, form).hold_quantized(model, {})
+    return model
+
+
 class _NoRandomFilling(TorchFunctionMode):
     """Skips the random initialisation of parameters on the meta device, for which torch would import its compiler."""
 

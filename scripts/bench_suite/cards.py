@@ -8,6 +8,7 @@ without Triton's interpreter.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import subprocess
@@ -25,8 +26,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from kimi_vl.engine.decoder import widths
 from kimi_vl.engine.engine import EngineOptions
-from kimi_vl.kernels import OPERATIONS, triton_ops
+from kimi_vl.kernels import OPERATIONS, Form, Use, triton_ops
 from kimi_vl.kernels.inputs import Unset
 from kimi_vl.kernels.startup_check import Calls
 from kimi_vl.model.config import PUBLISHED_TEXT
@@ -98,13 +100,24 @@ def launches(instead: Any) -> Iterator[_Machine]:
         JITFunction.run = run
 
 
-def calls(options: EngineOptions | None = None, dtype: torch.dtype = torch.bfloat16) -> Calls:
-    """Those of the published model in an engine with ``options``."""
-    use = (options or EngineOptions()).use(PUBLISHED_TEXT, dtype)
+INT8: Form = (8, 0, "bfloat16")
+FORMS: dict[str, Form | None] = {
+    "bfloat16": None, "int8": INT8, "int4": (4, 32, "bfloat16"), "int4-g128": (4, 128, "bfloat16"),
+}  # fmt: skip
+
+
+def calls(options: EngineOptions | None = None, dtype: torch.dtype = torch.bfloat16, form: Form | None = None) -> Calls:
+    """Those of the published model in an engine with ``options``, its weights quantised as ``form``."""
+    options = options or EngineOptions()
+    sizes = widths(PUBLISHED_TEXT, options.page_size)
+    projections = tuple({form: None, INT8: None}) if form else ()
+    use = Use(sizes, dtype, options.max_num_seqs, options.max_num_batched_tokens, form, projections)
     return Calls(use, "cpu", Unset(use.widths, dtype))
 
 
-def compile_all(capabilities: Sequence[int], given: Calls, operations: Sequence[str] = OPERATIONS) -> list[Compiled]:
+def compile_all(
+    capabilities: Sequence[int], given: Sequence[Calls], operations: Sequence[str] = OPERATIONS
+) -> list[Compiled]:
     """Every variant that the calls launch, for each of the cards."""
     made: dict[tuple[int, int], tuple[str, Any]] = {}
 
@@ -116,7 +129,7 @@ def compile_all(capabilities: Sequence[int], given: Calls, operations: Sequence[
         for capability in capabilities:
             machine.capability = capability
             for operation in operations:
-                for call in given.of(operation):
+                for call in itertools.chain.from_iterable(each.of(operation) for each in given):
                     getattr(triton_ops(), operation)(*call.arguments, **call.options)
     return [_needs(capability, name, kernel) for (capability, _), (name, kernel) in made.items()]
 
@@ -159,7 +172,7 @@ def table(found: Sequence[Compiled]) -> str:
 def main(arguments: Sequence[str] = ()) -> int:
     """Print the table; with ``--json`` a line for each kernel. Other arguments are capabilities, such as 8.9."""
     chosen = [int(each.replace(".", "")) for each in arguments if not each.startswith("-")] or list(CARDS)
-    found = compile_all(chosen, calls())
+    found = compile_all(chosen, [calls(form=form) for form in FORMS.values()])
     if "--json" in arguments:
         for each in found:
             print(json.dumps(dataclasses.asdict(each)))

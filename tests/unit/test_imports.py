@@ -34,6 +34,7 @@ ALLOWED = {
     "coalescer": {"events", "output_processor"},
     "event_loop": {"events"},
     "attachments": {"errors", "events", "media", "text"},
+    "placement": {"device", "engine", "model", "quantization", "weights"},
     "pipeline": {
         "attachments",
         "coalescer",
@@ -45,6 +46,7 @@ ALLOWED = {
         "model",
         "output_processor",
         "parameters",
+        "placement",
         "text",
         "weights",
     },
@@ -64,6 +66,7 @@ ALLOWED = {
         "model",
         "parameters",
         "pipeline",
+        "placement",
         "quantization",
         "serving",
         "text",

@@ -45,7 +45,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def use(model) -> kernels.Use:
-    return SMALL.use(model.config.text_config, torch.float32)
+    return SMALL.use(model)
 
 
 def raising(error: Exception) -> Callable[..., Any]:
