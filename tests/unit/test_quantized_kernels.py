@@ -1,0 +1,217 @@
+"""Computing with quantised weights: kernels in Triton's interpreter and plain PyTorch, against float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from bench_suite import triton_on_cpu  # isort: skip
+
+assert triton_on_cpu.interpreter  # it comes before any kernel
+
+import torch  # noqa: E402
+
+from kimi_vl import kernels  # noqa: E402
+from kimi_vl.engine.decoder import FusedDecoder  # noqa: E402
+from kimi_vl.engine.engine import Engine, EngineOptions  # noqa: E402
+from kimi_vl.kernels import Form, Widths, linear, triton_linear, triton_moe  # noqa: E402
+from kimi_vl.kernels.inputs import Call, Inputs, apart, distance, with_arguments  # noqa: E402
+from kimi_vl.model import generation  # noqa: E402
+from kimi_vl.quantization.weight import QuantizedWeight  # noqa: E402
+from kimi_vl.weights import loader, resolve  # noqa: E402
+from tests.imitated_engine import Ask  # noqa: E402
+from tests.imitated_engine import answers as answered  # noqa: E402
+
+TRITON = kernels.select_ops("cpu", "triton")
+DTYPES = [torch.float32, torch.bfloat16]
+FORMS: dict[str, Form] = {
+    "int8": (8, 0, "bfloat16"),
+    "int8 in groups": (8, 32, "float16"),
+    "int4": (4, 32, "bfloat16"),
+    "int4 in large groups": (4, 64, "float32"),
+    "int4 in small groups": (4, 16, "bfloat16"),
+    "int4 by channel": (4, 0, "bfloat16"),
+}
+ODD = Widths(
+    hidden=192, experts=5, top_k=3, inner=64, shared=128, heads=3, rank=40, rope=12, nope=64, page_size=8, scaling=1.7
+)
+SOME = ["int8", "int4"]  # in the default ring; Triton's interpreter takes seconds for each
+PARAMS = [pytest.param(form, marks=[] if form in SOME else pytest.mark.nightly) for form in FORMS]
+PLANS = {
+    "pairs": triton_moe.QUANTIZED_PAIRS,
+    "few": triton_moe.QUANTIZED_FEW,
+    "many": dataclasses.replace(triton_moe.QUANTIZED_SOME, block_m=32),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", PARAMS)
+@pytest.mark.parametrize(("tokens", "outputs", "plan"), [(1, 40, None), (5, 33, None), (40, 70, triton_linear.SOME)])
+def test_projections(form: str, dtype: torch.dtype, tokens: int, outputs: int, plan: Any):
+    inputs = Inputs(ODD, dtype)
+    call = inputs.project(tokens, inputs.quantized(FORMS[form], outputs, ODD.hidden))
+    assert apart(call, call.run(TRITON, **({"plan": plan} if plan and dtype == torch.bfloat16 else {})), dtype) <= 1
+    assert apart(call, call.run(kernels.TORCH), dtype) <= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", PARAMS)
+@pytest.mark.parametrize("plan", [*list(PLANS)[:2], pytest.param("many", marks=pytest.mark.nightly)])
+def test_experts(form: str, dtype: torch.dtype, plan: str):
+    inputs, tokens = Inputs(ODD, dtype), 3 if plan == "pairs" else 9
+    shared = form != "int8 in groups"
+    weights = inputs.experts(FORMS[form]), inputs.shared_experts(FORMS[form])
+    call = inputs.moe(tokens, shared=shared, weights=weights)
+    assert apart(call, call.run(TRITON, plan=PLANS[plan]), dtype) <= 1
+    assert apart(call, call.run(kernels.TORCH), dtype) <= 1
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_shared_experts_may_be_of_another_form(tokens: int):
+    inputs = Inputs(ODD, torch.float32)
+    for routed, shared in ((FORMS["int4"], FORMS["int8"]), (None, FORMS["int8"]), (FORMS["int4"], None)):
+        call = inputs.moe(tokens, weights=(inputs.experts(routed), inputs.shared_experts(shared)))
+        assert apart(call, call.run(TRITON), torch.float32) <= 1
+        assert apart(call, call.run(kernels.TORCH), torch.float32) <= 1
+
+
+def test_groups_that_the_kernels_do_not_take_are_computed_without():
+    inputs = Inputs(ODD, torch.float32)
+    for form in ((4, 8, "bfloat16"), (8, 48, "bfloat16")):
+        weight = inputs.quantized(form, 40, ODD.hidden)
+        assert triton_linear.kernel_form(weight) is None
+        call = inputs.project(3, weight)
+        assert apart(call, call.run(TRITON), torch.float32) <= 1
+
+
+def test_a_large_weight_is_dequantised_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    inputs = Inputs(ODD, torch.float32)
+    call = inputs.project(3, inputs.quantized(FORMS["int4"], 70, ODD.hidden))
+    monkeypatch.setattr(linear, "_DEQUANTIZED", 20 * ODD.hidden)
+    assert apart(call, call.run(kernels.TORCH), torch.float32) <= 1
+
+
+def test_a_token_gets_the_same_bits_in_any_batch_of_a_plan():
+    inputs = Inputs(ODD, torch.bfloat16)
+    weight = inputs.quantized(FORMS["int4"], 48, ODD.hidden)
+    states = inputs.normal(16, ODD.hidden)
+    whole = TRITON.project(states, weight)
+    for count in (1, 3, 16):
+        assert torch.equal(TRITON.project(states[:count], weight), whole[:count])
+
+
+# Planted mistakes
+
+
+def nibbles_swapped(weight: QuantizedWeight) -> QuantizedWeight:
+    return QuantizedWeight(weight.codes << 4 | weight.codes >> 4, weight.scales, weight.bits)
+
+
+def zero_point_off(weight: QuantizedWeight) -> QuantizedWeight:
+    """Integers that begin one lower, as those do whose sign is taken for their code's."""
+    return QuantizedWeight(weight.codes ^ (0x80 if weight.bits == 8 else 0x88), weight.scales, weight.bits)
+
+
+def groups_moved(weight: QuantizedWeight) -> QuantizedWeight:
+    return QuantizedWeight(weight.codes, weight.scales.roll(1, -1), weight.bits)
+
+
+def channels_moved(weight: QuantizedWeight) -> QuantizedWeight:
+    return QuantizedWeight(weight.codes, weight.scales.roll(1, -2), weight.bits)
+
+
+MISTAKES = {
+    "nibbles": (nibbles_swapped, ("int4", "int4 by channel")),
+    "zero point": (zero_point_off, ("int8", "int4")),
+    "group off by one": (groups_moved, ("int8 in groups", "int4")),
+    "scale of another channel": (channels_moved, ("int8", "int4")),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_planted_mistakes_are_seen(mistake: str):
+    change, forms = MISTAKES[mistake]
+    dtype = torch.bfloat16  # in which the least is seen
+
+    def spoilt(call: Call, index: int) -> Call:
+        return with_arguments(call, lambda values: values.__setitem__(index, change(values[index])))
+
+    inputs = Inputs(ODD, dtype)
+    for form in forms:
+        project = inputs.project(3, inputs.quantized(FORMS[form], 40, ODD.hidden))
+        assert apart(project, spoilt(project, 1).run(TRITON), dtype) > 3
+        moe = inputs.moe(1, weights=(inputs.experts(FORMS[form]), inputs.shared_experts(FORMS[form])))
+        for index in (3, 4):
+            assert apart(moe, spoilt(moe, index).run(TRITON), dtype) > 3
+
+
+# Models
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def model(request: pytest.FixtureRequest) -> Any:
+    return loader.load(resolve.DEMO, dtype=torch.float32, form=request.param)
+
+
+def floating(model: Any) -> Any:
+    """The same weights in floating-point: what quantised ones have to compute."""
+    wanted = loader.empty_model(model.config, torch.float32)
+    loader._give_memory(wanted, torch.device("cpu"))
+    for slot in loader.checkpoint_layout(model.config).values():
+        try:
+            value = model.get_parameter(slot.parameter)
+        except AttributeError:
+            value = model.get_submodule(slot.parameter).dequantize(torch.float32)
+        wanted.get_parameter(slot.parameter).data[slot.index] = value[slot.index]
+    return wanted.eval()
+
+
+IDS = [1024, 5, 77, 12, 300, 41, 9]
+
+
+@torch.inference_mode()
+def test_the_modules_compute_with_them(model: Any):
+    ids = torch.tensor([IDS])
+    assert distance(model(ids), floating(model)(ids)) < 1e-5
+
+
+def answers(model: Any, ops: kernels.Ops | None) -> list[int]:
+    options = EngineOptions(max_num_seqs=2, cache_bytes=1 << 20, embedding_bytes=0, max_num_batched_tokens=32)
+    engine = Engine(model, 1024, options, ops=ops)
+    try:
+        return answered(engine, [Ask(IDS, 6)])[0]
+    finally:
+        engine.close()
+
+
+def test_an_engine_says_what_plain_generation_says(model: Any):
+    (wanted,) = generation.greedy(floating(model), [generation.Prompt(IDS, None, [])], frozenset(), 6)
+    assert answers(model, None) == list(wanted)
+
+
+@pytest.mark.nightly
+def test_kernels_say_what_plain_generation_says():
+    model = loader.load(resolve.DEMO, dtype=torch.float32, form="int4")
+    (wanted,) = generation.greedy(floating(model), [generation.Prompt(IDS, None, [])], frozenset(), 6)
+    assert answers(model, TRITON) == list(wanted)
+
+
+def test_the_decoder_shares_memory_with_the_model(model: Any):
+    before = sum(parameter.nbytes for parameter in model.parameters())
+    decoder = FusedDecoder(model.language_model, kernels.TORCH)
+    attention = model.language_model.model.layers[0].self_attn
+    joined = decoder._projections[0].joined
+    assert isinstance(joined, QuantizedWeight)
+    assert joined.codes.data_ptr() == attention.q_proj.weight.codes.data_ptr()
+    assert sum(parameter.nbytes for parameter in model.parameters()) == before
+
+
+def test_the_use_of_a_model_names_its_forms(model: Any):
+    use = EngineOptions().use(model)
+    bits, group, kind = use.experts or (0, 0, "")
+    assert (kind, use.experts in use.projections) == ("bfloat16", True)
+    assert (8, 0, "bfloat16") in use.projections  # the output head's
+    assert (bits, group) in ((8, 0), (4, 32))
+    assert EngineOptions().use(loader.planned_model(model.config, torch.float32)).projections == ()
