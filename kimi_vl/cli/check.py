@@ -17,6 +17,9 @@ from .. import __version__
 GIB = 2**30
 # The published checkpoints: all have the same tensors, in bfloat16.
 PUBLISHED_BYTES = 32_815_312_096
+# Bytes of their quantised weights in each form, and how many values stay floating-point beside these.
+QUANTIZED_BYTES = {"int8": 15_581_677_952, "int4": 8_902_107_136, "int4-g128": 8_188_254_208}
+KEPT_VALUES = 843_250_928
 LEAST_CONTEXT = 4096  # tokens, with which a model is of use
 PUBLISHED = {
     "thinking": "models--moonshotai--Kimi-VL-A3B-Thinking",
@@ -65,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         "disk_free": shutil.disk_usage(_existing(cache)).free,
         "pget": shutil.which(os.environ.get("PGET") or "pget"),
         "models": [asdict(fit) for fit in fits(device, cache)],
+        "quantized": [asdict(fit) for fit in quantized_fits(device)],
         "limits": _limits(),
     }
     print(json.dumps(facts, indent=2) if arguments.json else _text(facts))
@@ -79,6 +83,16 @@ def fits(device: Device, cache: Path) -> list[Fit]:
     for model, folder in PUBLISHED.items():
         fetched = (cache / f"{folder}.verified").is_file()
         found.append(Fit(model, fetched, needs, context >= LEAST_CONTEXT, context))
+    return found
+
+
+def quantized_fits(device: Device) -> list[Fit]:
+    """A published model in each form that KIMI_VL_QUANTIZE may ask for; ``model`` is the form's name."""
+    found = []
+    for form, nbytes in QUANTIZED_BYTES.items():
+        needs = nbytes + KEPT_VALUES * device.bytes_a_parameter
+        context = _context(device, needs)
+        found.append(Fit(form, False, needs, context >= LEAST_CONTEXT, context))
     return found
 
 
@@ -169,11 +183,15 @@ def _text(facts: dict) -> str:
     ]
     for fit in facts["models"]:
         place = "here" if fit["fetched"] else "not fetched"
-        if fit["fits"]:
-            verdict = f"fits, with up to {fit['context']:,} tokens of context"
-        else:
-            verdict = f"does not fit: {fit['needs'] / GIB:.1f} GiB of weights, {device['free'] / GIB:.1f} GiB are free"
-        lines.append(f"  {fit['model']:<14} {place:<12} {verdict}")
+        lines.append(f"  {fit['model']:<14} {place:<12} {_verdict(fit, device)}")
+    lines.append("published models with KIMI_VL_QUANTIZE")
+    lines += [f"  {fit['model']:<27} {_verdict(fit, device)}" for fit in facts["quantized"]]
     lines.append("limits")
     lines += [f"  {name:<16} {value:,}" for name, value in facts["limits"].items()]
     return "\n".join(lines)
+
+
+def _verdict(fit: dict, device: dict) -> str:
+    if fit["fits"]:
+        return f"fits, with up to {fit['context']:,} tokens of context"
+    return f"does not fit: {fit['needs'] / GIB:.1f} GiB of weights, {device['free'] / GIB:.1f} GiB are free"
