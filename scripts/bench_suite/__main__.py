@@ -11,6 +11,7 @@ import sys
 COMMANDS = {
     "cog": ("cog", "main", "the concurrent predictor through Cog, beside its engine by plain threads"),
     "grammar": ("grammar", "main", "microseconds of a grammar's mask, at the size of the published vocabulary"),
+    "http": ("http", "main", "the OpenAI-compatible server, beside its engine by plain threads"),
     "launches": ("launches", "main", "launches, waits and bytes of a decode step, counted on an imitated GPU"),
     "load": ("load", "main", "seconds from a checkpoint in the page cache to a model, against transformers"),
     "latency": ("traffic", "latency", "first token and tokens a second of one request, by context length"),

@@ -163,14 +163,14 @@ def request(number: int, index: int, tokens: int) -> Request:
 Asker = Callable[[Request], Answer]
 
 
-def engine_asker(pipeline: Pipeline) -> Asker:
-    """Asks the engine of this process."""
+def engine_asker(pipeline: Pipeline, interval: float = CHUNK_SECONDS) -> Asker:
+    """Asks the engine of this process, for pieces of so many seconds."""
 
     def ask(asked: Request) -> Answer:
         began, first = time.monotonic(), 0.0
         messages: list[Any] = [{"role": "user", "content": asked["prompt"]}]
         options: dict[str, Any] = {name: value for name, value in asked.items() if name != "prompt"}
-        for event in pipeline.stream(messages, **options, interval=CHUNK_SECONDS):
+        for event in pipeline.stream(messages, **options, interval=interval):
             first = first or time.monotonic() - began
             if isinstance(event, Done):
                 return Answer(first, time.monotonic() - began, event.usage.output_tokens)
