@@ -1,8 +1,8 @@
 """Clients of OpenAI's API that are written by others, each as a program of its own against one server.
 
-Each program tells, as JSON, what it got: an answer, the same one streamed, one about a picture, what its errors are,
-and what it does where the server is busy. The Python clients are in an environment of their own (`kimi_vl_clients` in
-scripts/environment.sh), the JavaScript one where npm puts it.
+Each program tells, as JSON, what it got: an answer, the same one streamed, one about a picture, one in a given form,
+what its errors are, and what it does where the server is busy. The Python clients are in an environment of their own
+(`kimi_vl_clients` in scripts/environment.sh), the JavaScript one where npm puts it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,13 @@ PACKAGES = Path(os.environ.get("KIMI_VL_NODE_PACKAGES") or Path(tempfile.gettemp
 PYTHON = """
 import base64, json, os
 SERVER, SUM = os.environ["SERVER"] + "/v1", "What is 12 + 30?"
+from typing import Literal
+from pydantic import BaseModel
+
+class Verdict(BaseModel):
+    colour: Literal["red", "green"]
+    sure: bool
+
 picture = "data:image/png;base64," + base64.b64encode(open("images/math_problem.png", "rb").read()).decode()
 ABOUT = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": "What is the result?"}]
 
@@ -61,11 +68,13 @@ model = ChatOpenAI(model="kimi-vl-demo", base_url=SERVER, api_key="secret", temp
 first, *others = model.stream(SUM)
 for piece in others:
     first += piece
+form = ChatOpenAI(model="kimi-vl-demo", base_url=SERVER, api_key="secret").with_structured_output(Verdict).invoke(SUM)
 tokens = lambda said: [said.usage_metadata[name] for name in ("input_tokens", "output_tokens")] + [
     said.usage_metadata["output_token_details"]["reasoning"]]
 print(json.dumps({
     "answer": answer.content, "usage": tokens(answer), "stream": first.content, "stream usage": tokens(first),
     "pieces": len(others), "finish": answer.response_metadata["finish_reason"], "picture": ask(ABOUT).content,
+    "form": form.model_dump(),
     "key": error(lambda: ask(SUM, api_key="wrong")), "model": error(lambda: ask(SUM, model="other")),
     "mistake": error(lambda: ask(SUM, max_tokens=-1)), "busy": error(lambda: ask(SUM, seed=429)),
     "again": ask(SUM, seed=429, max_retries=2).content}))
@@ -88,12 +97,13 @@ deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
 tokens = lambda usage: [
     usage.prompt_tokens, usage.completion_tokens, usage.completion_tokens_details.reasoning_tokens]
 message = answer.choices[0].message
+form = ask(SUM, response_format=Verdict).choices[0].message.content
 print(json.dumps({
     "answer": message.content, "thinking": message.reasoning_content, "usage": tokens(answer.usage),
     "stream": "".join(delta.content or "" for delta in deltas),
     "stream thinking": "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas),
     "stream usage": tokens(chunks[-1].usage), "pieces": len(chunks), "finish": answer.choices[0].finish_reason,
-    "picture": ask(ABOUT).choices[0].message.content,
+    "picture": ask(ABOUT).choices[0].message.content, "form": Verdict.model_validate_json(form).model_dump(),
     "key": error(lambda: ask(SUM, api_key="wrong")), "model": error(lambda: ask(SUM, model="other")),
     "mistake": error(lambda: ask(SUM, max_tokens=-1)), "busy": error(lambda: ask(SUM, seed=429)),
     "again": ask(SUM, seed=429, num_retries=2).choices[0].message.content}))
@@ -105,6 +115,13 @@ const { readFileSync } = require("node:fs");
 const url = "data:image/png;base64," + readFileSync("images/math_problem.png").toString("base64");
 const SUM = "What is 12 + 30?";
 const ABOUT = [{ type: "image_url", image_url: { url } }, { type: "text", text: "What is the result?" }];
+const schema = {
+  type: "object",
+  properties: { colour: { enum: ["red", "green"] }, sure: { type: "boolean" } },
+  required: ["colour", "sure"],
+  additionalProperties: false,
+};
+const form = { response_format: { type: "json_schema", json_schema: { name: "verdict", strict: true, schema } } };
 const client = (options) =>
   new OpenAI({ baseURL: process.env.SERVER + "/v1", apiKey: "secret", maxRetries: 0, ...options }).chat.completions;
 const body = (content, more) =>
@@ -126,6 +143,7 @@ const tokens = (usage) =>
     answer: message.content, thinking: message.reasoning_content, usage: tokens(answer.usage), finish: finish_reason,
     stream: whole.choices[0].message.content, "stream thinking": thinking, "stream usage": tokens(whole.usage), pieces,
     picture: (await ask(ABOUT)).choices[0].message.content,
+    form: (await client().parse(body(SUM, form))).choices[0].message.parsed,
     key: await error(ask(SUM, {}, { apiKey: "wrong" })), model: await error(ask(SUM, { model: "other" })),
     mistake: await error(ask(SUM, { max_tokens: -1 })), busy: await error(ask(SUM, { seed: 429 })),
     again: (await ask(SUM, { seed: 429 }, { maxRetries: 2 })).choices[0].message.content,
@@ -214,6 +232,8 @@ def check(found: dict[str, Any]) -> None:
     assert found["usage"] == found["stream usage"] == [26, 55, 44]
     assert found["finish"] == "stop" and found["pieces"] > 3
     assert found["picture"] == "25 + 13 = 38"
+    assert found["form"]["colour"] in ("red", "green") and type(found["form"]["sure"]) is bool
+    assert set(found["form"]) == {"colour", "sure"}
 
 
 def statuses(found: dict[str, Any]) -> dict[str, int]:
