@@ -5,6 +5,7 @@
 #                                             oldest or newest transformers that pyproject.toml allows
 #   kimi_vl_clients                           the same with clients of OpenAI's API
 #   kimi_vl_lmms_eval                         the same with lmms-eval
+#   kimi_vl_mindspore                         the same with what pyproject.toml names under mindspore
 #
 # What was installed is remembered as the text of these two, in .venv itself. A mark stands there while it is
 # being made; where it is found later, that installation was cut off, and the environment is made from nothing.
@@ -114,6 +115,15 @@ kimi_vl_lmms_eval() {
   echo "$python"
 }
 
+kimi_vl_mindspore() {
+  local wanted
+  wanted="$("$KIMI_VL_PYTHON" -c 'import sys, tomllib
+print(*tomllib.load(open(sys.argv[1], "rb"))["project"]["optional-dependencies"]["mindspore"], sep="\n")' \
+    "$kimi_vl_root/pyproject.toml")" || return 1
+  mapfile -t wanted <<< "$wanted"
+  _kimi_vl_over mindspore "${wanted[@]}"
+}
+
 # The environment .venv-$1 with the requirements that follow. One at a time: two tests may ask for it.
 _kimi_vl_over() {
   local name="$1" over="$kimi_vl_root/.venv-$1"
@@ -138,8 +148,8 @@ _kimi_vl_install_over() {
     "$KIMI_VL_PYTHON" -m pip freeze | grep '^torch==' > "$over/constraints.txt" || return 1
     touch "$over/.made"
   fi
-  # A range may have a newer version than it had; exact versions are installed once.
-  [ "$(cat "$over/.wanted" 2> /dev/null)" = "$*" ] && [[ "$1" == *==* ]] && return 0
+  # A range may have a newer version than it had; exact versions, and MindSpore with its 800 MB, are installed once.
+  [ "$(cat "$over/.wanted" 2> /dev/null)" = "$*" ] && [[ "$1" == *==* || "$name" = mindspore ]] && return 0
   touch "$over/.installing" || return 1
   echo "set-up: $* in .venv-$name" >&2
   "$KIMI_VL_PYTHON" -m pip --python "$over/bin/python" install --disable-pip-version-check --no-input --quiet --upgrade \

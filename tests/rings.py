@@ -1,4 +1,4 @@
-"""Which tests run: the fast ring, the default ring, or all of them (``--ring``).
+"""Which tests run: the fast ring, the default ring, or all of them, or those of MindSpore (``--ring``).
 
 ``slow`` marks what starts a process or a server, mounts, compiles, or computes for long, as everything in some folders
 does. The fast ring goes without it, and holds the other tests to it. ``nightly`` marks what only the ring of all tests
@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-LEFT_OUT = {"fast": ("slow", "nightly"), "default": ("nightly",), "all": ()}
+LEFT_OUT = {"fast": ("slow", "nightly"), "default": ("nightly",), "all": (), "mindspore": ()}
 SLOW_FOLDERS = {"bench", "e2e", "media", "page", "serving", "weights"}
+MINDSPORE_FOLDER = "on_mindspore"  # for an environment of its own: collected in its ring alone
 STARTS = ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.system", "socket.bind")
 
 NIGHTLY = pytest.StashKey[dict[str, int]]()  # how many nightly cases were left out of each test function
@@ -45,8 +46,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """The fast ring does not even import what is in the slow folders."""
-    return True if config.getoption("--ring") == "fast" and collection_path.name in SLOW_FOLDERS else None
+    """The fast ring does not even import what is in the slow folders, and only one ring what needs MindSpore."""
+    ring, parts = config.getoption("--ring"), collection_path.relative_to(config.rootpath).parts
+    ignored = (ring == "fast" and SLOW_FOLDERS & {*parts}) or (ring != "mindspore" and MINDSPORE_FOLDER in parts)
+    return True if ignored else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

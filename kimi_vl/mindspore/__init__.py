@@ -1,8 +1,8 @@
 """Kimi-VL on MindSpore, an optional backend: the extra ``mindspore``, in an environment of its own.
 
-Every operator is of ``mindspore.ops`` and has kernels for a CPU and for Ascend. What is arithmetic on the host in any
-framework (configuration, position tables, sampling, pictures, text) is that of the other rooms. Nothing imports this
-package before :func:`require` has found that MindSpore works.
+Every operator is of ``mindspore.ops`` and has kernels for a CPU and for Ascend. What the host computes (configuration,
+rotary angles, weights of the bicubic resize, sampling) comes from the other rooms. Nothing imports the modules here
+before :func:`require` has found that MindSpore works.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from mindspore import Tensor
 
 from ..errors import UserError
 from ..model.config import Config, num_image_tokens
-from .vision import Grid
+from ..model.vision import Grid
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,10 @@ class Batch:
     pixel_values: Tensor | None = None
     grids: Sequence[Grid] = ()
 
-    @property
-    def positions(self) -> np.ndarray:
-        """Of each new token in its sequence, int64 (B, S); padding has position 0."""
-        return np.maximum(self.valid.cumsum(1) - 1, 0)[:, -self.ids.shape[1] :]
 
-
-def read(config: Config, input_ids: Any, attention_mask: Any, pixel_values: Any, image_grid_hws: Any) -> Batch:
+def read(
+    config: Config, input_ids: Any, attention_mask: Any = None, pixel_values: Any = None, image_grid_hws: Any = None
+) -> Batch:
     """The batch of ``input_ids`` and ``attention_mask`` (B, S), ``pixel_values`` (P, 3, 14, 14) and ``image_grid_hws``
     (n, 2). Raises :class:`UserError` that names the tensor at fault."""
     given = _integers("input_ids", input_ids, ("B", "S"))
@@ -68,7 +65,8 @@ def _integers(name: str, value: Any, shape: tuple[int | str, ...]) -> np.ndarray
 def _check(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
     """Whether ``value`` is a tensor of MindSpore's and of ``shape``, in which a text stands for any size."""
     if not isinstance(value, Tensor):
-        kind = "missing" if value is None else f"a {type(value).__module__.partition('.')[0]} {type(value).__name__}"
+        library = type(value).__module__.partition(".")[0].replace("builtins", "Python")
+        kind = "missing" if value is None else f"a {library} {type(value).__name__}"
         raise UserError("E_BACKEND", f"{name} is {kind}, and the model is on MindSpore; use mindspore.Tensor(values).")
     if len(value.shape) != len(shape) or any(n not in (m, str(n)) for n, m in zip(shape, value.shape, strict=True)):
         wanted = ", ".join(map(str, shape))

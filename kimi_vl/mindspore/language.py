@@ -1,7 +1,4 @@
-"""The decoder: multi-head latent attention over a cache of latents, and a mixture of experts.
-
-Cosines and sines come from :mod:`kimi_vl.model.language`, on the host.
-"""
+"""The decoder: multi-head latent attention over a cache of latents, and a mixture of experts."""
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -31,17 +28,15 @@ from .layers import (
 
 # Shapes: B sequences, S new tokens of each, L tokens to attend to, H hidden_size, N heads, R kv_lora_rank,
 # P / Q / V qk_rope / qk_nope / v head dims, E experts, K experts a token, T = B * S tokens.
-KVCache = dict[int, Tensor]
-"""By layer, the normed latent and the rotated key of each token so far: (B, L, R+P)."""
-Valid = Tensor | None
-"""(B, L), float32: 1 for tokens and 0 for padding, in the cache and behind it; None is all ones."""
+KVCache = dict[int, Tensor]  # by layer, the normed latent and the rotated key of each token so far: (B, L, R+P)
+Valid = Tensor | None  # (B, L), float32: 1 for tokens and 0 for padding; None is all ones
 
 
-def decoder(
-    weights: Weights, config: TextConfig, states: Tensor, positions: np.ndarray, cache: KVCache, valid: Valid
-) -> Tensor:
+def decoder(weights: Weights, config: TextConfig, states: Tensor, seen: np.ndarray, cache: KVCache) -> Tensor:
     """``language_model.model``: embeddings to final states, (B, S, H), of tokens behind those in ``cache``, which keeps
-    them, too. ``positions`` (B, S), integers, are their places in their sequences."""
+    them, too. ``seen`` (B, L) is false where padding is, in the cache and behind it."""
+    positions = np.maximum(seen.cumsum(1) - 1, 0)[:, -states.shape[1] :]  # (B, S), of tokens in their sequences
+    valid = None if seen.all() else Tensor(seen.astype(np.float32))
     dim, eps = config.qk_rope_head_dim, config.rms_norm_eps
     tables = rope_tables(torch.from_numpy(positions), dim, config.rope_theta, torch.float32)  # (B, S, P) each
     rope = [from_torch(table[..., : dim // 2], states.dtype) for table in tables]
@@ -124,9 +119,7 @@ def experts(weights: Weights, config: TextConfig, tokens: Tensor, topk_ids: Tens
     pairs = ops.gather(tokens, Tensor(order // chosen.shape[1]), 0)  # (T K, H)
     ends = np.cumsum(np.bincount(chosen.reshape(-1), minlength=config.n_routed_experts)).tolist()
     spans = enumerate(zip([0, *ends[:-1]], ends, strict=True))
-    outputs = [
-        mlp(weights / f"experts.{index}", config, pairs[begin:end]) for index, (begin, end) in spans if begin < end
-    ]
+    outputs = [mlp(weights / f"experts.{e}", config, pairs[begin:end]) for e, (begin, end) in spans if begin < end]
     back = Tensor(np.argsort(order).astype(np.int32))
     by_token = ops.gather(ops.cat(outputs), back, 0).reshape(*chosen.shape, -1)  # (T, K, H)
     return (by_token.astype(ms.float32) * topk_weights.expand_dims(-1)).sum(1).astype(tokens.dtype)

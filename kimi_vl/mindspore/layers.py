@@ -1,7 +1,4 @@
-"""What vision tower and decoder have in common: weights by name, linear maps, norms, rotary positions, attention.
-
-Sums and powers of norms and softmax are float32 whatever the dtype. Knows no configuration.
-"""
+"""What vision tower and decoder have in common: weights by name, linear maps, norms, rotary positions, attention."""
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -18,8 +15,7 @@ _SCORES = 2**24  # attention scores at a time: 64 MiB of float32
 _TOKENS = 1024  # at a time in what is wider than the hidden size
 _UNSEEN = 1e30  # subtracted from the score of what a query may not see; infinity would make padding NaN
 
-# With two dimensions: an operator that takes more runs a slower kernel on a CPU.
-_gemm = ops.MatMul(transpose_b=True)
+_gemm = ops.MatMul(transpose_b=True)  # with two dimensions: what takes more runs a slower kernel on a CPU
 bmm, bmm_transposed = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)
 
 

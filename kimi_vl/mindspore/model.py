@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .. import parameters
 from ..engine import sampling
 from ..errors import CheckpointError, UserError
 from ..model.config import Config
+from ..model.vision import Grid
 from ..weights.loader import checkpoint_layout, read_tensor
 from ..weights.shards import Expected, opened, read_headers
 from . import language, vision
@@ -80,10 +82,7 @@ class KimiVLForConditionalGeneration(nn.Cell):
         self.config, self.network, self.generation_config = config, network, generation_config
         self._weights = Weights(weights)
         self._embeddings = weights["language_model.model.embed_tokens.weight"]
-
-    @property
-    def dtype(self) -> Any:
-        return self._embeddings.dtype
+        self.dtype = self._embeddings.dtype
 
     def construct(
         self, input_ids: Any, attention_mask: Any = None, pixel_values: Any = None, image_grid_hws: Any = None
@@ -93,7 +92,7 @@ class KimiVLForConditionalGeneration(nn.Cell):
             self._states(read(self.network, input_ids, attention_mask, pixel_values, image_grid_hws), {})
         )
 
-    def encode_images(self, pixel_values: Tensor, grids: Sequence[vision.Grid]) -> Tensor:
+    def encode_images(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Vectors (T, H) that take the place of the placeholders of all images, in order."""
         pixels, config = pixel_values.astype(self.dtype), self.network.vision_config
         groups = vision.vision_tower(self._weights / "vision_tower", config, pixels, grids)
@@ -108,9 +107,8 @@ class KimiVLForConditionalGeneration(nn.Cell):
             source = np.arange(slots.size, dtype=np.int32).reshape(slots.shape)
             source[slots] = slots.size + np.arange(slots.sum())  # behind all embeddings come the images
             embeddings = ops.gather(ops.cat((embeddings.reshape(slots.size, -1), images)), Tensor(source), 0)
-        valid = None if batch.valid.all() else Tensor(batch.valid.astype(np.float32))
         weights, config = self._weights / "language_model.model", self.network.text_config
-        return language.decoder(weights, config, embeddings, batch.positions, cache, valid)
+        return language.decoder(weights, config, embeddings, batch.valid, cache)
 
     def _logits(self, states: Tensor) -> Tensor:
         return linear(self._weights / "language_model.lm_head", states).astype(ms.float32)
@@ -136,21 +134,16 @@ class KimiVLForConditionalGeneration(nn.Cell):
         Without ``do_sample`` the likeliest tokens. Sequence i of a batch draws from ``seed`` + i; None takes one from
         NumPy, which ``mindspore.set_seed`` seeds. The rest is as in transformers, and what it has besides is refused.
         """
-        for name in (name for name, value in others.items() if value is not None and name != "use_cache"):
+        for name in (name for name in others if name != "use_cache" and others[name] is not None):
             raise UserError("E_PARAMETER", f"{name} is not supported on MindSpore; leave it out.")
-        batch, config = (
-            read(self.network, input_ids, attention_mask, pixel_values, image_grid_hws),
-            self.network.text_config,
-        )
-        room, count = config.max_position_embeddings - batch.ids.shape[1], len(batch.ids)
-        if room < 1:
+        batch = read(self.network, input_ids, attention_mask, pixel_values, image_grid_hws)
+        config, count = self.network.text_config, len(batch.ids)
+        if (room := config.max_position_embeddings - batch.ids.shape[1]) < 1:
             raise UserError("E_PROMPT_TOO_LONG", "the prompt and its images do not fit the context; shorten either.")
         limit = parameters.integer("max_new_tokens", max_new_tokens, 1, room)
-        seed = (
-            int(np.random.randint(2**62)) if seed is None else parameters.integer("seed", seed, 0, parameters.MAX_SEED)
-        )
-        chosen = (temperature if do_sample else 0, top_p, top_k)
-        samplings = [sampling.Sampling(*chosen, seed + index) for index in range(count)]
+        seed = np.random.randint(2**62) if seed is None else seed
+        first = sampling.Sampling(temperature if do_sample else 0, top_p, top_k, seed)
+        samplings = [replace(first, seed=first.seed + index) for index in range(count)]
         named = self.generation_config.eos_token_id if eos_token_id is None else eos_token_id
         eos = [named] if isinstance(named, int) else list(named)
 

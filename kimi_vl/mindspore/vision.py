@@ -1,12 +1,10 @@
-"""MoonViT and the projector: packed patches of any number of images to vectors as wide as the decoder.
-
-Angles and the weights of the bicubic resize come from :mod:`kimi_vl.model.vision`, on the host.
-"""
+"""MoonViT and the projector: packed patches of any number of images to vectors as wide as the decoder."""
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import mindspore as ms
 import torch
@@ -14,10 +12,10 @@ from mindspore import Tensor, ops
 
 from ..model import vision as arithmetic
 from ..model.config import VisionConfig
+from ..model.vision import Grid
 from .layers import Weights, attention, from_torch, gemm, in_blocks, layer_norm, linear, rotate
 
 # Shapes: P patches of all images together, N heads, D head dim, C hidden_size, T = P / 4 merged tokens.
-Grid = tuple[int, int]  # (rows, columns) of patches, both even
 EPS = arithmetic.LAYER_NORM_EPS
 
 
@@ -25,7 +23,7 @@ def vision_tower(weights: Weights, config: VisionConfig, pixel_values: Tensor, g
     """``pixel_values`` (P, 3, 14, 14) and the grids of the images to groups of four neighbours (T, 4, C)."""
     states = patch_embed(weights / "patch_embed", pixel_values, grids)  # (P, C)
     angles = arithmetic.rope_angles(grids, config.head_dim, torch.device("cpu")).unsqueeze(1)  # (P, 1, D/2)
-    rope = from_torch(angles.cos(), ms.float32), from_torch(angles.sin(), ms.float32)
+    rope = [from_torch(table, ms.float32) for table in (angles.cos(), angles.sin())]
     lengths = [rows * columns for rows, columns in grids]
     for layer in range(config.num_hidden_layers):
         states = block(weights / f"encoder.blocks.{layer}", states, rope, lengths, config.num_attention_heads)
@@ -59,19 +57,17 @@ def resize_weights(before: int, after: int) -> Tensor:
     return from_torch(arithmetic.resize(torch.eye(before).unsqueeze(1), (after, 1)), ms.float32)
 
 
-def block(
-    weights: Weights, states: Tensor, rope: tuple[Tensor, Tensor], lengths: Sequence[int], num_heads: int
-) -> Tensor:
-    """One pre-norm transformer layer (P, C), with full attention inside each image and none between images."""
+def block(weights: Weights, states: Tensor, rope: list[Tensor], lengths: list[int], num_heads: int) -> Tensor:
+    """One pre-norm transformer layer (P, C)."""
     qkv = linear(weights / "wqkv", layer_norm(weights / "norm0", states, EPS))
     query, key, value = ops.unbind(qkv.reshape(qkv.shape[0], 3, num_heads, -1), 1)  # (P, N, D) each
     query, key = (rotate(each.astype(ms.float32), *rope).astype(value.dtype) for each in (query, key))
     states = states + linear(weights / "wo", attend(query, key, value, lengths))
-    return states + in_blocks(lambda some: mlp(weights / "mlp", some), layer_norm(weights / "norm1", states, EPS))
+    return states + in_blocks(partial(mlp, weights / "mlp"), layer_norm(weights / "norm1", states, EPS))
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Heads side by side (P, C) of queries, keys and values (P, N, D) of images of so many patches."""
+def attend(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+    """Heads side by side (P, C): full attention inside each image of so many patches, and none between images."""
     by_image = (ops.split(each.swapaxes(0, 1).expand_dims(0), lengths, axis=2) for each in (query, key, value))
     heads = [attention(*own, scale=query.shape[-1] ** -0.5) for own in zip(*by_image, strict=True)]  # (1, N, P_i, D)
     return ops.cat(heads, axis=2)[0].swapaxes(0, 1).reshape(query.shape[0], -1)
@@ -87,12 +83,12 @@ def mlp(weights: Weights, states: Tensor) -> Tensor:
 
 def merge(states: Tensor, grids: Sequence[Grid], kernel: tuple[int, int]) -> Tensor:
     """Group neighbouring patches (P, C) of each image, row-major inside and over the groups: (T, 4, C)."""
-    (height, width), groups = kernel, []
-    images = ops.split(states, [rows * columns for rows, columns in grids])
-    for image, (rows, columns) in zip(images, grids, strict=True):
-        tiles = image.reshape(rows // height, height, columns // width, width, -1).swapaxes(1, 2)
-        groups.append(tiles.reshape(-1, height * width, states.shape[-1]))  # (T_i, 4, C)
-    return ops.cat(groups)
+    (height, width), images = kernel, ops.split(states, [rows * columns for rows, columns in grids])
+    tiles = [
+        image.reshape(rows // height, height, columns // width, width, -1).swapaxes(1, 2)
+        for image, (rows, columns) in zip(images, grids, strict=True)
+    ]
+    return ops.cat([tile.reshape(-1, height * width, states.shape[-1]) for tile in tiles])
 
 
 def projector(weights: Weights, groups: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,7 @@ def project(pytester: pytest.Pytester) -> pytest.Pytester:
     pytester.makeini("[pytest]\nmarkers =\n  slow\n  nightly\n")
     pytester.makepyfile(test_ours=TESTS)
     pytester.mkdir("e2e").joinpath("test_served.py").write_text("def test_served(): pass\n")
+    pytester.mkdir("on_mindspore").joinpath("test_ported.py").write_text("def test_ported(): pass\n")
     return pytester
 
 
@@ -51,6 +53,11 @@ def project(pytester: pytest.Pytester) -> pytest.Pytester:
 def test_each_ring_holds_the_one_before(project: pytest.Pytester, ring: str, passed: int, deselected: int) -> None:
     """The fast one does not even collect what is in the slow folders."""
     project.runpytest_inprocess("--ring", ring).assert_outcomes(passed=passed, deselected=deselected)
+
+
+def test_one_ring_alone_collects_what_needs_mindspore(project: pytest.Pytester) -> None:
+    project.runpytest_inprocess("on_mindspore").assert_outcomes()
+    project.runpytest_inprocess("--ring", "mindspore", "on_mindspore").assert_outcomes(passed=1)
 
 
 def test_without_a_ring_it_is_the_default_one_and_says_what_it_leaves_out(project: pytest.Pytester) -> None:
@@ -72,3 +79,21 @@ def test_the_fast_ring_starts_nothing(project: pytest.Pytester) -> None:
     result = project.runpytest_inprocess("--ring", "fast")
     result.assert_outcomes(failed=2, errors=1)
     result.stdout.fnmatch_lines(["*mark test_ours.py::test_process with pytest.mark.slow*"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("failing", "status"), [("none", 0), ("default", 1), ("--mindspore", 1)])
+def test_continuous_integration_runs_both_rings(tmp_path: Path, failing: str, status: int) -> None:
+    """One after the other whatever the first one says; arguments are for one call."""
+    for folder in (".ci", "scripts"):
+        (tmp_path / folder).mkdir()
+    run = tmp_path / ".ci" / "run"
+    shutil.copy(Path(__file__).parents[2] / ".ci" / "run", run)
+    test = tmp_path / "scripts" / "test"
+    test.write_text(f'echo "${{*:-default}}" >> {tmp_path}/called; [ "${{1:-default}}" != {failing} ]\n')
+    test.write_text("#!/usr/bin/env bash\n" + test.read_text())
+    test.chmod(0o755)
+    assert subprocess.run([run]).returncode == status
+    assert (tmp_path / "called").read_text().splitlines() == ["default", "--mindspore"]
+    assert subprocess.run([run, "--fast", "-k", "x"]).returncode == 0
+    assert (tmp_path / "called").read_text().splitlines()[2:] == ["--fast -k x"]
