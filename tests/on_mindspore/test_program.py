@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -119,3 +120,12 @@ def test_every_kind_of_model(tmp_path, monkeypatch, capsys, kind):
     monkeypatch.setattr(sys, "argv", ["program", str(folder), str(PICTURE), "whole"])
     exec(PROGRAM, {"__name__": "__main__"})
     check(capsys.readouterr().out, "whole")
+
+
+def test_the_example_of_the_document(monkeypatch, capsys):
+    page = (ROOT / "docs" / "mindspore.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    exec(code.replace('"moonshotai/Kimi-VL-A3B-Thinking"', '"kimi_vl/demo"'), {"__name__": "__main__"})
+    assert capsys.readouterr().out.splitlines() == [ANSWER]
+    assert f"\n{ANSWER}\n" in page
