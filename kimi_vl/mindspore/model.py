@@ -13,7 +13,6 @@ import mindspore as ms
 import numpy as np
 import torch
 from mindspore import Parameter, Tensor, nn, ops
-from mindspore.common.initializer import initializer
 
 from .. import parameters
 from ..engine import sampling
@@ -53,11 +52,12 @@ def load(directory: str | Path, config: Config, dtype: Any) -> dict[str, Paramet
 
 
 def start(config: Config, dtype: Any) -> dict[str, Parameter]:
-    """Weights as before training, from ``mindspore.set_seed``: norms of one, biases of zero, else normal values."""
-    found = {}
+    """Weights as before training, by ``mindspore.set_seed``: norms of one, biases of zero, else normal values."""
+    generator, found = torch.Generator().manual_seed(int(np.random.randint(2**62))), {}
     for name, slot in checkpoint_layout(config).items():
-        kind = "zeros" if name.endswith("bias") else "ones" if len(slot.shape) == 1 else "normal"
-        found[name] = _parameter(name, initializer(kind, slot.shape, _dtype(name, dtype)).init_data())
+        values = torch.zeros(slot.shape) if name.endswith("bias") else torch.ones(slot.shape)
+        values = values.normal_(std=0.02, generator=generator) if len(slot.shape) > 1 else values
+        found[name] = _parameter(name, from_torch(values, _dtype(name, dtype)))
     return found
 
 
