@@ -151,8 +151,8 @@ class KimiVLForConditionalGeneration(nn.Cell):
         new = np.zeros((count, 0), np.int32)
         while new.shape[1] < limit and not np.isin(new, eos).any(1).all():
             logits = torch.from_numpy(self._logits(self._states(batch, cache)[:, -1]).asnumpy())  # (B, V)
-            lengths, below = batch.valid.sum(1).tolist(), [config.vocab_size] * count
-            tokens = np.asarray(sampling.sample_batch(logits, samplings, lengths, below), np.int32)
+            own = zip(logits, samplings, batch.valid.sum(1).tolist(), strict=True)
+            tokens = np.asarray([sampling.sample_one(v, s, sampling.uniform(s.seed, at)) for v, s, at in own], np.int32)
             tokens[np.isin(new, eos).any(1)] = self.generation_config.pad_token_id
             new = np.concatenate((new, tokens[:, None]), axis=1)
             batch = Batch(tokens[:, None], np.pad(batch.valid, ((0, 0), (0, 1)), constant_values=True))

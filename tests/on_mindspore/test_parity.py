@@ -16,7 +16,7 @@ from mindspore import ops
 from PIL import Image
 
 from demo_world import evaluate, lessons
-from kimi_vl.engine.sampling import Sampling, sample_one
+from kimi_vl.engine.sampling import Sampling, sample_one, uniform
 from kimi_vl.mindspore import inputs, language, layers, model
 from kimi_vl.model import generation
 from kimi_vl.model.generation import Prompt
@@ -78,7 +78,7 @@ def test_sampling_is_that_of_the_engine(demo, examinee, prompts):
         session = generation.Session(examinee.model, [prompt], count)
         sampling, tokens = Sampling(**settings, seed=seed + index), []
         for step in range(count):
-            tokens.append(sample_one(session.logits[0], sampling, len(prompt.ids) + step))
+            tokens.append(sample_one(session.logits[0], sampling, uniform(seed + index, len(prompt.ids) + step)))
             session.step(tokens[-1:])
         assert ours[index] == tokens
     assert ours != answers(demo, prompts[:3], count)
