@@ -77,6 +77,10 @@ class Document:
         """End the process."""
         self._sandbox.__exit__()
 
+    def peak_bytes(self) -> int:
+        """The most memory that its process has held so far."""
+        return self._sandbox.peak_bytes()
+
     def taken(self, count: int) -> tuple[float, ...]:
         """The numbers of the pages."""
         return tuple(self._numbers[:count])

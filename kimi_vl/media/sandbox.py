@@ -116,6 +116,11 @@ class Sandbox:
                 pipe.close()
         self._process.wait()
 
+    def peak_bytes(self) -> int:
+        """The most memory that the process has held so far."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
+
     def hello(self) -> dict[str, Any]:
         """What the process says of the file before it is asked anything. Raises :class:`SandboxError`."""
         return self._reply()

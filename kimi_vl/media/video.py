@@ -115,6 +115,10 @@ class Video:
         """End the process."""
         self._sandbox.__exit__()
 
+    def peak_bytes(self) -> int:
+        """The most memory that its process has held so far."""
+        return self._sandbox.peak_bytes()
+
     def taken(self, count: int) -> tuple[float, ...]:
         """The times of ``count`` frames: as many a second as was asked for, or else the middles of equal parts."""
         if count == self._frames(self._fps):

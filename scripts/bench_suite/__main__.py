@@ -15,6 +15,7 @@ COMMANDS = {
     "launches": ("launches", "main", "launches, waits and bytes of a decode step, counted on an imitated GPU"),
     "load": ("load", "main", "seconds from a checkpoint in the page cache to a model, against transformers"),
     "latency": ("traffic", "latency", "first token and tokens a second of one request, by context length"),
+    "media": ("media", "main", "seconds from a film or a document to frames or pages"),
     "mixed": ("traffic", "mixed", "requests of all kinds at once, with pictures"),
     "text": ("text", "main", "microseconds a token between a sampled token and the text that leaves"),
     "throughput": ("traffic", "throughput", "tokens a second of many requests at once, all alike"),

@@ -33,7 +33,7 @@ PROMISED = {
     "E_PROMPT_EMPTY", "E_PROMPT_TOO_LONG", "E_MESSAGES_INVALID", "E_PARAMETER", "E_IMAGE_UNREADABLE", "E_IMAGE_FORMAT",
     "E_IMAGE_TOO_LARGE", "E_TOO_MANY_IMAGES", "E_IMAGE_SOURCE",
     "E_VIDEO_SOURCE", "E_VIDEO_FORMAT", "E_VIDEO_UNREADABLE",
-    "E_DOCUMENT_SOURCE", "E_DOCUMENT_FORMAT", "E_DOCUMENT_UNREADABLE",
+    "E_DOCUMENT_SOURCE", "E_DOCUMENT_FORMAT", "E_DOCUMENT_UNREADABLE", "E_GRAMMAR",
 }  # fmt: skip
 MARKERS = {"text": ("◁think▷", "◁/think▷"), "think_tags": ("<think>", "</think>")}
 LIMITS = ("max_length_tokens", "max_tokens", "max_new_tokens")
