@@ -125,7 +125,7 @@ def stream(client: OpenAI, received: list[Any], **params: Any) -> threading.Thre
 def test_sigterm_says_so_finishes_streams_and_ends(endless_model: Path) -> None:
     with endless(endless_model, "--drain-delay-s", "1.5") as process, process.client() as client:
         received: list[Any] = []
-        thread = stream(client, received, max_tokens=1500)
+        thread = stream(client, received, max_tokens=600)
         process.process.send_signal(signal.SIGTERM)
         with process.http() as http:
             until(lambda: http.get("/health").status_code == 503)
