@@ -53,6 +53,7 @@ BAD_FILES = [
     data_url(b"no picture"), data_url(picture()[:50]), "data:,", "data:image/png;base64,%%%", "/etc/hostname", "", "x",
     "file:///etc/hostname", "http://127.0.0.1:1/x.png", data_url(b"<svg/>", "image/svg+xml"), "data:image/png;base64",
 ]  # fmt: skip
+SCHEMAS = st.sampled_from(["", "{}", '{"type": "object"}', '{"type": "integer"}', '{"enum": ["yes", "no"]}'])
 FILES = st.one_of(st.sampled_from(GOOD_FILES), st.sampled_from(BAD_FILES), st.text(max_size=10))
 ANYTHING = st.recursive(
     st.none()
@@ -101,8 +102,10 @@ def values(name: str, field: dict[str, Any], schemas: dict[str, Any]) -> SearchS
     """What to send for one input, by what the served schema says of it."""
     if "allOf" in field:
         field = {**schemas[field["allOf"][0]["$ref"].rpartition("/")[2]], **field}
-    if "enum" in field:
-        good: SearchStrategy[Any] = st.sampled_from(field["enum"])
+    if name == "json_schema":
+        good: SearchStrategy[Any] = SCHEMAS | TEXTS
+    elif "enum" in field:
+        good = st.sampled_from(field["enum"])
     elif field["type"] in ("integer", "number"):
         good = numbers(field, name)
     elif field["type"] == "array":
@@ -116,6 +119,8 @@ def values(name: str, field: dict[str, Any], schemas: dict[str, Any]) -> SearchS
 
 def right_values(name: str, field: dict[str, Any], schemas: dict[str, Any]) -> SearchStrategy[Any]:
     """What nobody should refuse."""
+    if name == "json_schema":
+        return SCHEMAS
     if "allOf" in field:
         return st.sampled_from(schemas[field["allOf"][0]["$ref"].rpartition("/")[2]]["enum"])
     if field["type"] == "integer":
@@ -138,7 +143,10 @@ def requests(draw: st.DrawFn, document: dict[str, Any]) -> dict[str, Any]:
         for name, field in fields.items()
         if name not in (*LIMITS, *ASKING, *UNLIKELY)  # a length that nobody should refuse could take minutes
     }
-    request: dict[str, Any] = {"max_length_tokens": draw(st.integers(1, 10))}
+    request: dict[str, Any] = {
+        "max_length_tokens": draw(st.integers(1, 10)),
+        "output_format": draw(right["output_format"]),
+    }
     if draw(st.integers(0, 2)):
         request["prompt"] = draw(st.sampled_from(["Hello.", "What is the result?", *NAMES]))
         request |= draw(st.sampled_from([{}, {"image": GOOD_FILES[0]}, {"images": GOOD_FILES[:2]}]))
@@ -177,6 +185,10 @@ def check(inputs: dict[str, Any], body: dict[str, Any]) -> str:
         assert done["type"] == "done" and done["seed"] == metrics["seed"]
         for kind, whole in (("reasoning", done["reasoning"]), ("answer", done["answer"])):
             assert "".join(line["text"] for line in lines if line["type"] == kind) == whole
+    elif form.startswith("grounding"):
+        found = json.loads(text)
+        assert text.count("\n") == 1 and all(each["span"][1] <= len(found["answer"]) for each in found["findings"])
+        assert ("images" in found) == (form == "grounding_image")
     elif form in MARKERS:
         opener, closer = MARKERS[form]
         assert closer in text or not text.startswith(opener)
@@ -224,7 +236,7 @@ def test_every_request_gets_an_answer_or_an_error_of_a_promised_form(server: Ser
     client.settle()
     assert client.health()["status"] == "READY"
     assert worker_of(server) == worker, "the worker is the same"
-    answers = {f"answer as {form}" for form in ("text", "think_tags", "answer", "json")}
+    answers = {f"answer as {form}" for form in (*MARKERS, "answer", "json", "grounding", "grounding_image")}
     assert answers | {"422", "E_PARAMETER", "E_PROMPT_EMPTY", "E_IMAGE_SOURCE", "E_MESSAGES_INVALID"} <= kinds.keys()
 
 

@@ -219,9 +219,12 @@ def test_a_kernel_that_was_forced_and_cannot_run_fails_the_setup_with_a_sentence
 def test_a_model_is_ready_when_a_first_request_was_answered(monkeypatch):
     seen = []
     step = Engine._step
-    monkeypatch.setattr(
-        Engine, "_step", lambda self, chunks: seen.append([w.end - w.begin for w in chunks]) or step(self, chunks)
-    )
+
+    def watched(self: Engine, chunks: Any, forward: Any) -> None:
+        seen.append([chunk.end - chunk.begin for chunk in chunks])
+        step(self, chunks, forward)
+
+    monkeypatch.setattr(Engine, "_step", watched)
     loaded = pipeline.load(str(CHECKPOINT), device="cpu")
     assert seen == [[6], [1], [1]]
     assert loaded.healthy()
