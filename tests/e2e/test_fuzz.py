@@ -37,7 +37,7 @@ PROMISED = {
 }  # fmt: skip
 MARKERS = {"text": ("◁think▷", "◁/think▷"), "think_tags": ("<think>", "</think>")}
 LIMITS = ("max_length_tokens", "max_tokens", "max_new_tokens")
-UNLIKELY = ("video", "document", "fps", "start", "end", "pages", "json_schema")
+UNLIKELY = ("video", "document", "fps", "start", "end", "pages")
 """Inputs of which hardly a drawn value is right."""
 ASKING = ("prompt", "system_prompt", "messages", "image", "images")
 
