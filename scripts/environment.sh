@@ -6,6 +6,8 @@
 #   kimi_vl_clients                           the same with clients of OpenAI's API
 #   kimi_vl_lmms_eval                         the same with lmms-eval
 #   kimi_vl_mindspore                         the same with what pyproject.toml names under mindspore
+#   kimi_vl_router                            the same with vllm-router
+#   kimi_vl_cluster                           the same with Ray Serve, as pyproject.toml wants it
 #
 # What was installed is remembered as the text of these two, in .venv itself. A mark stands there while it is
 # being made; where it is found later, that installation was cut off, and the environment is made from nothing.
@@ -122,6 +124,18 @@ print(*tomllib.load(open(sys.argv[1], "rb"))["project"]["optional-dependencies"]
     "$kimi_vl_root/pyproject.toml")" || return 1
   mapfile -t wanted <<< "$wanted"
   _kimi_vl_over mindspore "${wanted[@]}"
+}
+
+kimi_vl_router() {
+  _kimi_vl_over router vllm-router==0.1.17
+}
+
+kimi_vl_cluster() {
+  local wanted
+  wanted="$("$KIMI_VL_PYTHON" -c 'import sys, tomllib
+extras = tomllib.load(open(sys.argv[1], "rb"))["project"]["optional-dependencies"]
+print(next(text for text in extras["cluster"] if text.startswith("ray")))' "$kimi_vl_root/pyproject.toml")" || return 1
+  _kimi_vl_over cluster "$wanted"
 }
 
 # The environment .venv-$1 with the requirements that follow. One at a time: two tests may ask for it.

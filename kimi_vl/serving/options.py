@@ -67,7 +67,7 @@ class ServerOptions:
     max_connections: int = option(2048, "connections at a time", low=1)
     max_decoding: int = option(4, "requests whose images are decoded at a time", low=1)
     max_num_seqs: int = option(64, "sequences that are computed at a time", low=1)
-    max_waiting: int = option(256, "requests that wait before more are refused", low=0)
+    max_waiting: int = option(256, "requests that wait before more are refused", low=1)
 
     def names(self) -> tuple[str, ...]:
         """The names that are listed, the first of which answers carry."""
