@@ -152,6 +152,8 @@ def requests(draw: st.DrawFn, document: dict[str, Any]) -> dict[str, Any]:
         request |= draw(st.sampled_from([{}, {"image": GOOD_FILES[0]}, {"images": GOOD_FILES[:2]}]))
     else:
         request["messages"] = draw(st.lists(GOOD_MESSAGES | MESSAGES, min_size=1, max_size=3))
+    if draw(st.booleans()):
+        request["output_format"] = draw(right["output_format"])
     for name in draw(st.lists(st.sampled_from(sorted(right)), max_size=4)):
         request[name] = draw(right[name])
     for name in draw(st.lists(st.sampled_from([*every, *ASKING]), max_size=3)):

@@ -12,6 +12,7 @@ import pytest
 from cog_local import schema
 from cog_local.client import Client, Event, RequestRefused
 from cog_local.server import ROOT, Server
+from tests.media import films, papers
 
 from .conftest import data_url, file_url, picture
 
@@ -269,6 +270,17 @@ def test_a_reader_that_leaves_cancels(endless: Client) -> None:
 def test_image_as_a_data_url(client: Client) -> None:
     response = succeed(client, **ASK, image=data_url(picture()))
     assert response["metrics"]["image_token_count"] > 0
+
+
+def test_a_video_and_a_document_as_data_urls(client: Client) -> None:
+    film = data_url(films.Film(times=films.every(10, 2)).made(), "video/mp4")
+    paper = data_url(papers.Paper(papers.pages(2)).made(), "application/pdf")
+    metrics = succeed(client, **ASK, video=film, document=paper, pages="2")["metrics"]
+    assert [(use["kind"], use["taken"]) for use in metrics["media"]] == [("video", [0, 1]), ("document", [2])]
+    assert "E_VIDEO_FORMAT" in fail(client, **ASK, video=paper)
+    assert "E_DOCUMENT_PAGES" in fail(client, **ASK, document=paper, pages="3")
+    assert "E_VIDEO_UNREADABLE" in fail(client, **ASK, video="data:video/mp4;base64,####")
+    assert client.health()["status"] == "READY"
 
 
 def test_two_images(client: Client) -> None:
