@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, environment: dict[str, str], scratch: Path) ->
     if "OMP_NUM_THREADS" in environment:
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # as many as the server has
     sequences = max(*args.streams, 64)
-    flags = ("--max-num-seqs", str(sequences), "--max-waiting", str(args.open))
+    flags = ("--max-num-seqs", str(sequences), "--max-waiting", str(max(args.open, sequences)))
     options = EngineOptions(max_num_seqs=sequences)
     loads = [os.getloadavg()[0]]
     with (

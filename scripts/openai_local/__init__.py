@@ -1,0 +1,1 @@
+"""Programs around the OpenAI-compatible server of a checkout."""
