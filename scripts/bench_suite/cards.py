@@ -171,8 +171,10 @@ def table(found: Sequence[Compiled]) -> str:
 
 def main(arguments: Sequence[str] = ()) -> int:
     """Print the table; with ``--json`` a line for each kernel. Other arguments are capabilities, such as 8.9."""
-    chosen = [int(each.replace(".", "")) for each in arguments if not each.startswith("-")] or list(CARDS)
-    found = compile_all(chosen, [calls(form=form) for form in FORMS.values()])
+    forms = [FORMS[each] for each in arguments if each in FORMS] or [*FORMS.values()]
+    others = [each for each in arguments if each not in FORMS and not each.startswith("-")]
+    chosen = [int(each.replace(".", "")) for each in others] or list(CARDS)
+    found = compile_all(chosen, [calls(form=form) for form in forms])
     if "--json" in arguments:
         for each in found:
             print(json.dumps(dataclasses.asdict(each)))

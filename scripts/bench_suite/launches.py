@@ -38,6 +38,7 @@ from kimi_vl.engine.kv_cache import PagedCache
 from kimi_vl.engine.sampling import Sampling
 from kimi_vl.model.config import Config
 from kimi_vl.model.kimi_vl import KimiVL
+from kimi_vl.quantization.scheme import FORMS
 from kimi_vl.weights import loader
 
 from . import checkpoint, decode, ladder
@@ -248,13 +249,16 @@ def _values(tensor: Tensor) -> Tensor:
     return tensor.inner
 
 
-def _filled(config: Config) -> KimiVL:
+def _filled(config: Config, form: str | None) -> KimiVL:
     """Weights on the device that are random where that decides which experts are met, and else repeat a few."""
-    model = loader.empty_model(config, torch.bfloat16)
+    model = loader.planned_model(config, torch.bfloat16, form)
     loader._give_memory(model, torch.device("cuda:0"))
     pool = torch.randn((1 << 20) + 7, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     for name, parameter in model.named_parameters():
         flat = _values(parameter.data).view(-1)
+        if name.endswith((".codes", ".scales")):
+            flat.fill_(0x55 if name.endswith(".codes") else 0.01)
+            continue
         for part in flat.split(len(pool)):
             part.copy_(pool[: len(part)])
         if parameter.ndim == 1:  # norms, and the router's bias
@@ -267,14 +271,14 @@ def _filled(config: Config) -> KimiVL:
 
 
 def count_bytes(
-    way: str, sequences: int, layers: int, context: int = CONTEXT, values: Any = None
+    way: str, sequences: int, layers: int, context: int = CONTEXT, values: Any = None, form: str | None = None
 ) -> tuple[Counts, float]:
     """The counts of one step over buffers that stay, and how many experts a layer has met."""
     chosen, _, card = WAYS[way]
     config = Config.from_dict(values or checkpoint.divided(1, layers, 1))
     met: list[int] = []
     with imitated_cuda.imitated(card=card) as machine, _only(sequences), torch.inference_mode():
-        model = _filled(config)
+        model = _filled(config, form)
         ops = _ops(chosen)
 
         def norm_router(*arguments: Any) -> Any:
@@ -300,8 +304,8 @@ def count_bytes(
             watched._watch = watch
 
 
-def traffic_of(way: str, sequences: int, context: int = CONTEXT) -> Traffic:
-    (one, _), (two, met) = (count_bytes(way, sequences, layers, context) for layers in (1, 2))
+def traffic_of(way: str, sequences: int, context: int = CONTEXT, form: str | None = None) -> Traffic:
+    (one, _), (two, met) = (count_bytes(way, sequences, layers, context, form=form) for layers in (1, 2))
     config = Config.from_dict(checkpoint.divided(1, LAYERS, 1)).text_config
     return Traffic(
         way,
@@ -323,6 +327,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS])
     parser.add_argument("--cut", action="store_true", help="sample with a top_p of 0.95")
     parser.add_argument("--bytes", action="store_true", help="also count bytes, which takes minutes and 8 GB")
+    parser.add_argument("--form", choices=FORMS, help="count bytes with weights quantised; the fewest stay bfloat16's")
     args = parser.parse_args(arguments)
     sampling = CUT if args.cut else SAMPLING
     print(f"imitated, {LAYERS} layers; speed on a GPU: not measured\n")
@@ -339,7 +344,7 @@ def main(arguments: Sequence[str]) -> int:
         print("|---|---|---|---|---|---|---|", flush=True)
         for way in [way for way in args.ways if way != "graphs"]:  # which repeat what kernels do
             for sequences in args.sequences:
-                traffic = traffic_of(way, sequences)
+                traffic = traffic_of(way, sequences, form=args.form)
                 traffics.append(traffic)
                 gigabytes = (traffic.bytes_read, traffic.bytes_written, traffic.fewest)
                 print(

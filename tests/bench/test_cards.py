@@ -18,10 +18,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LIMITS = {"8.0": 166_912, "8.6": 101_376, "8.9": 101_376, "9.0": 232_448, "10.0": 232_448, "12.0": 101_376}  # bytes
-CARDS = [pytest.param(card, marks=[] if card in ("8.9", "9.0") else pytest.mark.nightly) for card in LIMITS]
+DEFAULT = ("8.9", "9.0")
+CARDS = [pytest.param(card, marks=[] if card in DEFAULT else pytest.mark.nightly) for card in LIMITS]
 KERNELS = {
     "_add_rms_norm", "_norm_router", "_pair_gate_up", "_pair_down", "_group", "_block_gate_up", "_block_down",
-    "_combine", "_prepare", "_decode_split_kv", "_decode_combine",
+    "_combine", "_prepare", "_decode_split_kv", "_decode_combine", "_project",
 }  # fmt: skip
 
 
@@ -37,7 +38,9 @@ def python(*arguments: str) -> list[str]:
 
 @functools.cache
 def compiled(capability: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in python("-m", "bench_suite.cards", "--json", capability)]
+    """With weights in every form; in the default ring without those whose kernels differ from others' in a number."""
+    forms = ["bfloat16", "int4"] if capability in DEFAULT else []
+    return [json.loads(line) for line in python("-m", "bench_suite.cards", "--json", capability, *forms)]
 
 
 @pytest.mark.parametrize("capability", CARDS)
@@ -56,7 +59,7 @@ def test_every_variant_fits_the_card_without_a_spill(capability):
 @pytest.mark.parametrize("capability", CARDS)
 def test_products_use_the_matrix_unit(capability):
     used = {(each["name"], each["matrix"]) for each in compiled(capability)}
-    for name in ("_norm_router", "_decode_split_kv", "_block_gate_up", "_block_down"):
+    for name in ("_norm_router", "_decode_split_kv", "_block_gate_up", "_block_down", "_project"):
         assert (name, "none") not in used
     if capability == "9.0":
         assert {("_block_gate_up", "wgmma"), ("_block_down", "wgmma")} <= used
