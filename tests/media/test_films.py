@@ -125,7 +125,7 @@ def test_damage_costs_the_frames_that_it_hits(name: str, options: ImageOptions) 
 def test_a_damaged_frame_is_left_out_and_none_stands_for_it(options: ImageOptions) -> None:
     film = Film(container="matroska", encoding={"g": "1", "bf": "0"})
     data = film.made()
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), "r") as container:
         packets = [bytes(packet) for packet in container.demux(video=0) if packet.size]
     for packet in packets[40:60]:
         at = data.index(packet)
