@@ -1,0 +1,1 @@
+"""The demo's questions for the evaluation programs of others; `scripts/evals/run`."""
