@@ -22,6 +22,7 @@ from ..errors import CheckpointError, UserError
 COMMANDS = {
     "ask": "ask the model a question, with pictures or without",
     "serve": "serve an OpenAI-compatible API on this machine",
+    "cluster": "serve the same API from several engines, on Ray Serve",
     "batch": "answer a file of requests, or describe a folder of pictures",
     "fetch": "fetch and verify a model, and print its folder",
     "pack": "pack a checkpoint as a tar that carries its own hashes",

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         logging.basicConfig(level=logging.INFO, handlers=[handler])
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
-        return server.serve(chosen, ready=_ready)
+        return server.serve(chosen, ready=ready)
     except options.OptionError as error:
         raise UserError("E_PARAMETER", str(error)) from None
 
@@ -57,5 +57,5 @@ def settled(given: options.ServerOptions) -> options.ServerOptions:
     return given
 
 
-def _ready(address: str) -> None:
+def ready(address: str) -> None:
     print(f"ready: {address}/v1 (Ctrl-C stops)", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.applications import Starlette
@@ -39,15 +40,17 @@ def build_app(
     options: ServerOptions = ServerOptions(),
     observer: Observer | None = None,
     fetch_images: Fetcher | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> Starlette:
     """The application around ``pipeline``, for any ASGI server.
 
     ``app.state.service`` is its :class:`~kimi_vl.serving.service.Service`. Where ``pipeline`` is None, every request is
     answered with 503 until the service's ``loaded`` is called. ``observer`` is told what happens in place of what
-    ``/metrics`` shows, and ``fetch_images`` fetches pictures by URL in place of what ``options`` ask for.
+    ``/metrics`` shows, ``fetch_images`` fetches pictures by URL in place of what ``options`` ask for, and all figures
+    of ``/metrics`` carry ``labels``.
     Raises :class:`~kimi_vl.serving.options.OptionError`.
     """
-    metrics = Metrics(options.names()[0], lambda: service.stats())
+    metrics = Metrics(options.names()[0], lambda: service.stats(), labels)
     fetcher = _fetcher(options)
     if fetcher and not fetch_images:
         fetch_images = fetcher.fetch

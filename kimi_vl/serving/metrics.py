@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -33,11 +33,11 @@ INTER_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.07
 class Metrics(Observer, Collector):
     """Figures of one server; ``model`` is the name that its answers carry, ``stats`` gives those of its engine.
 
-    ``stats`` returns None while the model is loaded.
+    ``stats`` returns None while the model is loaded. All figures carry ``labels``.
     """
 
-    def __init__(self, model: str, stats: Callable[[], EngineStats | None]):
-        self._model, self._stats = model, stats
+    def __init__(self, model: str, stats: Callable[[], EngineStats | None], labels: Mapping[str, str] | None = None):
+        self._model, self._stats, self._labels = model, stats, labels or {}
         self._requests: Counter[tuple[str, str]] = Counter()
         self._closed: Counter[str] = Counter()
         self._prompt_tokens = self._image_tokens = self._thinking_tokens = self._answer_tokens = 0
@@ -80,6 +80,11 @@ class Metrics(Observer, Collector):
     # What Prometheus asks
 
     def collect(self) -> Iterator[Metric]:
+        for family in self._families():
+            family.samples = [sample._replace(labels={**sample.labels, **self._labels}) for sample in family.samples]
+            yield family
+
+    def _families(self) -> Iterator[Metric]:
         stats = self._stats()
         yield from self._of_requests()
         yield _gauge("engine_healthy", "1 while requests can be served.", float(stats is not None and stats.healthy))

@@ -125,10 +125,7 @@ def gather(arguments: argparse.Namespace, environment: Mapping[str, str] = os.en
     """The options as they were given. Raises :class:`OptionError`."""
     values: dict[str, Any] = {}
     if getattr(arguments, "config", None) is not None:
-        for name, value in _file(arguments.config).items():
-            if name not in FIELDS:
-                raise OptionError(f"{arguments.config}: there is no option {name}")
-            values[name] = _checked(name, value, f"{arguments.config}: {name}")
+        values = checked(_file(arguments.config), str(arguments.config))
     for name in FIELDS:
         text = environment.get(variable(name), "")
         if text:
@@ -138,6 +135,14 @@ def gather(arguments: argparse.Namespace, environment: Mapping[str, str] = os.en
             flag = f"--{name.replace('_', '-')}"
             values[name] = _checked(name, given, flag) if isinstance(given, list) else _read(name, given, flag)
     return ServerOptions(**values)
+
+
+def checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Options by their names, as they stand in ``where``. Raises :class:`OptionError`."""
+    for name in values:
+        if name not in FIELDS:
+            raise OptionError(f"{where}: there is no option {name}")
+    return {name: _checked(name, value, f"{where}: {name}") for name, value in values.items()}
 
 
 def _file(path: Path) -> dict[str, Any]:

@@ -1,0 +1,130 @@
+"""Options of a cluster, what Ray is told, and what is said where Ray is absent. Ray itself is not needed here."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kimi_vl.cli import cluster as command
+from kimi_vl.cli import main
+from kimi_vl.errors import UserError
+from kimi_vl.serving import cluster, options
+from kimi_vl.serving.cluster import ClusterOptions
+from kimi_vl.serving.metrics import Metrics
+from kimi_vl.serving.options import OptionError, ServerOptions
+
+ROOT = Path(__file__).resolve().parents[2]
+RAY = ROOT / "docs" / "deployment" / "ray"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"replicas": 0}, "--replicas must be at least 1"),
+        ({"replicas": 3, "max_replicas": 2}, "--max-replicas must not be less than --replicas"),
+        ({"gpus_per_replica": 1.5}, "--gpus-per-replica must be a whole number where it is more than 1"),
+        ({"gpus_per_replica": -1.0}, "--gpus-per-replica must be at least 0"),
+        ({"target_ongoing": float("nan")}, "--target-ongoing must be at least 0"),
+        ({"upscale_delay_s": float("inf")}, "--upscale-delay-s must be at least 0"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_in_a_line(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError, match=re.escape(said)):
+        ClusterOptions(**wrong)
+
+
+@pytest.mark.parametrize("right", [{"gpus_per_replica": 0.5}, {"gpus_per_replica": 2.0}, {"max_replicas": 1}])
+def test_options_that_can_be_are_taken(right: dict[str, Any]) -> None:
+    ClusterOptions(**right)
+
+
+def test_on_loopback_ray_uses_the_proxy_that_stays_there() -> None:
+    told = cluster.environment(ServerOptions())
+    assert told["RAY_USAGE_STATS_ENABLED"] == "0" and told["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
+    assert "RAY_AUTH_MODE" not in told
+
+
+def test_haproxy_keeps_sessions_and_streams() -> None:
+    told = cluster.environment(ServerOptions(host="0.0.0.0", port=8123, deadline_s=100.0, drain_delay_s=5.0))
+    assert told["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    assert told["RAY_SERVE_HAPROXY_BALANCE_ALGORITHM"] == "hdr(x-session-id)"
+    for name in ("HARD_STOP_AFTER_S", "TIMEOUT_SERVER_S", "TIMEOUT_CLIENT_S"):
+        assert told[f"RAY_SERVE_HAPROXY_{name}"] == "105"
+    assert "8123" in told["RAY_SERVE_HAPROXY_SOCKET_PATH"], "two clusters on one machine"
+
+
+def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ray" else find(name))
+    with pytest.raises(UserError, match=re.escape('pip install "kimi-vl[cluster]"')):
+        command.run(main._parser().parse_args(["cluster", "--model", "demo"]))
+
+
+def test_a_replica_that_cannot_load_is_said_in_a_line() -> None:
+    raised = "RuntimeError: Deploying application kimi-vl failed: ... \x1b[36mray::...\nRuntimeError: "
+    assert cluster._reason(f"{raised}kimi-vl cannot load: no config.json in the folder\n\nmore") == (
+        "no config.json in the folder"
+    )
+    assert "\n" not in cluster._reason("something\nelse")
+
+
+def test_figures_of_a_replica_carry_its_label() -> None:
+    text = Metrics("demo", lambda: None, {"replica": "a1"}).text().decode()
+    samples = [line for line in text.splitlines() if not line.startswith("#")]
+    assert len(samples) > 20 and all('replica="a1"' in line for line in samples)
+    assert "replica" not in Metrics("demo", lambda: None).text().decode()
+
+
+def test_arguments_of_a_configuration_file_are_checked() -> None:
+    assert options.checked({"model": "demo", "deadline_s": 5}, "args") == {"model": "demo", "deadline_s": 5.0}
+    with pytest.raises(OptionError, match="args: there is no option modle"):
+        options.checked({"modle": "demo"}, "args")
+    with pytest.raises(OptionError, match="args: max_waiting must be a whole number"):
+        options.checked({"max_waiting": "9"}, "args")
+
+
+def applications() -> list[dict[str, Any]]:
+    """Those of the file for `serve deploy`, and of the one in KubeRay's manifest."""
+    [manifest] = yaml.safe_load_all((RAY / "kuberay.yaml").read_text())
+    files = [yaml.safe_load((RAY / "serve.yaml").read_text()), yaml.safe_load(manifest["spec"]["serveConfigV2"])]
+    return [application for file in files for application in file["applications"]]
+
+
+def test_files_for_ray_fit_the_application() -> None:
+    found = applications()
+    assert len(found) == 2
+    for application in found:
+        module, _, name = application["import_path"].partition(":")
+        assert (module, name) == ("kimi_vl.serving.cluster", "application") and callable(cluster.application)
+        given = ServerOptions(**options.checked(application["args"], "args"))
+        [deployment] = application["deployments"]
+        assert deployment["name"] == "server"
+        assert deployment["max_ongoing_requests"] == given.max_num_seqs + given.max_waiting + cluster.BESIDE
+        assert deployment["graceful_shutdown_timeout_s"] >= given.deadline_s
+        scaling = deployment["autoscaling_config"]
+        assert 1 <= scaling["min_replicas"] <= scaling["max_replicas"]
+        assert scaling["target_ongoing_requests"] < given.max_num_seqs + given.max_waiting
+
+
+def test_files_for_ray_set_what_the_command_sets() -> None:
+    """All processes of the nodes have the variables, but for places of files, which are the nodes' own."""
+    told = cluster.environment(ServerOptions(host="0.0.0.0"))
+    wanted = {name: value for name, value in told.items() if "8000" not in value}
+    [manifest] = yaml.safe_load_all((RAY / "kuberay.yaml").read_text())
+    cluster_spec = manifest["spec"]["rayClusterConfig"]
+    groups = [cluster_spec["headGroupSpec"], *cluster_spec["workerGroupSpecs"]]
+    for group in groups:
+        [container] = group["template"]["spec"]["containers"]
+        given = {each["name"]: each["value"] for each in container["env"]}
+        assert wanted.items() <= given.items()
+        assert group["template"]["spec"]["terminationGracePeriodSeconds"] > float(
+            wanted["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]
+        )
+    comment = (RAY / "serve.yaml").read_text()
+    for name, value in wanted.items():
+        assert f"{name}={value}" in comment.replace('"', "").replace("'", ""), name
