@@ -25,7 +25,7 @@ from typing import Any
 
 from bench_suite.openai_server import OpenAIServer
 
-from cog_local.server import interrupt_on_signals, model_environment, say
+from cog_local.server import MEMORY, interrupt_on_signals, model_environment, say
 from cog_local.soak import BLUE, CUT, FLAT_MEGABYTES, RED, SUM, SUM_ANSWER, WARM_UP, picture
 
 ROUTE = "/v1/chat/completions"
@@ -317,7 +317,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.requests < 1 or options.lines < 1 or options.callers < 1:
         parser.error("--requests, --lines and --callers must be at least 1")
     interrupt_on_signals()
-    environment = model_environment(os.environ, say)
+    environment = {**MEMORY, **model_environment(os.environ, say)}
     with OpenAIServer(environment=environment) as server:
         soak = Soak(server, options.seed, options.callers, environment["KIMI_VL_MODEL"])
         with contextlib.suppress(KeyboardInterrupt):  # what was seen until then is reported
