@@ -105,12 +105,15 @@ class Stream(threading.Thread):
         super().__init__(daemon=True)
         self.session, self.tokens = session, tokens
         self.chunks, self.status, self.done = 0, 0, False
+        self.error = ""
         self.leave = threading.Event()
         self.start()
 
     def run(self) -> None:
-        with contextlib.suppress(httpx.HTTPError):
+        try:
             self.read()
+        except httpx.HTTPError as error:
+            self.error = repr(error)
 
     def read(self) -> None:
         sent, headers = body("Hello.", self.tokens, stream=True), {"x-session-id": self.session}
@@ -128,6 +131,11 @@ def streams(count: int, tokens: int) -> list[Stream]:
     begun = [Stream(f"stream-{number}", tokens) for number in range(count)]
     until(lambda: all(stream.chunks > 1 or not stream.is_alive() for stream in begun))
     return begun
+
+
+def lost(begun: list[Stream]) -> list[str]:
+    """How streams ended that did not end well."""
+    return [f"{each.session}: {each.status}, {each.chunks}, {each.error}" for each in begun if not each.done]
 
 
 def joined(begun: list[Stream]) -> list[Stream]:
@@ -197,8 +205,9 @@ def replica_dies(cluster: Cluster) -> dict[str, Any]:
     pid = min(before)
     os.kill(pid, signal.SIGKILL)
     killed = time.monotonic()
+    until(lambda: pid not in cluster.replica_pids())
     after = []
-    for number in range(30):  # none of these was running
+    for number in range(30):  # none of these reached it
         try:
             after.append(ask(f"after-{number}").status_code)
         except httpx.HTTPError:
@@ -214,6 +223,7 @@ def replica_dies(cluster: Cluster) -> dict[str, Any]:
         "asked after": len(after),
         "answered after": after.count(200),
         "statuses after": sorted(set(after)),
+        "lost": lost(begun),
         "new replica s": round(serves_s, 1),
     }
 
@@ -239,6 +249,7 @@ def fewer_replicas(cluster: Cluster, model: str) -> dict[str, Any]:
     return {
         "streams": len(begun),
         "finished": sum(stream.done for stream in begun),
+        "lost": lost(begun),
         "asked during": len(during),
         "answered during": during.count(200),
     }
