@@ -6,6 +6,7 @@ Where nothing else tells it from others, its number counts, too.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -56,7 +57,7 @@ class FileLines:
         number = 0
         while data := self._file.readline(MAX_LINE + 1):
             number += 1
-            stripped = data.strip()
+            stripped = (data.removeprefix(codecs.BOM_UTF8) if number == 1 else data).strip()
             if len(data) > MAX_LINE and not data.endswith(b"\n"):
                 self._count += 1
                 yield self._too_long(number)

@@ -149,6 +149,7 @@ class Batch:
             f"fp_{__version__}",
             request.reasoning,
             self._options.reasoning_field,
+            request.grounding,
         )
         return responses.completion(head, await self._choices(request))
 

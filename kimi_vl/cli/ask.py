@@ -155,7 +155,9 @@ def _question(arguments: argparse.Namespace) -> tuple[str, list[Path]]:
             if not file.is_fifo():  # whoever writes to a pipe would take this for its reader
                 file.open("rb").close()
         except OSError as error:
-            raise UserError("E_IMAGE_UNREADABLE", f"{file}: {error.strerror}; name an image file.") from None
+            raise UserError(
+                "E_IMAGE_UNREADABLE", f"{file}: {error.strerror}; name an image, a video or a PDF document."
+            ) from None
     return prompt, files
 
 

@@ -84,6 +84,24 @@ def _open_closed_streams() -> None:
                 setattr(sys, name, open(number, "w", encoding="utf-8"))  # noqa: SIM115 (for as long as this runs)
 
 
+class _Command(argparse.ArgumentParser):
+    """The arguments of a subcommand, with files and options in any order; plain argparse has all files in one place."""
+
+    _mixes = True
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if not self._mixes:  # called by parse_known_intermixed_args
+            return super().parse_known_args(args, namespace)
+        self._mixes = False
+        try:
+            found, unknown = self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._mixes = True
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kimi-vl",
@@ -92,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"kimi-vl {__version__}")
     parser.add_argument("--debug", action="store_true", help="show where an unexpected error comes from")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Command)
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         if name not in PROGRAMS:

@@ -13,7 +13,7 @@ from ..weights.progress import amount
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="a checkpoint folder or Hugging Face cache tree")
-    parser.add_argument("out", type=Path, metavar="OUT.tar")
+    parser.add_argument("out", type=Path, metavar="OUT.tar", help="the file to write")
     parser.add_argument(
         "--quantize",
         choices=FORMS,

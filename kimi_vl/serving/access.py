@@ -160,7 +160,7 @@ class Bodies:
         Raises :class:`~kimi_vl.serving.errors.ApiError` and :class:`Disconnected`.
         """
         headers = dict(scope["headers"])
-        _check_type(headers.get(b"content-type", b""))
+        _check_type(headers.get(b"content-type", b""), headers.get(b"content-encoding", b""))
         held = Body(self)
         try:
             self._check_size(held, _length(headers.get(b"content-length")))
@@ -241,9 +241,9 @@ async def linger(receive: Receive) -> None:
 
 
 def parse(body: bytes) -> Any:
-    """The value of a body in JSON, as the standard has it: no NaN, nothing after the end, UTF-8."""
+    """The value of a body in JSON, as in the standard: no NaN, nothing after the end, UTF-8. A BOM is passed over."""
     try:
-        return json.loads(body.decode("utf-8"), parse_constant=_no_number)
+        return json.loads(body.decode("utf-8-sig"), parse_constant=_no_number)
     except (ValueError, RecursionError):
         raise bad_request(None, "the body is not valid JSON in UTF-8; correct it.", "invalid_json") from None
 
@@ -252,8 +252,10 @@ def _no_number(name: str) -> None:
     raise ValueError(name)
 
 
-def _check_type(value: bytes) -> None:
-    kind = value.partition(b";")[0].strip().lower()
+def _check_type(content_type: bytes, encoding: bytes) -> None:
+    if encoding.strip().lower() not in (b"", b"identity"):
+        raise ApiError(415, "send the body as it is, without a Content-Encoding.", code="unsupported_media_type")
+    kind = content_type.partition(b";")[0].strip().lower()
     if kind != b"application/json":
         raise ApiError(
             415, "send the body as JSON, with the header Content-Type: application/json.", code="unsupported_media_type"

@@ -111,8 +111,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """What Starlette refuses by itself."""
     status = getattr(error, "status_code", 500)
     if status == 405:
-        raise ApiError(405, "this route has no such method.", code="method_not_allowed", headers=error.headers or {})  # pyright: ignore[reportAttributeAccessIssue]
-    raise ApiError(404, "there is no such route here.", code="not_found")
+        headers = getattr(error, "headers", None) or {}
+        methods = " or ".join(sorted(headers.get("Allow", "").split(", ")))
+        raise ApiError(
+            405, f"this route takes {methods}; change the method.", code="method_not_allowed", headers=headers
+        )
+    raise ApiError(404, "there is no such route; correct the path.", code="not_found")
 
 
 class Api:

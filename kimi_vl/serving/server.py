@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import httptools
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from ..engine.engine import EngineOptions
 from ..pipeline import Pipeline, load
@@ -33,15 +35,18 @@ _PROBES = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
 class Connection(HttpToolsProtocol):
     """A connection with bounds: the head of a request in size and time, and how long a client may not read.
 
-    uvicorn bounds none of these with httptools, and says what it refuses in plain text.
+    uvicorn bounds none of these with httptools, and says what it refuses in plain text. It also loses the body of a
+    request that offers to upgrade, as Java's HttpClient does in each of them, and sends chunks to HTTP/1.0.
     """
 
     options = ServerOptions()
+    parser: Any
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._head_bytes = 0
         self._in_head = True
+        self._offers_upgrade = False
         self._reading: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
         _set_up(transport.get_extra_info("socket"))
@@ -63,11 +68,41 @@ class Connection(HttpToolsProtocol):
             self._head_bytes += len(data)
             if self._reading is None:  # the first bytes of another request on this connection
                 self._await_head()
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._feed(data)
+        except httptools.HttpParserError:
+            self._refuse(ApiError(400, "this is not a valid HTTP request; correct it.", code="invalid_http"))
         if self._in_head and self._head_bytes > MAX_HEAD_BYTES:
             self._refuse_head()
 
+    def _feed(self, data: bytes) -> None:
+        """Parse ``data``. An offer to upgrade is declined by reading the same request without it.
+
+        The parser takes what follows such a head for another protocol, a body too.
+        """
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                if not self._offers_upgrade:  # CONNECT, which is refused: what follows is not HTTP
+                    return
+                self._offers_upgrade = False
+                data = self._head_without_upgrade() + data[upgrade.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)  # the other one may be at the end of its connection
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+
+    def _head_without_upgrade(self) -> bytes:
+        version = self.parser.get_http_version().encode()
+        lines = [self.parser.get_method() + b" " + self.url + b" HTTP/" + version]
+        lines += [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+        return b"\r\n".join([*lines, b"", b""])
+
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+            self._offers_upgrade = True
+            return
         self._in_head = False
         if self._reading is not None:
             self._reading.cancel()
@@ -86,6 +121,8 @@ class Connection(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._offers_upgrade:
+            return
         self._in_head, self._head_bytes = True, 0
         if not self.transport.is_closing():
             super().on_message_complete()
@@ -94,6 +131,9 @@ class Connection(HttpToolsProtocol):
         super().on_response_complete()
         if not self._in_head:  # a body that nobody reads could drip for ever
             self.transport.close()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        super()._start_asgi_task(cycle, _until_close(app, cycle) if cycle.scope["http_version"] == "1.0" else app)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -104,9 +144,6 @@ class Connection(HttpToolsProtocol):
         if self._writing is not None:
             self._writing.cancel()
             self._writing = None
-
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(ApiError(400, "this is not a valid HTTP request.", code="invalid_http"))
 
     def _await_head(self) -> None:
         self._reading = self.loop.call_later(self.options.head_timeout_s, self.transport.close)
@@ -126,6 +163,26 @@ class Connection(HttpToolsProtocol):
         lines = [f"{name}: {value}\r\n" for name, value in {**headers, **error.headers}.items()]
         self.transport.write(b"".join([STATUS_LINE[error.status], *(line.encode() for line in lines), b"\r\n", body]))
         self.transport.close()
+
+
+def _until_close(app: ASGIApp, cycle: RequestResponseCycle) -> Any:
+    """``app`` for HTTP/1.0, which has no chunks: an answer without a length ends with the connection."""
+
+    async def run(scope: Scope, receive: Receive, send: Send) -> None:
+        has_length = False
+
+        async def write(message: Message) -> None:
+            nonlocal has_length
+            if message["type"] == "http.response.start":
+                has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+                cycle.chunked_encoding = None if has_length else False
+            elif not has_length:
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, write)
+
+    return run
 
 
 def _set_up(connection: Any) -> None:

@@ -217,8 +217,11 @@ def test_colour_can_be_turned_off() -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["ask", "x", "nowhere.png"], "error: nowhere.png: No such file or directory; name an image file."),
-        (["ask", "x", "/tmp"], "error: /tmp: Is a directory; name an image file."),
+        (
+            ["ask", "x", "nowhere.png"],
+            "error: nowhere.png: No such file or directory; name an image, a video or a PDF document.",
+        ),
+        (["ask", "x", "/tmp"], "error: /tmp: Is a directory; name an image, a video or a PDF document."),
         (["ask", PICTURE], f'error: the question comes before the image: kimi-vl ask "What is this?" {PICTURE}'),
         (["ask", "x", "--model", str(ROOT / "images")], f"error: {ROOT}/images: holds no checkpoint (config.json)"),
         (["ask", "x", "--model", "nobody"], "error: model 'nobody' is neither one of thinking"),
@@ -252,7 +255,7 @@ def test_a_wrong_command_line_shows_the_usage(run, arguments: list[str]) -> None
 def test_a_name_neither_breaks_the_line_nor_steers_the_terminal(run, name: str) -> None:
     found = run("ask", "What is this?", name)
     assert found.returncode == 1
-    assert found.stderr.endswith(".png: No such file or directory; name an image file.\n")
+    assert found.stderr.endswith(".png: No such file or directory; name an image, a video or a PDF document.\n")
     assert found.stderr[:-1].isprintable()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -207,6 +207,60 @@ def test_what_is_not_http_is_answered_and_ends(strict: ServerThread, said: bytes
         received = read_all(connection)
     assert received == b"" or (received.startswith(b"HTTP/1.1 4") and b'"error"' in received)
     assert alive(strict)
+
+
+UPGRADE = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
+"""What Java's HttpClient offers in each of its requests."""
+
+
+def with_length(body: bytes) -> bytes:
+    return f"{CHAT}{JSON}{UPGRADE}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def in_chunks(body: bytes) -> bytes:
+    return (
+        f"{CHAT}{JSON}{UPGRADE}Transfer-Encoding: chunked\r\n\r\n{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n"
+    )
+
+
+@pytest.mark.parametrize("frame", [with_length, in_chunks])
+@pytest.mark.parametrize("step", [1, 7, 100, 10_000])
+def test_an_offer_to_upgrade_is_declined_and_the_request_answered(
+    connection: socket.socket, frame: Callable[[bytes], bytes], step: int
+) -> None:
+    said = frame(HELLO)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for start in range(0, len(said), step):
+        connection.sendall(said[start : start + step])
+    connection.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: upgrade, close\r\n\r\n")
+    first, second = read_all(connection).split(b"HTTP/1.1 ")[1:]
+    assert first.startswith(b"200") and b'"object": "chat.completion"' in first
+    assert second.startswith(b"200") and b'"version"' in second
+
+
+def test_a_large_head_that_offers_to_upgrade_is_bounded(connection: socket.socket) -> None:
+    connection.sendall(f"GET /health HTTP/1.1\r\n{UPGRADE}X: {'a' * 200_000}\r\n\r\n".encode())
+    assert refusal(read_all(connection)) == (431, "headers_too_large")
+
+
+def test_a_tunnel_is_refused(strict: ServerThread, connection: socket.socket) -> None:
+    connection.sendall(b"CONNECT /health HTTP/1.1\r\nHost: x\r\n\r\nGET /health HTTP/1.1\r\n\r\n")
+    assert refusal(read_all(connection)) == (405, "method_not_allowed")
+    assert alive(strict)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_http_1_0_has_no_chunks(connection: socket.socket, streamed: bool) -> None:
+    body = json.dumps({**json.loads(HELLO), "stream": streamed}).encode()
+    head = f"{CHAT}{JSON}Content-Length: {len(body)}\r\n\r\n".replace("HTTP/1.1", "HTTP/1.0")
+    connection.sendall(head.encode() + body)
+    head, _, said = read_all(connection).partition(b"\r\n\r\n")
+    assert b"connection: close" in head and b"transfer-encoding" not in head
+    if streamed:
+        events = said.split(b"\n\n")
+        assert all(event.startswith(b"data: ") for event in events[:-1]) and events[-2:] == [b"data: [DONE]", b""]
+    else:
+        assert json.loads(said)["object"] == "chat.completion" and f"content-length: {len(said)}".encode() in head
 
 
 def test_requests_in_a_row_are_answered_in_order(strict: ServerThread, connection: socket.socket) -> None:

@@ -66,6 +66,29 @@ def test_how_json_may_be_named(http: httpx.Client, kind: str) -> None:
     assert http.post("/v1/chat/completions", content=body, headers={"Content-Type": kind}).status_code == 200
 
 
+def test_a_byte_order_mark_is_passed_over(http: httpx.Client) -> None:
+    body = json.dumps({"messages": user("Hello."), "max_tokens": 1}).encode("utf-8-sig")
+    assert http.post("/v1/chat/completions", content=body, headers=JSON).status_code == 200
+
+
+@pytest.mark.parametrize(("encoding", "status"), [("gzip", 415), ("br", 415), ("Identity", 200), ("", 200)])
+def test_how_a_body_may_be_encoded(http: httpx.Client, encoding: str, status: int) -> None:
+    body = json.dumps({"messages": user("Hello."), "max_tokens": 1}).encode()
+    response = http.post("/v1/chat/completions", content=body, headers={**JSON, "Content-Encoding": encoding})
+    assert response.status_code == status
+    if status == 415:
+        assert "Content-Encoding" in error(response, 415)["message"]
+
+
+def test_a_wrong_method_is_told_the_right_one(http: httpx.Client) -> None:
+    response = http.get("/v1/chat/completions")
+    assert (error(response, 405)["message"], response.headers["allow"]) == (
+        "this route takes POST; change the method.",
+        "POST",
+    )
+    assert error(http.put("/health"), 405)["message"] == "this route takes GET or HEAD; change the method."
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [

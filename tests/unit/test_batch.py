@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import io
 import json
 import os
@@ -65,6 +66,14 @@ class Scripted:
             self.running -= 1
 
 
+class Placed(Scripted):
+    """Answers to a picture."""
+
+    async def astream(self, turns: Sequence[Turn], images: Any, **params: Any) -> AsyncIterator[Event]:
+        async for event in super().astream(turns, images, **params):
+            yield dataclasses.replace(event, image_sizes=((100, 100),)) if isinstance(event, Done) else event
+
+
 def line(custom_id: Any, text: Any = "hi", **body: Any) -> bytes:
     body = {"messages": [{"role": "user", "content": text}], **body}
     return json.dumps({"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}).encode()
@@ -113,6 +122,24 @@ def test_an_answer_is_a_completion_with_its_line(tmp_path: Path) -> None:
     message = body["choices"][0]["message"]
     assert message["content"] == "why 7 0.5" and message["reasoning_content"] == "because"
     assert body["usage"]["total_tokens"] == 15
+
+
+def test_an_answer_has_the_places_that_were_asked_for(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    run(output, [line("a", "<box>[1, 2, 3, 4]</box>", kimi_vl={"grounding": True}), line("b")], Placed())
+    found = {each["custom_id"]: each["response"]["body"]["choices"][0]["kimi_vl"] for each in answers(output)}
+    assert len(found["a"]["grounding"]["findings"]) == 1 and "grounding" not in found["b"]
+
+
+@pytest.mark.parametrize("ending", [b"\n", b"\r\n"])
+def test_a_byte_order_mark_before_the_first_line_is_passed_over(ending: bytes) -> None:
+    plain, marked = (
+        list(FileLines(io.BytesIO(mark + ending.join([line("a"), b"", line("b")])), None))
+        for mark in (b"", b"\xef\xbb\xbf")
+    )
+    assert [each.custom_id for each in marked] == ["a", "b"] and plain == marked
+    later = list(FileLines(io.BytesIO(line("a") + b"\n\xef\xbb\xbf" + line("b")), None))
+    assert later[1].error is not None
 
 
 def test_several_answers_have_following_seeds(tmp_path: Path) -> None:
