@@ -7,12 +7,14 @@ class UserError(ValueError):
     """A mistake of the caller, found before any computation.
 
     ``str(error)`` is ``"E_CODE: one sentence that says what to do"``; both parts may be shown to the caller.
+    ``parameter`` is the name of the parameter at fault, where its own name is known to clients.
     """
 
-    def __init__(self, code: str, message: str):
+    def __init__(self, code: str, message: str, parameter: str | None = None):
         super().__init__(f"{code}: {message}")
         self.code = code
         self.message = message
+        self.parameter = parameter
 
 
 class CheckpointError(ValueError):

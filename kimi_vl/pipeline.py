@@ -305,6 +305,7 @@ class Pipeline:
             raise UserError(
                 "E_PARAMETER",
                 f"a token id in logit_bias must be below {self.tokenizer.num_ranks}; no special token has a bias.",
+                "logit_bias",
             )
         return bias if bias.ids else None
 

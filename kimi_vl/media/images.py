@@ -156,6 +156,13 @@ def preprocess(image: Image.Image, options: ImageOptions) -> tuple[np.ndarray, t
 _SENT_SIZE = "kimi_vl_sent_size"
 
 
+def _of_another_format(data: bytes) -> UserError:
+    kind = kinds.of(data[: kinds.HEAD_BYTES])
+    if kind in (kinds.VIDEO, kinds.DOCUMENT):
+        return UserError("E_IMAGE_FORMAT", f"{kind.noun} came as an image; send it as {kind.noun}.")
+    return UserError("E_IMAGE_FORMAT", "an image is not a PNG, JPEG, WebP, GIF, BMP or TIFF file; convert it first.")
+
+
 def load(source: bytes | bytearray | str | Path | Image.Image, options: ImageOptions) -> Image.Image:
     """An upright RGB image that :func:`plan` accepts, from a file's bytes, its path, a data URL or an open image.
 
@@ -174,9 +181,7 @@ def load(source: bytes | bytearray | str | Path | Image.Image, options: ImageOpt
     with _refusals():
         file = image_files.read(data)
         if file is None:
-            raise UserError(
-                "E_IMAGE_FORMAT", "an image is not a PNG, JPEG, WebP, GIF, BMP or TIFF file; convert it first."
-            )
+            raise _of_another_format(data)
         del data
         if file.grey is not None:
             return _fitted(_upright(_rgb(_grey(file, file.grey), file.profile), file.orientation), options)

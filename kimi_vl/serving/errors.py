@@ -82,7 +82,7 @@ def _of_user_error(error: UserError, retry_after: int) -> ApiError:
         refusal = overloaded(error.message, retry_after)
         return replace(refusal, code="out_of_memory") if cause == "memory" else refusal
     code = "context_length_exceeded" if error.code == "E_PROMPT_TOO_LONG" else error.code.lower()
-    return bad_request(_ELSEWHERE.get(error.code, "messages"), error.message, code)
+    return bad_request(error.parameter or _ELSEWHERE.get(error.code, "messages"), error.message, code)
 
 
 def with_param(error: UserError, param: str) -> ApiError:

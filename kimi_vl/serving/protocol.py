@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from .. import parameters
 from ..errors import UserError
+from ..media.video import VideoOptions
 from ..text import grammar
 from ..text import messages as chat_messages
 from ..text.grammar import Grammar
@@ -248,6 +249,8 @@ def read_file_options(fields: Fields) -> dict[str, Any]:
     """How many frames of videos are taken, as clients of vLLM say it: keyword arguments of the pipeline."""
     videos = (fields.object("media_io_kwargs") or Fields({})).object("video") or Fields({})
     found = {"fps": videos.number("fps", 0), "max_frames": videos.integer("num_frames", 1)}
+    with _at("media_io_kwargs.video"):
+        VideoOptions.checked(**found)
     return {name: value for name, value in found.items() if value is not None}
 
 

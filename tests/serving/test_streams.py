@@ -401,7 +401,8 @@ def test_a_bias_bans_a_token(http: httpx.Client) -> None:
     assert "4" in ask(http).json()["choices"][0]["message"]["content"]
     assert "4" not in ask(http, logit_bias={str(four): -100}).json()["choices"][0]["message"]["content"]
     refused = ask(http, logit_bias={"1000000": 1})
-    assert refused.status_code == 400 and refused.json()["error"]["code"] == "e_parameter"
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"], error["param"]) == (400, "e_parameter", "logit_bias")
 
 
 # Structured answers

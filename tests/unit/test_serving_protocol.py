@@ -385,6 +385,9 @@ def test_a_schema_that_is_too_deep():
         ({"logit_bias": {"1": None}}, "logit_bias"),
         ({"logit_bias": {"1" * 50: 1}}, "logit_bias"),
         ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
+        ({"media_io_kwargs": {"video": {"fps": 0}}}, "media_io_kwargs.video"),
+        ({"media_io_kwargs": {"video": {"fps": 1e9}}}, "media_io_kwargs.video"),
+        ({"media_io_kwargs": {"video": {"num_frames": 10**9}}}, "media_io_kwargs.video"),
     ],
     ids=str,
 )
