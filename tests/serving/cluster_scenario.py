@@ -127,9 +127,13 @@ class Stream(threading.Thread):
 
 
 def streams(count: int, tokens: int) -> list[Stream]:
-    """Streams of as many sessions, each of which has begun."""
-    begun = [Stream(f"stream-{number}", tokens) for number in range(count)]
-    until(lambda: all(stream.chunks > 1 or not stream.is_alive() for stream in begun))
+    """Streams of as many sessions, which one replica could run together; each has begun."""
+    assert count <= SEQUENCES
+    until(lambda: all(figures(f"stream-{number}")[1]["kimi_vl_requests_running"] == 0 for number in range(count)))
+    begun = []
+    for number in range(count):
+        begun.append(Stream(f"stream-{number}", tokens))
+        until(lambda: begun[-1].chunks > 1 or not begun[-1].is_alive())
     return begun
 
 
@@ -200,7 +204,7 @@ def too_many() -> dict[str, Any]:
 
 def replica_dies(cluster: Cluster) -> dict[str, Any]:
     before = cluster.replica_pids()
-    begun = streams(12, 1500)
+    begun = streams(8, 2500)
     places = {stream.session: figures(stream.session)[0] for stream in begun}
     pid = min(before)
     os.kill(pid, signal.SIGKILL)
@@ -236,7 +240,7 @@ def fewer_replicas(cluster: Cluster, model: str) -> dict[str, Any]:
     from kimi_vl.serving.options import ServerOptions
 
     ray.init(address="auto", logging_level="ERROR", log_to_driver=False)
-    begun = streams(12, 1000)
+    begun = streams(8, 2000)
     options = ServerOptions(
         model=model, port=PORT, max_num_seqs=SEQUENCES, max_waiting=WAITING, drain_delay_s=1.0, host=sys.argv[2]
     )
@@ -267,6 +271,7 @@ def main() -> None:
     model, host = sys.argv[1:]
     cluster = Cluster(model, host)
     try:
+        until(lambda: len(replicas()) == 2)  # HAProxy hears of the second one a little later
         one = Stream("one", 40)
         one.join(PATIENCE_S)
         found = {

@@ -62,7 +62,7 @@ def found(
     ended = in_namespace([python, str(SCENARIO), str(endless_model), request.param], home)
     assert ended.returncode == 0, ended.stderr[-3000:]
     print(ended.stdout)
-    return json.loads(ended.stdout.splitlines()[-1])
+    return {**json.loads(ended.stdout.splitlines()[-1]), "host": request.param}
 
 
 def test_a_stream_comes_whole(found: dict[str, Any]) -> None:
@@ -86,10 +86,12 @@ def test_the_refusal_of_a_full_replica_passes(found: dict[str, Any]) -> None:
 
 
 def test_only_what_runs_on_a_replica_dies_with_it(found: dict[str, Any]) -> None:
+    """HAProxy may give a dead replica one or two requests more, which end with a closed connection."""
     dies = found["replica dies"]
-    assert len(dies["failed at"]) == 1 and dies["failed at"] != dies["finished at"]
-    assert not set(dies["failed at"]) & set(dies["finished at"])
-    assert dies["failed"] + dies["finished"] == 12 and dies["answered after"] == dies["asked after"]
+    assert len(dies["failed at"]) == 1 and not set(dies["failed at"]) & set(dies["finished at"])
+    assert dies["failed"] + dies["finished"] == 8
+    assert set(dies["statuses after"]) <= {0, 200}
+    assert dies["asked after"] - dies["answered after"] <= (2 if found["host"] == "0.0.0.0" else 0)
 
 
 def test_fewer_replicas_lose_nothing(found: dict[str, Any]) -> None:
