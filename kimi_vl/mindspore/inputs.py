@@ -33,22 +33,22 @@ def read(
     (n, 2). Raises :class:`UserError` that names the tensor at fault."""
     given = _integers("input_ids", input_ids, ("B", "S"))
     mask = np.ones_like(given) if attention_mask is None else _integers("attention_mask", attention_mask, given.shape)
-    rows = [own[kept != 0] for own, kept in zip(given, mask, strict=True)]
-    if not all(len(row) for row in rows) or not rows:
+    sequences = [own[kept != 0] for own, kept in zip(given, mask, strict=True)]
+    if not sequences or not all(map(len, sequences)):
         raise UserError("E_PARAMETER", "input_ids has a sequence without tokens; leave it out.")
-    if not all(row.min() >= 0 and row.max() < config.text_config.vocab_size for row in rows):
+    if not all(own.min() >= 0 and own.max() < config.text_config.vocab_size for own in sequences):
         raise UserError("E_PARAMETER", "input_ids has an id that is not in the vocabulary; use this model's processor.")
-    shape = len(rows), max(map(len, rows))
+    shape = len(sequences), max(map(len, sequences))
     ids, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
-    for index, row in enumerate(rows):
-        ids[index, -len(row) :], valid[index, -len(row) :] = row, True
+    for index, own in enumerate(sequences):
+        ids[index, -len(own) :], valid[index, -len(own) :] = own, True
     if pixel_values is None and image_grid_hws is None:
         return Batch(ids, valid)
     grids = [(int(height), int(width)) for height, width in _integers("image_grid_hws", image_grid_hws, ("n", 2))]
     if not all(side > 0 and side % 2 == 0 for grid in grids for side in grid):
         raise UserError("E_PARAMETER", "image_grid_hws must be even and above 0; use this model's processor.")
     size = config.vision_config.patch_size
-    _check("pixel_values", pixel_values, (sum(rows * columns for rows, columns in grids), 3, size, size))
+    _check("pixel_values", pixel_values, (sum(height * width for height, width in grids), 3, size, size))
     places, needed = int((ids == config.media_placeholder_token_id).sum()), sum(map(num_image_tokens, grids))
     if places != needed:
         raise UserError("E_PARAMETER", f"input_ids has {places} places for images that take {needed}; change either.")

@@ -211,7 +211,7 @@ class Matcher:
     def _check(self) -> None:
         """A matcher that has failed lets an answer end anywhere."""
         if self._inner.is_error():
-            raise UserError("E_GRAMMAR", "the grammar became too complex for this answer; simplify it.")
+            raise UserError("E_GRAMMAR", "no answer fits the grammar, or it became too complex; simplify it.")
 
 
 class _Vocabulary:

@@ -114,10 +114,15 @@ def test_a_prefill_is_the_beginning_of_the_answer() -> None:
 
 def test_a_token_that_is_not_allowed_fails_the_answer() -> None:
     matcher = COMPILER.matcher(grammar.json_object())
-    with pytest.raises(UserError, match=r"^E_GRAMMAR: the grammar became too complex"):
+    with pytest.raises(UserError, match=r"^E_GRAMMAR: no answer fits the grammar, or it became too complex"):
         matcher.consume(*TOKENIZER.encode("x"))
     with pytest.raises(UserError, match="E_GRAMMAR"):  # it would let the answer end here
         allowed(matcher)
+
+
+def test_a_grammar_without_any_text_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^E_GRAMMAR: no answer fits"):
+        allowed(COMPILER.matcher(grammar.regex(r"[^\s\S]")))
 
 
 def nested(depth: int) -> dict[str, Any]:
