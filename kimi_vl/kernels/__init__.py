@@ -171,17 +171,17 @@ def prepare(device: torch.device | str, use: Use) -> None:
 
 def triton_ops() -> Ops:
     """The table of all Triton kernels. Raises ImportError where Triton is missing."""
-    from . import triton_linear, triton_mla, triton_moe, triton_norm
+    from .triton import linear, mla, moe, norm
 
     return Ops(
         "triton",
         True,
-        triton_norm.add_rms_norm,
-        triton_norm.norm_router,
-        triton_linear.project,
-        triton_moe.moe,
-        triton_mla.mla_prepare,
-        triton_mla.mla_decode,
+        norm.add_rms_norm,
+        norm.norm_router,
+        linear.project,
+        moe.moe,
+        mla.mla_prepare,
+        mla.mla_decode,
     )
 
 

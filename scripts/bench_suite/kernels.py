@@ -264,8 +264,8 @@ def bench(
 
 def tune(where: Machine, cases: Cases, report: Callable[[dict[str, Any]], None], quick: bool = False) -> None:
     """Other tiles than the chosen ones, a line each."""
-    from kimi_vl.kernels.triton_mla import Tile as SplitTile
-    from kimi_vl.kernels.triton_moe import FEW, MANY, PAIRS, SOME, Plan, Tile
+    from kimi_vl.kernels.triton.mla import Tile as SplitTile
+    from kimi_vl.kernels.triton.moe import FEW, MANY, PAIRS, SOME, Plan, Tile
 
     ops = select_ops(where.device, "triton")
 

@@ -18,7 +18,7 @@ PATIENCE_MS = 20_000  # on a machine that does much else
 expect.set_options(timeout=PATIENCE_MS)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its event loop runs in this thread as long as it lives: other tests start their own
 def browser() -> Iterator[Browser]:
     if browsers.find() is None:
         pytest.skip("no browser is installed; `source scripts/browser.sh; kimi_vl_browser` fetches one")

@@ -27,7 +27,7 @@ from kimi_vl.engine.kv_cache import PagedCache
 from kimi_vl.engine.sampling import Sampling
 from kimi_vl.engine.scheduler import ScheduledChunk
 from kimi_vl.errors import UserError
-from kimi_vl.kernels import triton_norm
+from kimi_vl.kernels.triton import norm
 from kimi_vl.model.kimi_vl import KimiVL
 from tests.imitated_engine import (
     OPTIONS,
@@ -326,11 +326,11 @@ def test_a_kernel_that_needs_more_shared_memory_than_a_card_has_is_reported(monk
         def route() -> None:
             one, two, three = (torch.empty(4, 2048, dtype=torch.bfloat16, device="cuda") for _ in range(3))
             weight, bias = torch.empty(64, 2048, dtype=torch.bfloat16, device="cuda"), torch.empty(64, device="cuda")
-            triton_norm.norm_router(one, two, three[0], 1e-5, weight, bias, 6, 2.446)
+            norm.norm_router(one, two, three[0], 1e-5, weight, bias, 6, 2.446)
 
         route()
         machine.check()
-        monkeypatch.setattr(triton_norm, "_norm_router", Launches(triton_norm._norm_router, BLOCK_K=256))
+        monkeypatch.setattr(norm, "_norm_router", Launches(norm._norm_router, BLOCK_K=256))
         with pytest.raises(OutOfResources):
             route()
         assert [finding.kind for finding in machine.findings] == ["shared memory"]

@@ -36,9 +36,6 @@ from kimi_vl.kernels import (  # noqa: E402
     packed_weights,
     plain,
     reference,
-    triton_mla,
-    triton_moe,
-    triton_norm,
 )
 from kimi_vl.kernels.attention_metadata import DecodeMetadata  # noqa: E402
 from kimi_vl.kernels.inputs import (  # noqa: E402
@@ -50,6 +47,7 @@ from kimi_vl.kernels.inputs import (  # noqa: E402
     routed_alike,
     with_arguments,
 )
+from kimi_vl.kernels.triton import mla, moe, moe_grouping, norm  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TRITON = kernels.select_ops("cpu", "triton")
@@ -166,11 +164,11 @@ def test_plain_twin(case: str, dtype: torch.dtype, fences: Fences):
 
 # Experts
 
-TILE = triton_moe.Tile(32, 32, 4, 1)
+TILE = moe.Tile(32, 32, 4, 1)
 PLANS = {
-    "pairs": triton_moe.Plan(0, triton_moe.Tile(16, 0, 4, 1), triton_moe.Tile(32, 16, 4, 1)),
-    "blocks of 16": triton_moe.Plan(16, TILE, TILE),
-    "blocks of 64": triton_moe.Plan(64, TILE, TILE),
+    "pairs": moe.Plan(0, moe.Tile(16, 0, 4, 1), moe.Tile(32, 16, 4, 1)),
+    "blocks of 16": moe.Plan(16, TILE, TILE),
+    "blocks of 64": moe.Plan(64, TILE, TILE),
 }
 
 
@@ -304,6 +302,7 @@ def test_an_mlp_of_one_token_alone_is_from_packed_weights(anything_is_packed: No
         right = reference.mlp(states.double(), *(weight.double() for weight in weights))
         assert distance(linear.mlp(states, weights, packed), right) <= 2**-7
     for weight in weights:
+        assert isinstance(weight, Tensor)
         packed[weight] = packed_weights.PackedWeight([weight * torch.nan])
     assert linear.mlp(states, weights, packed).isfinite().all()
     assert linear.mlp(states[:1], weights, packed).isnan().all()
@@ -346,8 +345,8 @@ def test_an_expert_with_more_rows_than_a_block(tokens: int, plan: str, fences: F
 @pytest.mark.parametrize(("tokens", "plan"), [(1, "pairs"), (3, "blocks of 16")])
 def test_experts_at_the_real_widths(tokens: int, plan: str, fences: Fences):
     tiles = {
-        "pairs": triton_moe.Plan(0, triton_moe.Tile(256, 0, 4, 1), triton_moe.Tile(256, 512, 4, 1)),
-        "blocks of 16": triton_moe.Plan(16, triton_moe.Tile(256, 512, 4, 1), triton_moe.Tile(256, 512, 4, 1)),
+        "pairs": moe.Plan(0, moe.Tile(256, 0, 4, 1), moe.Tile(256, 512, 4, 1)),
+        "blocks of 16": moe.Plan(16, moe.Tile(256, 512, 4, 1), moe.Tile(256, 512, 4, 1)),
     }
     call = fenced(Inputs(REAL_FEW_EXPERTS, torch.bfloat16).moe(tokens), fences)
     found = apart(call, call.run(TRITON, plan=tiles[plan]), torch.bfloat16)
@@ -364,11 +363,11 @@ def test_the_chosen_plan(tokens: int, fences: Fences):
 
 
 def test_plans_by_size():
-    plans = [triton_moe.choose_plan(tokens, 6, 64, 2) for tokens in (1, 2, 3, 170, 171, 1024, 1025)]
-    pairs, few, some, many = triton_moe.PAIRS, triton_moe.FEW, triton_moe.SOME, triton_moe.MANY
+    plans = [moe.choose_plan(tokens, 6, 64, 2) for tokens in (1, 2, 3, 170, 171, 1024, 1025)]
+    pairs, few, some, many = moe.PAIRS, moe.FEW, moe.SOME, moe.MANY
     assert plans == [pairs, pairs, few, few, some, some, many]
-    assert triton_moe.choose_plan(1, 6, 64, 4) == pairs
-    assert triton_moe.choose_plan(1000, 6, 64, 4) == triton_moe.FLOAT32
+    assert moe.choose_plan(1, 6, 64, 4) == pairs
+    assert moe.choose_plan(1000, 6, 64, 4) == moe.FLOAT32
 
 
 @pytest.mark.parametrize("rows", [16, 64])
@@ -381,9 +380,9 @@ def test_order(tokens: int, top_k: int, experts: int, shared: int, rows: int, sp
     draw = random.Random(tokens + rows)
     listed = [[(draw.randrange(spread) + slot) % experts for slot in range(top_k)] for _ in range(tokens)]
     topk_ids, slots = torch.tensor(listed, dtype=torch.int32), top_k + shared
-    blocks = triton_moe.most_blocks(tokens, top_k, experts, shared, rows)
+    blocks = moe_grouping.most_blocks(tokens, top_k, experts, shared, rows)
     sorted_pairs, expert_ids = torch.empty(blocks * rows, dtype=torch.int32), torch.empty(blocks, dtype=torch.int32)
-    triton_moe.group(topk_ids, sorted_pairs, expert_ids, experts, shared, rows)
+    moe_grouping.group(topk_ids, sorted_pairs, expert_ids, experts, shared, rows)
     wanted: dict[int, list[int]] = {}
     for token, ids in enumerate(listed):
         for slot, expert in enumerate([*ids, *range(experts, experts + shared)]):
@@ -402,7 +401,7 @@ def test_order(tokens: int, top_k: int, experts: int, shared: int, rows: int, sp
 def test_the_bound_on_blocks_is_reached_and_never_passed():
     draw = random.Random(0)
     for tokens, top_k, experts, rows in [(1, 6, 64, 16), (33, 2, 5, 16), (40, 6, 8, 16)]:
-        bound = triton_moe.most_blocks(tokens, top_k, experts, 0, rows)
+        bound = moe_grouping.most_blocks(tokens, top_k, experts, 0, rows)
         pairs = tokens * top_k
         most = 0
         for _ in range(3000):
@@ -579,12 +578,12 @@ def test_lengths_on_the_host_need_no_synchronisation(monkeypatch: pytest.MonkeyP
 
 
 def test_splits_fill_the_machine_and_are_not_too_short():
-    assert triton_mla.default_splits(1, 1, 131072, 132) == 264
-    assert triton_mla.default_splits(1, 1, 2048, 132) == 32
-    assert triton_mla.default_splits(32, 1, 4096, 132) == 8
-    assert triton_mla.default_splits(128, 1, 4096, 132) == 2
-    assert triton_mla.default_splits(1000, 1, 4096, 132) == 1
-    assert triton_mla.default_splits(1, 1, 5, 132) == 1
+    assert mla.default_splits(1, 1, 131072, 132) == 264
+    assert mla.default_splits(1, 1, 2048, 132) == 32
+    assert mla.default_splits(32, 1, 4096, 132) == 8
+    assert mla.default_splits(128, 1, 4096, 132) == 2
+    assert mla.default_splits(1000, 1, 4096, 132) == 1
+    assert mla.default_splits(1, 1, 5, 132) == 1
 
 
 def test_unwritten_entries_stay_as_they_are(fences: Fences):
@@ -645,7 +644,7 @@ def test_reading_or_writing_out_of_bounds_is_seen():
     states, weight = torch.ones(2, 16), torch.ones(16)
 
     def launch(weight: Tensor, normed: Tensor) -> None:
-        kernel: Any = triton_norm._add_rms_norm
+        kernel: Any = norm._add_rms_norm
         kernel[(2,)](states, states, weight, states, normed, 16, 0.0, HAS_DELTA=False, BLOCK=16)
 
     launch(weight, states.clone())

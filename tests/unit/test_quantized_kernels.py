@@ -16,8 +16,10 @@ import torch  # noqa: E402
 from kimi_vl import kernels  # noqa: E402
 from kimi_vl.engine.decoder import FusedDecoder  # noqa: E402
 from kimi_vl.engine.engine import Engine, EngineOptions  # noqa: E402
-from kimi_vl.kernels import Form, Widths, linear, triton_linear, triton_moe  # noqa: E402
+from kimi_vl.kernels import Form, Widths, linear  # noqa: E402
 from kimi_vl.kernels.inputs import Call, Inputs, apart, distance, with_arguments  # noqa: E402
+from kimi_vl.kernels.triton import linear as triton_linear  # noqa: E402
+from kimi_vl.kernels.triton import moe  # noqa: E402
 from kimi_vl.model import generation  # noqa: E402
 from kimi_vl.quantization.weight import QuantizedWeight  # noqa: E402
 from kimi_vl.weights import loader, resolve  # noqa: E402
@@ -40,9 +42,9 @@ ODD = Widths(
 SOME = ["int8", "int4"]  # in the default ring; Triton's interpreter takes seconds for each
 PARAMS = [pytest.param(form, marks=[] if form in SOME else pytest.mark.nightly) for form in FORMS]
 PLANS = {
-    "pairs": triton_moe.QUANTIZED_PAIRS,
-    "few": triton_moe.QUANTIZED_FEW,
-    "many": dataclasses.replace(triton_moe.QUANTIZED_SOME, block_m=32),
+    "pairs": moe.QUANTIZED_PAIRS,
+    "few": moe.QUANTIZED_FEW,
+    "many": dataclasses.replace(moe.QUANTIZED_SOME, block_m=32),
 }
 
 
@@ -142,9 +144,9 @@ def test_planted_mistakes_are_seen(mistake: str):
     for form in forms:
         project = inputs.project(3, inputs.quantized(FORMS[form], 40, ODD.hidden))
         assert apart(project, spoilt(project, 1).run(TRITON), dtype) > 3
-        moe = inputs.moe(1, weights=(inputs.experts(FORMS[form]), inputs.shared_experts(FORMS[form])))
+        experts = inputs.moe(1, weights=(inputs.experts(FORMS[form]), inputs.shared_experts(FORMS[form])))
         for index in (3, 4):
-            assert apart(moe, spoilt(moe, index).run(TRITON), dtype) > 3
+            assert apart(experts, spoilt(experts, index).run(TRITON), dtype) > 3
 
 
 # Models

@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..quantization.weight import Weight
-from . import linear
-from .linear import NOT_PACKED
-from .packed_weights import PackedWeight
+from ...quantization.weight import Weight
+from .. import linear
+from ..linear import NOT_PACKED
+from ..packed_weights import PackedWeight
 
 
 @dataclass(frozen=True)

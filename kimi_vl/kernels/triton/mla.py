@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_metadata import DecodeMetadata
+from ..attention_metadata import DecodeMetadata
 
 # The least cached tokens of a split: with fewer, the partial sums would be more bytes than the tokens.
 MIN_SPLIT_LEN = 64
