@@ -126,7 +126,7 @@ def test_every_answer_fits_its_schema_or_is_cut(demo: Pipeline, static: Pipeline
             assert fits(schema, done), (schema, done.answer)
             valid += 1
     assert valid >= len(schemas) * 0.6
-    assert len({done.answer for done in found}) > len(found) // 2
+    assert len({done.answer for done in found}) > len(found) // ANSWERS // 2  # of equal schemas some are greedy
     some = range(0, len(found), 1 if "KIMI_VL_FUZZ" in os.environ else 7)
     streams = [static.stream(ASK, (), **params[n]) for n in some]
     assert [last(stream).answer for stream in streams] == [found[n].answer for n in some]
