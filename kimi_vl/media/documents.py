@@ -11,7 +11,7 @@ from PIL import Image
 from ..errors import UserError
 from . import images, kinds, sources
 from .images import ImageOptions
-from .sandbox import Reason, Sandbox, SandboxError, understood
+from .sandbox import Reason, SandboxedFile, SandboxError
 
 MAX_POINTS = 14_400
 """Of a side of a page, 1/72 inch each: what the format allows without another unit."""
@@ -37,7 +37,7 @@ _ERRORS: dict[Reason, tuple[str, str]] = {
 _UNREADABLE = ("E_DOCUMENT_UNREADABLE", "a document is damaged; send the file again, or save it anew as PDF.")
 
 
-class Document:
+class Document(SandboxedFile):
     """One document, open in its process; a context manager. Pages are numbered from 1.
 
     ``pages`` are texts like ``"1-3,7"``, or None for all.
@@ -47,39 +47,14 @@ class Document:
 
     def __init__(self, source: sources.FileSource, pages: str | None, options: ImageOptions):
         data = sources.read(source, kinds.DOCUMENT)
-        try:
-            self._sandbox = Sandbox("document", data)
-        except SandboxError as error:
-            raise _refusal(error) from None
-        try:
-            with understood():
-                self._numbers = chosen(pages, int(self._sandbox.hello()["pages"]))
-                points = self._sandbox.ask(sizes=self._numbers)["sizes"]
-                pages_and_points = zip(self._numbers, points, strict=True)
-                self._largest = [_size(number, width, height, options) for number, (width, height) in pages_and_points]
-        except SandboxError as error:
-            self.close()
-            raise _refusal(error) from None
-        except BaseException:
-            self.close()
-            raise
+        with self._opening("document", data):
+            self._numbers = chosen(pages, int(self._sandbox.hello()["pages"]))
+            points = self._sandbox.ask(sizes=self._numbers)["sizes"]
+            pages_and_points = zip(self._numbers, points, strict=True)
+            self._largest = [_size(number, width, height, options) for number, (width, height) in pages_and_points]
         self.wanted = self.fewest = len(self._numbers)
         tokens = max(images.plan(*size, options).tokens for size in self._largest)
         self.smallest_scale = min(1.0, (SMALLEST_PAGE_TOKENS / tokens) ** 0.5)
-
-    def __enter__(self) -> Document:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the process."""
-        self._sandbox.__exit__()
-
-    def peak_bytes(self) -> int:
-        """The most memory that its process has held so far."""
-        return self._sandbox.peak_bytes()
 
     def taken(self, count: int) -> tuple[float, ...]:
         """The numbers of the pages."""
@@ -95,15 +70,19 @@ class Document:
 
     def read(self, sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Image.Image]]:
         """The pages as pictures, with their numbers among those chosen. Raises :class:`UserError`."""
-        try:
+        with self._refusing():
             self._sandbox.ask(pages=[[n, *size] for n, size in zip(self._numbers, sizes, strict=True)])
             for number, size in enumerate(sizes):
                 picture = self._sandbox.picture(*size)
                 if picture is None:
                     raise SandboxError("unreadable")
                 yield number, Image.frombytes("RGB", size, picture[1])
-        except SandboxError as error:
-            raise _refusal(error) from None
+
+    @staticmethod
+    def _refusal(error: SandboxError) -> UserError:
+        if error.detail is not None:
+            return _bad_page(error.detail)
+        return UserError(*_ERRORS.get(error.reason, _UNREADABLE))
 
 
 def ranges(pages: str | None) -> list[tuple[int, int | None]]:
@@ -165,9 +144,3 @@ def _size(number: int, width: float, height: float, options: ImageOptions) -> tu
 
 def _bad_page(number: int) -> UserError:
     return UserError("E_DOCUMENT_UNREADABLE", f"page {number} is damaged or has no size; leave it out with pages.")
-
-
-def _refusal(error: SandboxError) -> UserError:
-    if error.detail is not None:
-        return _bad_page(error.detail)
-    return UserError(*_ERRORS.get(error.reason, _UNREADABLE))

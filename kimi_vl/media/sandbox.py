@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 from ..errors import UserError
 
@@ -186,6 +186,51 @@ class Sandbox:
             return "too long"
         # the system's own killer, and libraries that abort where they get no memory
         return "too large" if status in (-signal.SIGKILL, -signal.SIGABRT) else "unreadable"
+
+
+class SandboxedFile:
+    """A file that stays open in a process of its own; a context manager, after which the process has ended."""
+
+    _sandbox: Sandbox
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process."""
+        self._sandbox.__exit__()
+
+    def peak_bytes(self) -> int:
+        """The most memory that its process has held so far."""
+        return self._sandbox.peak_bytes()
+
+    @staticmethod
+    def _refusal(error: SandboxError) -> UserError:
+        """What an error means to a caller."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Errors of the process become the caller's."""
+        try:
+            yield
+        except SandboxError as error:
+            raise self._refusal(error) from None
+
+    @contextlib.contextmanager
+    def _opening(self, backend: str, data: bytes) -> Iterator[None]:
+        """Start the process; whatever fails after that ends it."""
+        with self._refusing():
+            self._sandbox = Sandbox(backend, data)
+            try:
+                with understood():
+                    yield
+            except BaseException:
+                self.close()
+                raise
 
 
 @contextlib.contextmanager

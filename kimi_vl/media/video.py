@@ -13,7 +13,7 @@ from .. import parameters
 from ..errors import UserError
 from . import images, kinds, sources
 from .images import ImageOptions
-from .sandbox import Reason, Sandbox, SandboxError, understood
+from .sandbox import Reason, SandboxedFile, SandboxError, understood
 
 DEFAULT_FPS = 1.0
 MAX_FPS = 60.0
@@ -72,7 +72,7 @@ class VideoOptions:
         return options
 
 
-class Video:
+class Video(SandboxedFile):
     """One video, open in its process; a context manager. Times are in seconds from its first frame."""
 
     kind = "video"
@@ -82,42 +82,17 @@ class Video:
         data = sources.read(source, kinds.VIDEO)
         if kinds.of(data[: kinds.HEAD_BYTES]) is not kinds.VIDEO:
             raise UserError("E_VIDEO_FORMAT", f"a video is not {_FORMATS}")
-        try:
-            self._sandbox = Sandbox("video", data)
-        except SandboxError as error:
-            raise _refusal(error) from None
-        try:
-            with understood():
-                told = self._sandbox.hello()
-                self.width, self.height = (_bounded(told[side], 1, _MAX_SIDE) for side in ("width", "height"))
-                seconds = _bounded(told["seconds"], 0, _MAX_SECONDS)
-            self._begin, self._end = options.start, seconds if options.end is None else min(seconds, options.end)
-        except SandboxError as error:
-            self.close()
-            raise _refusal(error) from None
-        except BaseException:
-            self.close()
-            raise
+        with self._opening("video", data):
+            told = self._sandbox.hello()
+            self.width, self.height = (_bounded(told[side], 1, _MAX_SIDE) for side in ("width", "height"))
+            seconds = _bounded(told["seconds"], 0, _MAX_SECONDS)
+        self._begin, self._end = options.start, seconds if options.end is None else min(seconds, options.end)
         if self._begin and self._begin >= self._end:
             self.close()
             raise UserError("E_PARAMETER", "start is after the end of the video; change it.")
         self.wanted = min(self._frames(options.fps), options.max_frames)
         self.fewest = min(self.wanted, FEWEST_FRAMES)
         self._fps = options.fps
-
-    def __enter__(self) -> Video:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the process."""
-        self._sandbox.__exit__()
-
-    def peak_bytes(self) -> int:
-        """The most memory that its process has held so far."""
-        return self._sandbox.peak_bytes()
 
     def taken(self, count: int) -> tuple[float, ...]:
         """The times of ``count`` frames: as many a second as was asked for, or else the middles of equal parts."""
@@ -142,7 +117,7 @@ class Video:
         Raises :class:`UserError`.
         """
         (width, height), count = sizes[0], len(sizes)
-        try:
+        with self._refusing():
             self._sandbox.ask(times=self.taken(count), width=width, height=height)
             last = -1
             while (picture := self._sandbox.picture(width, height)) is not None:
@@ -154,8 +129,10 @@ class Video:
                 yield last, stored.transpose(_TURNS[turns]) if turns else stored
             if last < 0:
                 raise SandboxError("unreadable")
-        except SandboxError as error:
-            raise _refusal(error) from None
+
+    @staticmethod
+    def _refusal(error: SandboxError) -> UserError:
+        return UserError(*_ERRORS.get(error.reason, _UNREADABLE))
 
     def _frames(self, fps: float) -> int:
         """How many there are at so many a second, the first at once and none at the very end."""
@@ -176,7 +153,3 @@ def clock(seconds: float) -> str:
     """Whole seconds as HH:MM:SS."""
     minutes, second = divmod(int(seconds + 1e-6), 60)
     return f"{minutes // 60:02}:{minutes % 60:02}:{second:02}"
-
-
-def _refusal(error: SandboxError) -> UserError:
-    return UserError(*_ERRORS.get(error.reason, _UNREADABLE))
