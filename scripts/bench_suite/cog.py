@@ -81,11 +81,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(args: argparse.Namespace, environment: dict[str, str], scratch: Path) -> dict[str, Any]:
-    model = environment["KIMI_VL_MODEL"]
-    if model == "demo":
-        model, environment["KIMI_VL_MODEL"] = "demo without an end", str(endless(scratch / "demo"))
-    if "OMP_NUM_THREADS" in environment:
-        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # as many as the server has
+    model = prepare(environment, scratch)
     with (
         contextlib.closing(kimi_vl.load(environment["KIMI_VL_MODEL"])) as pipeline,
         Server(environment=environment, concurrent=True) as server,
@@ -107,6 +103,28 @@ def run(args: argparse.Namespace, environment: dict[str, str], scratch: Path) ->
     loads = [sample.load for taken in samples.values() for sample in taken]
     return {
         "bench": "cog",
+        **conditions(model, args),
+        "load_average": [min(loads), max(loads)],
+        "results": [figures(samples, streams) for streams in args.streams],
+    }
+
+
+def prepare(environment: dict[str, str], scratch: Path) -> str:
+    """What the model is called; in ``environment``, which is the server's, an endless demo takes the demo's place.
+
+    This process computes with as many threads as the server will.
+    """
+    model = environment["KIMI_VL_MODEL"]
+    if model == "demo":
+        model, environment["KIMI_VL_MODEL"] = "demo without an end", str(endless(scratch / "demo"))
+    if "OMP_NUM_THREADS" in environment:
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    return model
+
+
+def conditions(model: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Under what a report was measured."""
+    return {
         "model": model,
         "machine": processor(),
         "cores": os.cpu_count(),
@@ -115,8 +133,6 @@ def run(args: argparse.Namespace, environment: dict[str, str], scratch: Path) ->
         "tokens": args.tokens,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "load_average": [min(loads), max(loads)],
-        "results": [figures(samples, streams) for streams in args.streams],
     }
 
 

@@ -12,20 +12,17 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import statistics
 import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import kimi_vl
 from cog_local.server import model_environment, say
 from kimi_vl.engine.engine import EngineOptions
 
-from .cog import Request, Sample, endless, engine_asker, measure, processor, request, seconds_busy
+from .cog import Request, Sample, conditions, engine_asker, measure, prepare, request, seconds_busy
 from .load import rounded
 from .openai_server import OpenAIServer
 from .streams import Client, Stream
@@ -54,11 +51,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(args: argparse.Namespace, environment: dict[str, str], scratch: Path) -> dict[str, Any]:
-    model = environment["KIMI_VL_MODEL"]
-    if model == "demo":
-        model, environment["KIMI_VL_MODEL"] = "demo without an end", str(endless(scratch / "demo"))
-    if "OMP_NUM_THREADS" in environment:
-        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # as many as the server has
+    model = prepare(environment, scratch)
     sequences = max(*args.streams, 64)
     flags = ("--max-num-seqs", str(sequences), "--max-waiting", str(max(args.open, sequences)))
     options = EngineOptions(max_num_seqs=sequences)
@@ -76,14 +69,7 @@ def run(args: argparse.Namespace, environment: dict[str, str], scratch: Path) ->
     loads.append(os.getloadavg()[0])
     return {
         "bench": "http",
-        "model": model,
-        "machine": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "rounds": args.rounds,
-        "tokens": args.tokens,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **conditions(model, args),
         "load_average": [round(min(loads), 1), round(max(loads), 1)],
         "goals": GOALS,
         "results": results,
