@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
-from kimi_vl.engine.requests import NullOutputProcessor
+from kimi_vl.engine.requests import CountingOutputProcessor
 from kimi_vl.engine.sampling import Sampling
 
 GREEDY = Sampling(0, 1, 0, 0)
 
 
-class Listener(NullOutputProcessor):
+class Listener(CountingOutputProcessor):
     """Takes ``max_new_tokens`` tokens and keeps them."""
 
     def __init__(self, max_new_tokens: int, sampling: Sampling | None = None):
-        self.max_new_tokens, self.sampling = max_new_tokens, sampling or GREEDY
+        super().__init__(max_new_tokens, sampling or GREEDY)
         self.tokens: list[int] = []
-        self.error: Exception | None = None
-        self.over = threading.Event()
         self.after: Callable[[int], object] = lambda count: None  # called in the engine's thread, after each token
 
     def take(self, token: int) -> int | None:
         self.tokens.append(token)
         self.after(len(self.tokens))
-        if len(self.tokens) < self.max_new_tokens:
-            return token
-        self.over.set()
-        return None
-
-    def fail(self, error: Exception) -> None:
-        self.error = error
-        self.over.set()
+        return super().take(token)
 
     def result(self) -> list[int]:
         """Waits for the end of the request."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -110,6 +111,30 @@ class NullOutputProcessor:
 
     def fail(self, error: Exception) -> None:
         pass
+
+
+class CountingOutputProcessor(NullOutputProcessor):
+    """The output processor of a request that this program sends: ends it after ``max_new_tokens`` tokens.
+
+    ``over`` is set at its end, and ``error`` is what it failed of, if it did.
+    """
+
+    def __init__(self, max_new_tokens: int, sampling: Sampling):
+        self.max_new_tokens, self.sampling = max_new_tokens, sampling
+        self.error: Exception | None = None
+        self.over = threading.Event()
+        self._count = 0
+
+    def take(self, token: int) -> int | None:
+        self._count += 1
+        if self._count < self.max_new_tokens:
+            return token
+        self.over.set()
+        return None
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+        self.over.set()
 
 
 class RequestHandle:

@@ -7,13 +7,12 @@ before the model is reported as ready.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 
 import numpy as np
 
 from .engine import Engine, Patches
-from .requests import NullOutputProcessor
+from .requests import CountingOutputProcessor
 from .sampling import Sampling
 
 LIMIT_S = 600.0
@@ -29,7 +28,7 @@ def warm_up(engine: Engine, seconds: float = LIMIT_S) -> None:
     height, width = config.vision_config.merge_kernel_size
     side = config.vision_config.patch_size
     image = Patches(np.zeros((4 * height * width, 3, side, side), np.float32), (2 * height, 2 * width))
-    processor = _First()
+    processor = CountingOutputProcessor(_TOKENS, Sampling(1, 1, 0, 0))
     engine.submit([1, *[config.media_placeholder_token_id] * image.tokens, 2], [image], _TOKENS, processor)
     if not processor.over.wait(seconds):
         reason = f"is not done after {seconds:g} s"
@@ -43,24 +42,3 @@ def warm_up(engine: Engine, seconds: float = LIMIT_S) -> None:
     if engine.model.device.type == "cuda":
         remedy = "; try again with KIMI_VL_KERNELS=torch, or use a GPU with more memory"
     raise RuntimeError(f"the model cannot serve on this machine: a first request {reason}{remedy}") from processor.error
-
-
-class _First(NullOutputProcessor):
-    """Says when the last token has come."""
-
-    def __init__(self):
-        self.sampling = Sampling(1, 1, 0, 0)
-        self.error: Exception | None = None
-        self.over = threading.Event()
-        self._count = 0
-
-    def take(self, token: int) -> int | None:
-        self._count += 1
-        if self._count < _TOKENS:
-            return token
-        self.over.set()
-        return None
-
-    def fail(self, error: Exception) -> None:
-        self.error = error
-        self.over.set()

@@ -5,7 +5,6 @@ Speed does not depend on the values of weights, only routing does, and the exper
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,34 +14,23 @@ from typing import Any
 import torch
 
 from kimi_vl.engine.engine import Engine
-from kimi_vl.engine.requests import NullOutputProcessor
+from kimi_vl.engine.requests import CountingOutputProcessor
 from kimi_vl.engine.sampling import Sampling
 from kimi_vl.model.config import TextConfig
 
 GREEDY = Sampling(0, 1, 0, 0)
 
 
-class Clock(NullOutputProcessor):
+class Clock(CountingOutputProcessor):
     """An output processor that only notes when its tokens come."""
 
-    sampling = GREEDY
-
     def __init__(self, max_new_tokens: int):
-        self.max_new_tokens = max_new_tokens
+        super().__init__(max_new_tokens, GREEDY)
         self.times: list[float] = []
-        self.over = threading.Event()
-        self.error: Exception | None = None
 
     def take(self, token: int) -> int | None:
         self.times.append(time.perf_counter())
-        if len(self.times) < self.max_new_tokens:
-            return token
-        self.over.set()
-        return None
-
-    def fail(self, error: Exception) -> None:
-        self.error = error
-        self.over.set()
+        return super().take(token)
 
     def wait(self) -> None:
         """For the last token; raises what the request failed of."""
