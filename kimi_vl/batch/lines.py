@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..serving.protocol import json_value
+
 MAX_LINE = 160 << 20
 """Bytes; a body of the server may have 100 MiB, and a picture in it a third more as base64."""
 MAX_CUSTOM_ID = 4096
@@ -125,16 +127,12 @@ def parse(number: int, data: bytes) -> Line:
 
 def _json(data: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_no_number)
-    except (ValueError, RecursionError):
+        value = json_value(data.decode("utf-8"))
+    except ValueError:
         raise LineError("invalid_json", "the line is not valid JSON in UTF-8; correct it.") from None
     if not isinstance(value, dict):
         raise LineError("invalid_json", "the line must be a JSON object.")
     return value
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(name)
 
 
 def _custom_id(value: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError, bad_request, from_exception, overloaded
+from .protocol import json_value
 
 log = logging.getLogger(__name__)
 
@@ -243,13 +244,9 @@ async def linger(receive: Receive) -> None:
 def parse(body: bytes) -> Any:
     """The value of a body in JSON, as in the standard: no NaN, nothing after the end, UTF-8. A BOM is passed over."""
     try:
-        return json.loads(body.decode("utf-8-sig"), parse_constant=_no_number)
-    except (ValueError, RecursionError):
+        return json_value(body.decode("utf-8-sig"))
+    except ValueError:
         raise bad_request(None, "the body is not valid JSON in UTF-8; correct it.", "invalid_json") from None
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(name)
 
 
 def _check_type(content_type: bytes, encoding: bytes) -> None:

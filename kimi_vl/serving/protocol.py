@@ -6,6 +6,7 @@ neither HTTP nor the engine; the messages themselves are read by :mod:`kimi_vl.t
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -121,6 +122,18 @@ def read_chat(body: Any, rules: Rules = Rules()) -> ChatRequest:
         grounding=bool(own and own.boolean("grounding")),
         unknown=tuple(sorted(fields.values.keys() - READ - IGNORED - UNSUPPORTED)),
     )
+
+
+def json_value(text: str) -> Any:
+    """The value of a JSON text as the standard has it: no NaN, nothing after the end. Raises ValueError."""
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(name)
 
 
 class Fields:
