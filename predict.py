@@ -15,7 +15,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cog import BasePredictor, CancelationException, ConcatenateIterator, Input, Path, concurrent, streaming
@@ -266,12 +266,11 @@ def answer(predictor: Predictor | ConcurrentPredictor, inputs: dict[str, Any]) -
         # cancelling raises inside the loop, and closing the stream stops the model
         with contextlib.closing(events):
             on_cancel(events.interrupt)
-            recorded = _recorded(predictor, events)
-            if inputs["output_format"] in ("grounding", "grounding_image"):
-                draw = inputs["output_format"] == "grounding_image"
-                yield from _grounding_line(recorded, predictor.pipeline.pictures(chat, chat_images) if draw else None)
-            else:
-                yield from format_events(recorded, inputs["output_format"])
+            yield from format_events(
+                _recorded(predictor, events),
+                inputs["output_format"],
+                lambda: predictor.pipeline.pictures(chat, chat_images),
+            )
 
 
 @contextlib.contextmanager
@@ -371,12 +370,18 @@ def _split_stop_sequences(text: str) -> tuple[str, ...]:
 # From events to text
 
 
-def format_events(events: Iterable[Reasoning | Answer | Done], output_format: str) -> Iterator[str]:
-    """The text of the events in the form that `output_format` names."""
+def format_events(
+    events: Iterable[Reasoning | Answer | Done], output_format: str, pictures: "Callable[[], list[Image]]" = list
+) -> Iterator[str]:
+    """The text of the events in the form that `output_format` names; `pictures` gives the images to draw on."""
     if output_format == "json":
         return _json_lines(events)
     if output_format == "answer":
         return (event.text for event in events if isinstance(event, Answer))
+    if output_format == "grounding":
+        return _grounding_line(events)
+    if output_format == "grounding_image":
+        return _grounding_line(events, pictures)
     if output_format in MARKERS:
         return _marked_text(events, *MARKERS[output_format])
     raise UserError(
@@ -417,18 +422,19 @@ def _json_lines(events: Iterable[Reasoning | Answer | Done]) -> Iterator[str]:
         yield json.dumps(line, ensure_ascii=False).translate(LINE_ENDS) + "\n"
 
 
-def _grounding_line(events: Iterable[Event], pictures: "list[Image] | None") -> Iterator[str]:
+def _grounding_line(events: Iterable[Event], pictures: "Callable[[], list[Image]] | None" = None) -> Iterator[str]:
     """One JSON object: the answer, the places that it names, and what was found drawn on each of `pictures`."""
     for event in events:
         if isinstance(event, Done):
-            found = kimi_vl.grounding(event.answer, event.image_sizes) if event.image_sizes else None
+            sizes = event.image_sizes
+            found = kimi_vl.grounding(event.answer, sizes) if sizes else kimi_vl.Grounding(None, ())
             line: dict[str, Any] = {
                 "answer": event.answer,
                 "finish_reason": event.finish_reason,
-                **(found.to_dict() if found else {"unit": None, "findings": []}),
+                **found.to_dict(),
             }
             if pictures is not None:
-                drawn = (annotate.with_findings(each, found, index) for index, each in enumerate(pictures) if found)
+                drawn = (annotate.with_findings(each, found, index) for index, each in enumerate(pictures()))
                 line["images"] = [annotate.data_url(each) for each in drawn]
             yield json.dumps(line, ensure_ascii=False).translate(LINE_ENDS) + "\n"
 
