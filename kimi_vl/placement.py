@@ -15,7 +15,7 @@ import torch
 
 from .device import memory
 from .engine.engine import EngineOptions
-from .engine.kv_cache import PagedCache, cache_bytes
+from .engine.kv_cache import cache_bytes
 from .model.config import Config
 from .quantization.scheme import FORMS
 from .weights import loader
@@ -49,8 +49,6 @@ def place(
 ) -> Placement:
     """On a device of a ``kind`` ("cuda" or "cpu") with ``free`` bytes of memory that the model has to itself."""
     options, text, weights = options or EngineOptions(), config.text_config, weight_bytes(config, dtype, form)
-    page = PagedCache.page_bytes(text, options.page_size, dtype)
-    most = options.max_num_seqs * -(-text.max_position_embeddings // options.page_size)
     left = max(0, free - weights)
     if kind == "cuda":
         spare = options.cache_bytes or cache_bytes(
@@ -63,7 +61,7 @@ def place(
         )
     else:
         spare = max(0, int(free * _CPU_SHARE) - weights)
-    return Placement(form, weights, min(most, spare // page) * options.page_size)
+    return Placement(form, weights, options.pages_in(spare, text, dtype) * options.page_size)
 
 
 def placements(config: Config, dtype: torch.dtype, kind: str, free: int) -> Iterator[Placement]:

@@ -72,7 +72,7 @@ class EngineOptions:
         return kernels.Use(sizes, model.dtype, self.max_num_seqs, self.max_num_batched_tokens, experts, projections)
 
     def page_count(self, device: torch.device, config: TextConfig, dtype: torch.dtype, weights: int = 0) -> int:
-        """How many pages the KV cache gets: what memory there is, and no more than all sequences can ever fill.
+        """How many pages the KV cache gets of the memory that there is.
 
         ``weights`` are bytes of a GPU's free memory that the model's weights take before.
         """
@@ -85,8 +85,12 @@ class EngineOptions:
             images=self.embedding_bytes,
             weights=weights,
         )
+        return self.pages_in(spare, config, dtype)
+
+    def pages_in(self, nbytes: int, config: TextConfig, dtype: torch.dtype) -> int:
+        """How many pages ``nbytes`` hold, and no more than all sequences can ever fill."""
         most = self.max_num_seqs * -(-config.max_position_embeddings // self.page_size)
-        return min(most, spare // PagedCache.page_bytes(config, self.page_size, dtype))
+        return min(most, nbytes // PagedCache.page_bytes(config, self.page_size, dtype))
 
 
 class Engine:
