@@ -19,7 +19,7 @@ from kimi_vl.attachments import ReadingOptions, Share
 from kimi_vl.engine.image_cache import EmbeddingCache
 from kimi_vl.errors import UserError
 from kimi_vl.events import MediaUse
-from kimi_vl.media import documents, images, video
+from kimi_vl.media import images, sandbox, video
 from kimi_vl.media.documents import Document
 from kimi_vl.media.images import ImageOptions
 from kimi_vl.media.video import Video, VideoOptions
@@ -65,8 +65,7 @@ class Reader:
 
 @pytest.fixture(autouse=True)
 def readers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(video, "Sandbox", Reader)
-    monkeypatch.setattr(documents, "Sandbox", Reader)
+    monkeypatch.setattr(sandbox, "Sandbox", Reader)
     yield
     assert Reader.opened == 0, "every file is closed"
 
