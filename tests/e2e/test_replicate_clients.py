@@ -33,7 +33,7 @@ PACKAGES = Path(os.environ.get("KIMI_VL_NODE_PACKAGES") or Path(tempfile.gettemp
 VERSION = "0" * 64
 
 PYTHON = """
-import json, os, sys
+import json, os, sys, time
 import httpx, replicate
 
 class AsReplicate(httpx.HTTPTransport):
@@ -136,6 +136,7 @@ running = create(version="v", input=long, webhook=os.environ["HOOK"])
 try:
     while True:  # Cog may lose what cancels a prediction in its first moments
         client._request("POST", f"/v1/predictions/{running.id}/cancel")
+        time.sleep(0.02)
 except replicate.exceptions.ReplicateError as error:
     print(json.dumps([running.id, running.status, error.status]))
 """
