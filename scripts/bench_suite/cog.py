@@ -1,8 +1,9 @@
 """`scripts/bench cog`: the concurrent predictor behind Cog's server, beside its own engine called by plain threads.
 
 Both answer the same requests with the same seeds and hand over pieces of the same length, and they take turns, so that
-a slow minute of the machine meets both. What is lost between them is what HTTP and Cog cost. On a machine with other
-work, compare processor time: the clock there says how many threads each of them has.
+a slow minute of the machine meets both. What is lost between them is what HTTP and Cog cost. The client is one thread
+with bare sockets in a process of its own, on the same cores. On a machine with other work, compare processor time: the
+clock there says how many threads each of them has.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,6 +36,7 @@ from kimi_vl.pipeline import Pipeline
 from kimi_vl.text.tokenizer import Tokenizer
 
 from .load import rounded
+from .streams import Client
 from .text import DEMO
 
 Request = dict[str, Any]
@@ -85,18 +88,21 @@ def run(args: argparse.Namespace, environment: dict[str, str], scratch: Path) ->
     with (
         contextlib.closing(kimi_vl.load(environment["KIMI_VL_MODEL"])) as pipeline,
         Server(environment=environment, concurrent=True) as server,
+        Client("cog") as client,
     ):
         if max(args.streams) > server.slots:
             raise SystemExit(f"error: --streams: the server takes {server.slots} at a time")
-        askers = {"engine": engine_asker(pipeline), "server": server_asker(server)}
-        pids = {"engine": [os.getpid()], "server": processes(server)}
-        samples: dict[tuple[str, int], list[Sample]] = {(who, n): [] for n in args.streams for who in askers}
+        ask_engine, address, pids = engine_asker(pipeline), server_address(server), processes(server)
+        samples: dict[tuple[str, int], list[Sample]] = {(who, n): [] for n in args.streams for who in WHO}
         for number in range(args.rounds + 1):
             for streams in args.streams:
                 asked = [request(number, index, args.tokens) for index in range(streams)]
                 # there and back, so that nobody always follows the same one
-                for who in list(askers)[:: -1 if number % 2 else 1]:
-                    sample = measure(askers[who], asked, pids[who])
+                for who in list(WHO)[:: -1 if number % 2 else 1]:
+                    if who == "engine":
+                        sample = measure(ask_engine, asked, [os.getpid()])
+                    else:
+                        sample, _ = by_server(client, address, [{"input": each} for each in asked], pids)
                     if number:  # the first round warms up
                         samples[who, streams].append(sample)
                     server.client.settle()
@@ -195,19 +201,10 @@ def engine_asker(pipeline: Pipeline, interval: float = CHUNK_SECONDS) -> Asker:
     return ask
 
 
-def server_asker(server: Server) -> Asker:
-    """Asks the server, and reads its stream."""
-
-    def ask(asked: Request) -> Answer:
-        began, first = time.monotonic(), 0.0
-        for event in server.client.stream(asked):
-            if event.name in ("output", "completed"):
-                first = first or time.monotonic() - began
-            if event.name == "completed":
-                return Answer(first, time.monotonic() - began, event.data["metrics"]["output_token_count"])
-        raise SystemExit("error: the server did not finish an answer")
-
-    return ask
+def server_address(server: Server) -> tuple[str, int]:
+    url = urlsplit(server.url)
+    assert url.hostname and url.port
+    return url.hostname, url.port
 
 
 def measure(ask: Asker, asked: Sequence[Request], pids: Sequence[int]) -> Sample:
@@ -226,6 +223,21 @@ def measure(ask: Asker, asked: Sequence[Request], pids: Sequence[int]) -> Sample
     first = statistics.median(answer.first for _, answer in answers)
     busy = 1e3 * (seconds_busy(pids) - busy) / tokens
     return Sample(first, tokens / took, busy, round(os.getloadavg()[0], 2))
+
+
+def by_server(
+    client: Client, address: tuple[str, int], bodies: Sequence[Request], pids: Sequence[int]
+) -> tuple[Sample, float]:
+    """The same of a server, which is the processes ``pids``; and the client's milliseconds a token."""
+    busy = seconds_busy(pids)
+    streams, cost = client.ask(address, bodies)
+    busy = seconds_busy(pids) - busy
+    if errors := [stream.error for stream in streams if stream.error]:
+        raise SystemExit(f"error: the server did not finish an answer: {errors[0]}")
+    tokens = sum(stream.tokens for stream in streams)
+    took = max(stream.end for stream in streams)
+    first = statistics.median(stream.first_text for stream in streams)
+    return Sample(first, tokens / took, 1e3 * busy / tokens, round(os.getloadavg()[0], 2)), 1e3 * cost / tokens
 
 
 def figures(samples: dict[tuple[str, int], list[Sample]], streams: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import kimi_vl
 from cog_local.server import model_environment, say
 from kimi_vl.engine.engine import EngineOptions
 
-from .cog import Request, Sample, conditions, engine_asker, measure, prepare, request, seconds_busy
+from .cog import Request, Sample, by_server, conditions, engine_asker, measure, prepare, request
 from .load import rounded
 from .openai_server import OpenAIServer
 from .streams import Client, Stream
@@ -108,16 +108,11 @@ class Bench:
         }
 
     def _by_server(self, asked: list[Request], costs: list[float]) -> Sample:
-        busy = seconds_busy([self._server.process.pid])
-        streams, cost = self._client.ask(self._server.address, [body(each) for each in asked])
-        busy = seconds_busy([self._server.process.pid]) - busy
-        if errors := [stream.error for stream in streams if stream.error]:
-            raise SystemExit(f"error: the server did not finish an answer: {errors[0]}")
-        tokens = sum(stream.tokens for stream in streams)
-        costs.append(1e3 * cost / tokens)
-        took = max(stream.end for stream in streams)
-        first = statistics.median(stream.first_text for stream in streams)
-        return Sample(first, tokens / took, 1e3 * busy / tokens, os.getloadavg()[0])
+        sample, cost = by_server(
+            self._client, self._server.address, [body(each) for each in asked], [self._server.process.pid]
+        )
+        costs.append(cost)
+        return sample
 
     def first(self, count: int) -> dict[str, Any]:
         """Time to the first text of single requests, in turns."""
@@ -185,6 +180,8 @@ def body(asked: Request) -> dict[str, Any]:
         "temperature": asked["temperature"],
         "seed": asked["seed"],
         "max_tokens": asked["max_length_tokens"],
+        "stream": True,
+        "stream_options": {"include_usage": True},
     }
 
 

@@ -1,8 +1,9 @@
 """A client of many streams at a time that costs little: a program of its own, with one thread and bare sockets.
 
-Reads from its input a line of JSON: ``address``, and the ``bodies`` that are sent together once all connections are
-there. Answers with a line of JSON: ``streams``, for each how it went, and ``processor_seconds``, what the reading cost.
-It reads no HTTP beyond the status, and no JSON: it looks for the few words that it needs.
+Reads from its input a line of JSON: ``address``, the ``bodies`` that are sent together once all connections are there,
+and the ``dialect`` that the server speaks. Answers with a line of JSON: ``streams``, for each how it went, and
+``processor_seconds``, what the reading cost. It reads no HTTP beyond the status, and no JSON: it looks for the few
+words that it needs.
 """
 
 from __future__ import annotations
@@ -18,12 +19,38 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-TEXT = re.compile(rb'"(?:content|reasoning_content)": "[^"]')
-TOKENS = re.compile(rb'"completion_tokens": (\d+)')
-END = b"data: [DONE]"
 PATIENCE_S = 600.0
 KEPT = 2000
 """Bytes of a stream that are kept, for words that come in two pieces."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a server is asked for a stream, and the words of it that are looked for."""
+
+    path: str
+    text: re.Pattern[bytes]
+    """The first text."""
+    tokens: re.Pattern[bytes]
+    """How many tokens there were."""
+    end: bytes
+    """What a whole stream ends with."""
+
+
+DIALECTS = {
+    "openai": Dialect(
+        "/v1/chat/completions",
+        re.compile(rb'"(?:content|reasoning_content)": "[^"]'),
+        re.compile(rb'"completion_tokens": (\d+)[,}]'),
+        b"data: [DONE]",
+    ),
+    "cog": Dialect(
+        "/predictions",
+        re.compile(rb'"chunk":"[^"]'),
+        re.compile(rb'"output_token_count":(\d+)[,}]'),  # of the last event
+        b"\r\n0\r\n\r\n",  # of chunked transfer
+    ),
+}
 
 
 @dataclass
@@ -40,6 +67,9 @@ class Stream:
 class Client:
     """The program on the other side of a pipe."""
 
+    def __init__(self, dialect: str = "openai"):
+        self._dialect = dialect
+
     def __enter__(self) -> Client:
         self._process = subprocess.Popen(
             [sys.executable, "-I", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -54,18 +84,18 @@ class Client:
     def ask(self, address: tuple[str, int], bodies: Sequence[dict[str, Any]]) -> tuple[list[Stream], float]:
         """The streams of all ``bodies``, which begin together, and the client's processor seconds."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"address": address, "bodies": bodies}) + "\n")
+        self._process.stdin.write(json.dumps({"address": address, "bodies": bodies, "dialect": self._dialect}) + "\n")
         self._process.stdin.flush()
         answered = json.loads(self._process.stdout.readline())
         return [Stream(**each) for each in answered["streams"]], answered["processor_seconds"]
 
 
-def ask(address: tuple[str, int], bodies: Sequence[dict[str, Any]]) -> list[Stream]:
+def ask(address: tuple[str, int], bodies: Sequence[dict[str, Any]], dialect: Dialect) -> list[Stream]:
     """Send all ``bodies`` at once, and read what comes until the end of each."""
     streams = [Stream() for _ in bodies]
     with selectors.DefaultSelector() as selector:
         connections = [socket.create_connection(address, PATIENCE_S) for _ in bodies]
-        requests = [request(body) for body in bodies]
+        requests = [request(body, dialect) for body in bodies]
         began = []
         for number, (connection, asked) in enumerate(zip(connections, requests, strict=True)):
             began.append(time.monotonic())
@@ -86,7 +116,7 @@ def ask(address: tuple[str, int], bodies: Sequence[dict[str, Any]]) -> list[Stre
                 except OSError as error:
                     received, streams[number].error = b"", type(error).__name__
                 kept[number] = (kept[number] + received)[-max(KEPT, len(received)) :]
-                if note(streams[number], time.monotonic() - began[number], received, kept[number]):
+                if note(streams[number], time.monotonic() - began[number], received, kept[number], dialect):
                     selector.unregister(connection)
                     connection.close()
                     left -= 1
@@ -96,27 +126,27 @@ def ask(address: tuple[str, int], bodies: Sequence[dict[str, Any]]) -> list[Stre
     return streams
 
 
-def request(body: dict[str, Any]) -> bytes:
-    content = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+def request(body: dict[str, Any], dialect: Dialect) -> bytes:
+    content = json.dumps(body).encode()
+    head = f"POST {dialect.path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nAccept: text/event-stream\r\n"
     return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
 
 
-def note(stream: Stream, now: float, received: bytes, kept: bytes) -> bool:
+def note(stream: Stream, now: float, received: bytes, kept: bytes, dialect: Dialect) -> bool:
     """What a stream's next bytes say; whether they are the last ones."""
     if not stream.first_byte:
         stream.first_byte = now
         if not received.startswith(b"HTTP/1.1 200"):
             stream.error = stream.error or received[:12].decode("latin-1") or "closed"
             return True
-    if not stream.first_text and TEXT.search(kept):
+    if not stream.first_text and dialect.text.search(kept):
         stream.first_text = now
-    if END in kept or not received:
+    if not stream.tokens and (found := dialect.tokens.search(kept)):
+        stream.tokens = int(found.group(1))
+    if dialect.end in kept or not received:
         stream.end = now
         stream.first_text = stream.first_text or now  # an answer may have no text
-        found = TOKENS.search(kept)
-        stream.tokens = int(found.group(1)) if found else 0
-        if END not in kept or not found:
+        if dialect.end not in kept or not stream.tokens:
             stream.error = stream.error or "cut off"
         return True
     return False
@@ -126,7 +156,7 @@ def main() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         before = time.process_time()
-        streams = ask(tuple(asked["address"]), asked["bodies"])
+        streams = ask(tuple(asked["address"]), asked["bodies"], DIALECTS[asked["dialect"]])
         seconds = time.process_time() - before
         print(json.dumps({"streams": [asdict(each) for each in streams], "processor_seconds": seconds}), flush=True)
 

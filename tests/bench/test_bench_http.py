@@ -47,7 +47,7 @@ def stream_of(*pieces: bytes) -> streams.Stream:
 
         thread = threading.Thread(target=answer)
         thread.start()
-        [stream] = streams.ask(listener.getsockname(), [{"max_tokens": 3}])
+        [stream] = streams.ask(listener.getsockname(), [{"max_tokens": 3}], streams.DIALECTS["openai"])
         thread.join()
     return stream
 
