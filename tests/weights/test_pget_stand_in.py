@@ -381,16 +381,21 @@ def start(
     pget: list[str], server: FaultServer, dest: Path, *flags: str, content: bytes = LINKED
 ) -> subprocess.Popen[str]:
     serve(server, content, {})
-    return subprocess.Popen([*pget, *flags, server.url + "a.tar", str(dest)], stderr=subprocess.PIPE, text=True)
+    command = [*pget, *flags, server.url + "a.tar", str(dest)]
+    heard = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, which a process hands on
+    try:
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGHUP, heard)
 
 
 def end(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> str:
     process.send_signal(number)
-    return process.communicate(timeout=30)[1]
+    return process.communicate(timeout=300)[1]
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
