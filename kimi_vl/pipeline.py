@@ -71,7 +71,7 @@ def load(
     refuse_without_bfloat16(chosen, dtype)
     config = Config.from_directory(directory)
     form = placement.choose(config, dtype, chosen, options)
-    kernels.prepare(chosen, options.use(loader.planned_model(config, dtype, form)))
+    kernels.prepare(chosen, options.use(loader.planned_model(config, dtype, form, chosen)))
     pipeline = Pipeline(
         loader.load(directory, dtype=dtype, device=chosen, form=form),
         Tokenizer.from_directory(directory),

@@ -1,7 +1,7 @@
 """Which form of a model's weights fits a device beside a KV cache, by the memory plan of the engine.
 
-``KIMI_VL_QUANTIZE`` is ``none`` (the default), ``int8``, ``int4``, ``int4-g128`` or ``auto``, which takes the first of
-none, int8 and int4 that leaves a cache of ``WANTED`` tokens.
+``KIMI_VL_QUANTIZE`` is ``none`` (the default), ``int8``, ``float8``, ``int4``, ``int4-g128`` or ``auto``, which takes
+the first of none, int8 and int4 that leaves a cache of ``WANTED`` tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .device import memory
+from .device import cuda, memory
 from .engine.engine import EngineOptions
 from .engine.kv_cache import cache_bytes
 from .model.config import Config
@@ -75,11 +75,14 @@ def choose(
 ) -> str | None:
     """The form that ``KIMI_VL_QUANTIZE`` asks for, None where weights stay as the checkpoint has them.
 
-    Raises ValueError for an unknown one, and RuntimeError with a sentence where the weights do not fit a GPU's memory.
+    Raises ValueError for an unknown one, and RuntimeError with a sentence where a GPU does not have float8 or the
+    weights do not fit its memory.
     """
     asked = os.environ.get(VARIABLE) or "none"
     if asked not in ("none", "auto", *FORMS):
         raise ValueError(f"{VARIABLE} is none, auto, {', '.join(FORMS)}, not {asked!r}; change it")
+    if asked == "float8" and device.type == "cuda" and not cuda.has_float8(device):
+        raise RuntimeError(f"this GPU has no float8, which takes compute capability 8.9; set {VARIABLE}=int8")
     if config.quantization is not None:  # as it is, or refused by the loader
         return None if asked in ("none", "auto") else asked
     free = free_bytes(device)

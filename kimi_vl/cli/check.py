@@ -18,7 +18,7 @@ GIB = 2**30
 # The published checkpoints: all have the same tensors, in bfloat16.
 PUBLISHED_BYTES = 32_815_312_096
 # Bytes of their quantised weights in each form, and how many values stay floating-point beside these.
-QUANTIZED_BYTES = {"int8": 15_581_677_952, "int4": 8_902_107_136, "int4-g128": 8_188_254_208}
+QUANTIZED_BYTES = {"int8": 15_581_677_952, "float8": 15_581_677_952, "int4": 8_902_107_136, "int4-g128": 8_188_254_208}
 KEPT_VALUES = 843_250_928
 LEAST_CONTEXT = 4096  # tokens, with which a model is of use
 PUBLISHED = {
@@ -87,9 +87,15 @@ def fits(device: Device, cache: Path) -> list[Fit]:
 
 
 def quantized_fits(device: Device) -> list[Fit]:
-    """A published model in each form that KIMI_VL_QUANTIZE may ask for; ``model`` is the form's name."""
+    """A published model in each form that KIMI_VL_QUANTIZE may ask for here; ``model`` is the form's name."""
+    import torch
+
+    from ..device import cuda
+
     found = []
     for form, nbytes in QUANTIZED_BYTES.items():
+        if form == "float8" and device.kind == "cuda" and not cuda.has_float8(torch.device(device.kind)):
+            continue
         needs = nbytes + KEPT_VALUES * device.bytes_a_parameter
         context = _context(device, needs)
         found.append(Fit(form, False, needs, context >= LEAST_CONTEXT, context))

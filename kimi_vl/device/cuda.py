@@ -35,6 +35,11 @@ def tensor(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> T
     return staged(values, dtype, device).to(device, non_blocking=True)
 
 
+def has_float8(device: torch.device) -> bool:
+    """Whether it is a GPU that converts float8 itself: of compute capability 8.9 or later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def give_back_unused_memory(device: torch.device) -> None:
     """What torch's allocator holds and nobody uses goes back to the device, where larger pieces can be had of it."""
     if device.type == "cuda":

@@ -88,15 +88,16 @@ class Widths:
     latent_eps: float = 1e-6
 
 
-Form = tuple[int, int, str]
-"""How a weight is quantised: bits, inputs that share a scale (0: all of them), and the dtype of scales."""
+Form = tuple[str, int, str]
+"""How a weight is quantised: "int4", "int8" or "float8", inputs that share a scale (0: all of them), and the dtype of
+scales."""
 
 
 def form_of(weight: Weight) -> Form | None:
     """None for a floating-point weight."""
     if isinstance(weight, Tensor):
         return None
-    return weight.bits, weight.group % weight.shape[-1], str(weight.scales.dtype).removeprefix("torch.")
+    return weight.kind, weight.group % weight.shape[-1], str(weight.scales.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quantization.weight import QuantizedWeight, Weight
+from ..quantization.weight import FLOAT8, QuantizedWeight, Weight
 from . import REFERENCE, Form, Ops, Widths, reference
 from .attention_metadata import DecodeMetadata
 
@@ -20,6 +20,7 @@ from .attention_metadata import DecodeMetadata
 # terms in an unknown order, some ten times 2^-24.
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-19}
 
+FLOAT8_SPREAD = 100.0  # the standard deviation of float8 whose codes are equally likely
 
 PUBLISHED = Widths()
 
@@ -166,12 +167,16 @@ class Inputs:
 
     def quantized(self, form: Form, *shape: int, scale: float = 1.0) -> QuantizedWeight:
         """Codes that are equally likely, with a standard deviation of about ``scale`` after scaling."""
-        bits, group, kind = form
+        kind, group, dtype = form
         *above, inputs = shape
+        bits = 4 if kind == "int4" else 8
         codes = self.integers(256, *above, inputs * bits // 8).to(torch.uint8)
         scales = self.normal(*above, inputs // (group or inputs), dtype=torch.float32).mul_(0.2).add_(1)
         spread = (1 << bits) / 12**0.5  # of integers that are equally likely
-        return QuantizedWeight(codes, scales.mul_(scale / spread).to(getattr(torch, kind)), bits)
+        if kind == "float8":
+            codes = codes.where(codes & 0x7F != 0x7F, 0).view(FLOAT8)  # neither of the two that are NaN
+            spread = FLOAT8_SPREAD
+        return QuantizedWeight(codes, scales.mul_(scale / spread).to(getattr(torch, dtype)), bits)
 
     def weight(self, *shape: int, scale: float, form: Form | None = None) -> Weight:
         return self.quantized(form, *shape, scale=scale) if form else self.normal(*shape, scale=scale)

@@ -37,6 +37,11 @@ class Scheme:
     packed: bool = True
     floating: bool = False
 
+    @property
+    def kind(self) -> str:
+        """Of the numbers: "int4", "int8" or "float8"."""
+        return "float8" if self.floating else f"int{self.bits}"
+
     def scales(self, outputs: int, inputs: int) -> tuple[int, int]:
         """The shape of the scales of a matrix (outputs, inputs)."""
         return -(-outputs // (self.rows or outputs)), -(-inputs // (self.group or inputs))
@@ -167,6 +172,7 @@ KEPT = (
 )
 FORMS: dict[str, Scheme] = {
     "int8": Scheme(8),
+    "float8": Scheme(8, packed=False, floating=True),
     "int4": Scheme(4, 32),
     "int4-g128": Scheme(4, 128),
 }
@@ -177,17 +183,18 @@ def form(name: str) -> Quantization:
     """A form by its name. Raises ValueError for another one."""
     if name not in FORMS:
         raise ValueError(f"weights are quantised as {', '.join(FORMS)}, not as {name!r}")
-    head = (((HEAD,), FORMS["int8"]),) if FORMS[name] != FORMS["int8"] else ()
+    head = (((HEAD,), FORMS["int8"]),) if FORMS[name].bits != 8 else ()
     return Quantization((*head, ((_LINEAR,), FORMS[name])), KEPT)
 
 
 def to_config(quantization: Quantization) -> dict[str, Any]:
-    """A ``quantization_config`` of packed integers, as compressed-tensors, transformers and vLLM read it."""
-    groups = {}
+    """A ``quantization_config`` of a form, as compressed-tensors, transformers and vLLM read it."""
+    groups, stored = {}, ""
     for number, (targets, scheme) in enumerate(quantization.schemes):
+        stored = "pack-quantized" if scheme.packed else "float-quantized"
         weights = {
             "num_bits": scheme.bits,
-            "type": "int",
+            "type": "float" if scheme.floating else "int",
             "symmetric": True,
             "strategy": "group" if scheme.group else "channel",
             "group_size": scheme.group or None,
@@ -202,11 +209,11 @@ def to_config(quantization: Quantization) -> dict[str, Any]:
             "weights": weights,
             "input_activations": None,
             "output_activations": None,
-            "format": "pack-quantized",
+            "format": stored,
         }
     return {
         "quant_method": METHOD,
-        "format": "pack-quantized",
+        "format": stored,
         "quantization_status": "compressed",
         "kv_cache_scheme": None,
         "config_groups": groups,

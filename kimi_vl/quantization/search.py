@@ -1,4 +1,4 @@
-"""Floating-point matrices to small integers, and the scales with which these are closest to what they were.
+"""Floating-point matrices to small numbers, and the scales with which these are closest to what they were.
 
 Symmetric, of weights alone: what is computed with them stays floating-point. Knows no files.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .scheme import Scheme
-from .weight import QuantizedWeight, pack
+from .weight import FLOAT8, QuantizedWeight, pack
 
 SCALES = torch.bfloat16  # of the weights that are quantised here
 # Values that are quantised at a time. On a CPU few enough that they stay in a core's own cache and that torch takes one
@@ -24,26 +24,32 @@ _SMALLEST = 2.0**-126  # the least magnitude of a scale: a normal number
 
 
 def quantize(weight: Tensor, scheme: Scheme, name: str = "the weight") -> tuple[Tensor, Tensor]:
-    """Codes (O, I * bits / 8), uint8, and scales (O, G), bfloat16, of ``weight`` (O, I) in any floating-point type.
+    """Codes (O, I * bits / 8), uint8 or float8, and scales (O, G), bfloat16, of ``weight`` (O, I) in any floating-point
+    type.
 
-    With 8 bits a scale is the largest magnitude by 127. With 4 it is the one of the least squared error among some
-    fractions of that, and the sign of a scale lets the largest value be the lowest integer, of which there is one more
-    than of positive ones. Raises :class:`CheckpointError` naming the weight where a value is not finite or groups do
-    not fit its width.
+    With 8 bits a scale is the largest magnitude by the largest number there is. With 4 it is the one of the least
+    squared error among some fractions of that, and the sign of a scale lets the largest value be the lowest integer, of
+    which there is one more than of positive ones. Raises :class:`CheckpointError` naming the weight where a value is
+    not finite or groups do not fit its width.
     """
     outputs, inputs = weight.shape
     group = scheme.group or inputs
     check_width(inputs, scheme, name)
-    codes = torch.empty(outputs, inputs * scheme.bits // 8, dtype=torch.uint8, device=weight.device)
+    kind = FLOAT8 if scheme.floating else torch.uint8
+    codes = torch.empty(outputs, inputs * scheme.bits // 8, dtype=kind, device=weight.device)
     scales = torch.empty(outputs, inputs // group, dtype=SCALES, device=weight.device)
     rows = max(1, _BLOCKS.get(weight.device.type, _BLOCK) // inputs)
     for begin in range(0, outputs, rows):
         groups = weight[begin : begin + rows].float().unflatten(1, (-1, group))  # (o, G, I / G)
         if not bool(groups.isfinite().all()):
             raise CheckpointError(f"tensor {name} has a value that is not finite")
-        integers, found = _searched(groups) if scheme.bits == 4 else _rounded(groups, 127.0, scheme.bits)
-        codes[begin : begin + rows] = pack(integers.flatten(1), scheme.bits)
-        scales[begin : begin + rows] = found
+        if scheme.floating:
+            numbers, found = _as_float8(groups)
+            packed = numbers.flatten(1)
+        else:
+            numbers, found = _searched(groups) if scheme.bits == 4 else _rounded(groups, 127.0, scheme.bits)
+            packed = pack(numbers.flatten(1), scheme.bits)
+        codes[begin : begin + rows], scales[begin : begin + rows] = packed, found
     return codes, scales
 
 
@@ -60,6 +66,13 @@ def check_width(inputs: int, scheme: Scheme, name: str) -> None:
 def _rounded(groups: Tensor, steps: float, bits: int) -> tuple[Tensor, Tensor]:
     scales = _as_stored(groups.abs().amax(-1) / steps)
     return _integers(groups, scales, bits), scales
+
+
+def _as_float8(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Past the largest number a conversion gives NaN, where rounding a scale would take some values."""
+    largest = torch.finfo(FLOAT8).max
+    scales = _as_stored(groups.abs().amax(-1) / largest)
+    return (groups / scales.float().unsqueeze(-1)).clamp_(-largest, largest).to(FLOAT8), scales
 
 
 def _searched(groups: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
-"""A matrix as small integers and their scales, in the bytes that a compressed-tensors checkpoint has.
+"""A matrix as small numbers and their scales, in the bytes that a compressed-tensors checkpoint has.
 
 The inputs of an output channel are cut into groups, and each group has a scale; a group of all inputs is one scale a
 channel. An integer of ``bits`` bits is stored as its code: the integer plus half of the codes there are, so that codes
-are never negative. Codes follow one another along the inputs, the first in the lowest bits. Knows neither models nor
-files.
+are never negative. Codes follow one another along the inputs, the first in the lowest bits. A number of float8 (e4m3:
+4 bits of exponent, 3 of mantissa) is its own code. Knows neither models nor files.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 # Shapes: E matrices of O output channels and I inputs, G groups of a channel.
+
+FLOAT8 = torch.float8_e4m3fn  # finite up to 448, and NaN; no infinity
 
 
 def pack(integers: Tensor, bits: int) -> Tensor:
@@ -30,10 +32,10 @@ def unpack(codes: Tensor, bits: int) -> Tensor:
 
 
 class QuantizedWeight(nn.Module):
-    """One matrix (O, I) or several (E, O, I): integer times scale, in the place of a floating-point parameter.
+    """One matrix (O, I) or several (E, O, I): number times scale, in the place of a floating-point parameter.
 
-    ``codes`` (…, O, I * bits / 8) is uint8, as :func:`pack` makes it; ``scales`` (…, O, G) are floating-point. ``bits``
-    is 4 or 8. Raises ValueError where codes and scales do not belong together.
+    ``codes`` (…, O, I * bits / 8) is uint8, as :func:`pack` makes it, or with 8 bits float8; ``scales`` (…, O, G) are
+    floating-point. ``bits`` is 4 or 8. Raises ValueError where codes and scales do not belong together.
     """
 
     def __init__(self, codes: Tensor, scales: Tensor, bits: int):
@@ -50,6 +52,11 @@ class QuantizedWeight(nn.Module):
     def shape(self) -> torch.Size:
         """Of the matrices."""
         return torch.Size((*self.codes.shape[:-1], self.codes.shape[-1] * 8 // self.bits))
+
+    @property
+    def kind(self) -> str:
+        """Of the numbers: "int4", "int8" or "float8"."""
+        return "float8" if self.codes.dtype == FLOAT8 else f"int{self.bits}"
 
     @property
     def group(self) -> int:
@@ -72,13 +79,14 @@ class QuantizedWeight(nn.Module):
         return QuantizedWeight(self.codes[index], self.scales[index], self.bits)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The matrices (…, O, I) in ``dtype``, each product of integer and scale rounded once."""
+        """The matrices (…, O, I) in ``dtype``, each product of number and scale rounded once."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        integers = unpack(self.codes, self.bits).unflatten(-1, (-1, self.group))  # (…, O, G, I / G)
-        return (integers.to(wide) * self.scales.to(wide).unsqueeze(-1)).flatten(-2).to(dtype)
+        numbers = self.codes if self.kind == "float8" else unpack(self.codes, self.bits)
+        grouped = numbers.unflatten(-1, (-1, self.group))  # (…, O, G, I / G)
+        return (grouped.to(wide) * self.scales.to(wide).unsqueeze(-1)).flatten(-2).to(dtype)
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.shape)}, bits={self.bits}, group={self.group}"
+        return f"{tuple(self.shape)}, {self.kind}, group={self.group}"
 
 
 Weight = Tensor | QuantizedWeight
@@ -96,9 +104,7 @@ def joined(weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
     The given ones become parts of it, so that it takes no memory of its own.
     """
     first = weights[0]
-    if any(
-        (each.bits, each.group, each.scales.dtype) != (first.bits, first.group, first.scales.dtype) for each in weights
-    ):
+    if len({(each.kind, each.group, each.scales.dtype) for each in weights}) > 1:
         return None
     whole = QuantizedWeight(
         torch.cat([each.codes for each in weights]), torch.cat([each.scales for each in weights]), first.bits

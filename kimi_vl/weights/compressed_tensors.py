@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..quantization.scheme import Scheme
-from ..quantization.weight import pack, unpack
+from ..quantization.weight import FLOAT8, pack, unpack
 from .shards import Expected
 
 
@@ -29,7 +29,9 @@ def stored_tensors(name: str, shape: tuple[int, ...], scheme: Scheme) -> dict[st
 
 
 def as_stored(codes: Tensor, scales: Tensor, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """The tensors, packed, of a weight of a ``shape`` (O, I) with ``codes`` and ``scales``."""
+    """The tensors of a weight of a ``shape`` (O, I) with ``codes``, which are packed integers or float8."""
+    if codes.dtype == FLOAT8:
+        return {name: codes, f"{name}_scale": scales}
     return {
         f"{name}_packed": codes.view(torch.int32),
         f"{name}_scale": scales,
@@ -38,21 +40,34 @@ def as_stored(codes: Tensor, scales: Tensor, name: str, shape: tuple[int, ...]) 
 
 
 def check_values(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], scheme: Scheme) -> None:
-    """Raises :class:`CheckpointError` where a scale cannot be one, or the stored shape is another than ``shape``."""
+    """Raises :class:`CheckpointError` naming the tensor with a value that cannot be one: of a scale, of the stored
+    shape, which has to be ``shape``, or of a number that is not packed."""
     scales = tensors[f"{name}_scale"]
-    if not bool((scales.isfinite() & (scales != 0)).all()):
-        raise CheckpointError(f"tensor {name}_scale has a scale that is zero or not finite")
-    if scheme.packed and tuple(tensors[f"{name}_shape"].tolist()) != shape:
+    largest = torch.finfo(FLOAT8).max if scheme.floating else 1 << scheme.bits - 1
+    if not bool(((scales.float() * largest).isfinite() & (scales.float() != 0)).all()):
+        raise CheckpointError(f"tensor {name}_scale has a scale that is zero, not finite or too large")
+    if scheme.packed:
         said = tuple(tensors[f"{name}_shape"].tolist())
-        raise CheckpointError(f"tensor {name}_shape says {said}; {shape} was expected")
+        if said != shape:
+            raise CheckpointError(f"tensor {name}_shape says {said}; {shape} was expected")
+    elif scheme.floating:
+        if bool(((tensors[name].view(torch.uint8) & 0x7F) == 0x7F).any()):
+            raise CheckpointError(f"tensor {name} has a value that is not finite")
+    elif scheme.bits < 8 and not bool(((tensors[name] >= -largest) & (tensors[name] < largest)).all()):
+        raise CheckpointError(f"tensor {name} has an integer of more than {scheme.bits} bits")
 
 
-def codes_and_scales(tensors: Mapping[str, Tensor], name: str, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """What a :class:`QuantizedWeight` is made of, from the tensors of a weight."""
-    scales = tensors[f"{name}_scale"]
+def codes_and_scales(
+    tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], scheme: Scheme
+) -> tuple[Tensor, Tensor]:
+    """What a :class:`QuantizedWeight` of a ``shape`` (O, I) is made of, from the tensors of a weight. Each output
+    channel gets its own copy of a scale that is for several."""
+    outputs, inputs = shape
+    scales = tensors[f"{name}_scale"].view(scheme.scales(outputs, inputs))
+    scales = scales.repeat_interleave(scheme.rows or outputs, 0)[:outputs]  # (O, G)
     if scheme.packed:
         return tensors[f"{name}_packed"].view(torch.uint8), scales
-    return pack(tensors[name], scheme.bits), scales
+    return tensors[name] if scheme.floating else pack(tensors[name], scheme.bits), scales
 
 
 def dequantized(tensors: Mapping[str, Tensor], name: str, scheme: Scheme) -> Tensor:

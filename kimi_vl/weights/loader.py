@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..device import memory
+from ..device import cuda, memory
 from ..errors import CheckpointError
 from ..model.config import Config
 from ..model.kimi_vl import KimiVL
 from ..quantization import scheme as schemes
 from ..quantization import search
 from ..quantization.scheme import Quantization, Scheme
-from ..quantization.weight import QuantizedWeight
+from ..quantization.weight import FLOAT8, QuantizedWeight
 from . import compressed_tensors
 from .shards import KINDS, Expected, Stored, opened, read_headers
 
@@ -90,10 +90,15 @@ def empty_model(config: Config, dtype: torch.dtype = torch.bfloat16) -> KimiVL:
     return model
 
 
-def planned_model(config: Config, dtype: torch.dtype = torch.bfloat16, form: str | None = None) -> KimiVL:
-    """What :func:`load` makes of a checkpoint with ``config``, without memory."""
+def planned_model(
+    config: Config,
+    dtype: torch.dtype = torch.bfloat16,
+    form: str | None = None,
+    device: torch.device | str = "cpu",
+) -> KimiVL:
+    """What :func:`load` makes of a checkpoint with ``config`` for ``device``, without memory."""
     model = empty_model(config, dtype)
-    Plan(model, config.quantization, form).hold_quantized(model, {})
+    Plan(model, config.quantization, form, float8=cuda.has_float8(torch.device(device))).hold_quantized(model, {})
     return model
 
 
@@ -119,15 +124,16 @@ def load(
     """The model of ``directory`` in ``dtype`` on ``device``, ready for inference.
 
     ``form`` quantises the weights of a floating-point checkpoint while they are read, as one of
-    :data:`kimi_vl.quantization.scheme.FORMS`. A quantised checkpoint stays as it is: where the decoder cannot compute
-    with a weight, that one becomes floating-point. Raises :class:`CheckpointError` naming each file, missing,
-    unexpected or misshapen tensor. ``threads`` 0 takes :func:`default_threads`.
+    :data:`kimi_vl.quantization.scheme.FORMS`. A quantised checkpoint stays as it is, but for weights that the decoder
+    cannot compute with and for float8 on a device that does not have it: these become floating-point. Raises
+    :class:`CheckpointError` naming each file, missing, unexpected or misshapen tensor. ``threads`` 0 takes
+    :func:`default_threads`.
     """
     began = time.monotonic()
     directory, device = Path(directory), torch.device(device)
     config = Config.from_directory(directory)
     model = empty_model(config, dtype)
-    plan = Plan(model, config.quantization, form)
+    plan = Plan(model, config.quantization, form, float8=cuda.has_float8(device))
     headers = read_headers(directory, plan.expected)
     plan.hold_quantized(model, {name: stored for header in headers.values() for name, stored in header.items()})
     _give_memory(model, device)
@@ -170,17 +176,19 @@ def save(model: KimiVL, path: str | Path, dtype: torch.dtype = torch.bfloat16) -
 class Plan:
     """What the files hold of each weight, and what becomes of it.
 
-    ``stored`` has the schemes of weights that are quantised in the files, ``held`` of those that are in the model.
+    ``stored`` has the schemes of weights that are quantised in the files, ``held`` of those that are in the model,
+    where no channels share a scale. Without ``float8`` the files' weights of that type are not held.
     Raises :class:`CheckpointError` where a scheme does not fit a weight.
     """
 
-    def __init__(self, model: KimiVL, source: Quantization | None, form: str | None):
+    def __init__(self, model: KimiVL, source: Quantization | None, form: str | None, *, float8: bool = False):
         self.slots = _layout(model)
         self.stored = self._schemes(model, source)
         if source is None:
             self.held = self._schemes(model, schemes.form(form)) if form else {}
         else:
-            self.held = {name: scheme for name, scheme in self.stored.items() if self._computed_with(name, scheme)}
+            kept = (pair for pair in self.stored.items() if float8 or form or not pair[1].floating)
+            self.held = {name: replace(scheme, rows=1) for name, scheme in kept if self._computed_with(name, scheme)}
             if form and self._schemes(model, schemes.form(form)) != self.stored:
                 raise CheckpointError(f"the checkpoint is quantised already, and not as {form}; take the published one")
         for name, scheme in (self.stored | self.held).items():
@@ -206,15 +214,18 @@ class Plan:
         return found
 
     def _computed_with(self, name: str, scheme: Scheme) -> bool:
-        return self.slots[name].may_be_quantized and scheme.rows == 1 and not scheme.floating
+        inputs = self.slots[name].shape[-1]
+        return self.slots[name].may_be_quantized and (scheme.rows == 1 or inputs % (scheme.group or inputs) == 0)
 
     def hold_quantized(self, model: KimiVL, stored: Mapping[str, Stored]) -> None:
         """Quantised weights without memory in the place of parameters of ``model``."""
         parameters: dict[str, set[Scheme | None]] = {}
-        names: dict[str, str] = {}
+        kinds: dict[str, torch.dtype] = {}  # of scales: the one that has the values of all
         for name, slot in self.slots.items():
             parameters.setdefault(slot.parameter, set()).add(self.held.get(name))
-            names[slot.parameter] = name
+            if scales := stored.get(f"{name}_scale"):
+                kind = KINDS[scales.kind]
+                kinds[slot.parameter] = torch.promote_types(kind, kinds.get(slot.parameter, kind))
         for parameter, found in parameters.items():
             if len(found) > 1:
                 raise CheckpointError(f"{parameter}: experts of a layer are quantised in different ways")
@@ -224,12 +235,12 @@ class Plan:
             above, _, attribute = parameter.rpartition(".")
             module = model.get_submodule(above)
             shape = getattr(module, attribute).shape
-            scales = stored.get(f"{names[parameter]}_scale")
-            kind = KINDS[scales.kind] if scales else search.SCALES
-            codes = torch.empty(*shape[:-1], shape[-1] * scheme.bits // 8, dtype=torch.uint8, device="meta")
-            groups = torch.empty(*shape[:-1], shape[-1] // (scheme.group or shape[-1]), dtype=kind, device="meta")
+            kind = FLOAT8 if scheme.floating else torch.uint8
+            codes = torch.empty(*shape[:-1], shape[-1] * scheme.bits // 8, dtype=kind, device="meta")
+            kind, groups = kinds.get(parameter, search.SCALES), shape[-1] // (scheme.group or shape[-1])
+            scales = torch.empty(*shape[:-1], groups, dtype=kind, device="meta")
             delattr(module, attribute)
-            setattr(module, attribute, QuantizedWeight(codes, groups, scheme.bits))
+            setattr(module, attribute, QuantizedWeight(codes, scales, scheme.bits))
 
 
 @dataclass(frozen=True)
@@ -247,11 +258,10 @@ class _Conversion:
         return sum(stored.nbytes for _, stored in self.parts.values())
 
     def run(self, device: torch.device) -> None:
-        tensors = {name: read_tensor(*part) for name, part in self.parts.items()}
+        tensors = {name: read_tensor(*part).to(device) for name, part in self.parts.items()}
         shape = tuple(self.target.shape)
         if self.stored is not None:
             compressed_tensors.check_values(tensors, self.name, shape, self.stored)
-        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         if isinstance(self.target, Tensor):
             assert self.stored is not None
             self.target.copy_(compressed_tensors.dequantized(tensors, self.name, self.stored))
@@ -260,7 +270,7 @@ class _Conversion:
         if self.stored is None:
             codes, scales = search.quantize(tensors[self.name], self.held, self.name)
         else:
-            codes, scales = compressed_tensors.codes_and_scales(tensors, self.name, self.stored)
+            codes, scales = compressed_tensors.codes_and_scales(tensors, self.name, shape, self.stored)
         self.target.codes.copy_(codes)
         self.target.scales.copy_(scales)
 

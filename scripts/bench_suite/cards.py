@@ -100,10 +100,17 @@ def launches(instead: Any) -> Iterator[_Machine]:
         JITFunction.run = run
 
 
-INT8: Form = (8, 0, "bfloat16")
+INT8: Form = ("int8", 0, "bfloat16")
 FORMS: dict[str, Form | None] = {
-    "bfloat16": None, "int8": INT8, "int4": (4, 32, "bfloat16"), "int4-g128": (4, 128, "bfloat16"),
-}  # fmt: skip
+    "bfloat16": None,
+    "int8": INT8,
+    "int4": ("int4", 32, "bfloat16"),
+    "int4-g128": ("int4", 128, "bfloat16"),
+    "float8": ("float8", 0, "bfloat16"),
+    "float8-blocks": ("float8", 128, "float32"),  # of 128 by 128, as checkpoints have them
+}
+FLOAT8_SINCE = 89
+"""The first capability whose kernels read float8; below, checkpoints of it become bfloat16."""
 
 
 def calls(options: EngineOptions | None = None, dtype: torch.dtype = torch.bfloat16, form: Form | None = None) -> Calls:
@@ -171,10 +178,12 @@ def table(found: Sequence[Compiled]) -> str:
 
 def main(arguments: Sequence[str] = ()) -> int:
     """Print the table; with ``--json`` a line for each kernel. Other arguments are capabilities, such as 8.9."""
-    forms = [FORMS[each] for each in arguments if each in FORMS] or [*FORMS.values()]
+    forms = [each for each in arguments if each in FORMS] or [*FORMS]
     others = [each for each in arguments if each not in FORMS and not each.startswith("-")]
-    chosen = [int(each.replace(".", "")) for each in others] or list(CARDS)
-    found = compile_all(chosen, [calls(form=form) for form in forms])
+    found = []
+    for capability in [int(each.replace(".", "")) for each in others] or CARDS:
+        taken = [each for each in forms if capability >= FLOAT8_SINCE or not each.startswith("float8")]
+        found += compile_all([capability], [calls(form=FORMS[form]) for form in taken])
     if "--json" in arguments:
         for each in found:
             print(json.dumps(dataclasses.asdict(each)))

@@ -1,10 +1,11 @@
 """Triton's interpreter, made to compute what a GPU computes. Import this before any kernel.
 
-Three things of the interpreter (Triton 3.6) are put right: its handling of scalars, which NumPy 2.4 refuses; casts to
-bfloat16, which it cuts off where a GPU rounds to the nearest; and tl.dot of bfloat16, whose bits it takes for integers.
-It learns to refuse addresses outside the launch's arguments, where a GPU would use other values or end the process.
-And two things are made quick: it prepares the language anew for each call of a function within a kernel, and looks at
-every integer operation for an overflow that it reports only when debugging.
+Four things of the interpreter (Triton 3.6) are put right: its handling of scalars, which NumPy 2.4 refuses; casts to
+bfloat16, which it cuts off where a GPU rounds to the nearest; casts from float8, of which it takes NaN for a number;
+and tl.dot of bfloat16, whose bits it takes for integers. It learns to refuse addresses outside the launch's arguments,
+where a GPU would use other values or end the process. And two things are made quick: it prepares the language anew for
+each call of a function within a kernel, and looks at every integer operation for an overflow that it reports only when
+debugging.
 """
 
 from __future__ import annotations
@@ -52,7 +53,10 @@ def _convert(values: np.ndarray, source: Any, target: Any, rounding: Any) -> np.
         return _to_float32(values).view(np.uint32)
     if (source, target) == (tl.float32, tl.bfloat16):
         return _to_bfloat16(values)
-    return _convert_float(values, source, target, rounding)
+    converted = _convert_float(values, source, target, rounding)
+    if (source, target) == (tl.float8e4nv, tl.float32):
+        converted = np.where(values & 0x7F == 0x7F, np.float32(np.nan).view(np.uint32), converted)
+    return converted
 
 
 def _dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:

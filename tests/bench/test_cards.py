@@ -18,7 +18,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LIMITS = {"8.0": 166_912, "8.6": 101_376, "8.9": 101_376, "9.0": 232_448, "10.0": 232_448, "12.0": 101_376}  # bytes
-DEFAULT = ("8.9", "9.0")
+FLOAT8 = ("8.9", "9.0", "10.0", "12.0")  # cards whose kernels read it
+# Forms of the weights in the default ring: those whose kernels differ from others' in more than a number.
+DEFAULT = {"8.9": ("bfloat16", "int4", "float8"), "9.0": ("bfloat16", "int4")}
 CARDS = [pytest.param(card, marks=[] if card in DEFAULT else pytest.mark.nightly) for card in LIMITS]
 KERNELS = {
     "_add_rms_norm", "_norm_router", "_pair_gate_up", "_pair_down", "_group", "_block_gate_up", "_block_down",
@@ -40,9 +42,14 @@ def python(*arguments: str) -> list[str]:
 
 @functools.cache
 def compiled(capability: str) -> list[dict[str, Any]]:
-    """With weights in every form; in the default ring without those whose kernels differ from others' in a number."""
-    forms = ["bfloat16", "int4"] if capability in DEFAULT else []
-    return [json.loads(line) for line in python("-m", "bench_suite.cards", "--json", capability, *forms)]
+    """With weights in the forms of the default ring, or in every form that the card takes."""
+    lines = python("-m", "bench_suite.cards", "--json", capability, *DEFAULT.get(capability, ()))
+    return [json.loads(line) for line in lines]
+
+
+@functools.cache
+def compiled_in(form: str, capability: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in python("-m", "bench_suite.cards", "--json", capability, form)]
 
 
 @pytest.mark.parametrize("capability", CARDS)
@@ -65,6 +72,21 @@ def test_products_use_the_matrix_unit(capability):
         assert (name, "none") not in used
     if capability == "9.0":
         assert {("_block_gate_up", "wgmma"), ("_block_down", "wgmma")} <= used
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("form", ["int8", "int4", "int4-g128", "float8", "float8-blocks"])
+@pytest.mark.parametrize("capability", LIMITS)
+def test_every_form_is_compiled_where_it_can_be(capability: str, form: str):
+    """Kernels of its own beside those of floating-point weights, or none at all."""
+    own = compiled_in(form, capability)
+    if form.startswith("float8") and capability not in FLOAT8:
+        assert not own
+        return
+    assert {each["name"] for each in own} == KERNELS
+    for each in own:
+        assert each["shared"] <= LIMITS[capability], each
+        assert each["spilled"] <= FEW_SPILLED, each
 
 
 VARIANTS = """

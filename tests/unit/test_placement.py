@@ -58,6 +58,25 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(monkeypatch):
         placement.choose(CONFIG, torch.bfloat16, CUDA)
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)])
+def test_float8_is_refused_where_a_gpu_does_not_have_it(capability, monkeypatch):
+    monkeypatch.setenv("KIMI_VL_QUANTIZE", "float8")
+    monkeypatch.setattr(placement, "free_bytes", lambda device: 22 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (22 * GIB, 24 * GIB))
+    quantized = Config.from_dict(checkpoint.divided(16, 2, 1) | {"quantization_config": to_config(form("float8"))})
+    forms = {fit.model for fit in check.quantized_fits(check.Device("cuda", "a card", 24 * GIB, 22 * GIB, 2))}
+    for config in (CONFIG, quantized):
+        if capability < (8, 9):
+            with pytest.raises(RuntimeError, match=r"no float8, .* set KIMI_VL_QUANTIZE=int8"):
+                placement.choose(config, torch.bfloat16, CUDA)
+            assert "float8" not in forms
+        else:
+            assert placement.choose(config, torch.bfloat16, CUDA) == "float8"
+            assert "float8" in forms
+    assert placement.choose(CONFIG, torch.float32, torch.device("cpu")) == "float8"
+
+
 def test_a_quantised_checkpoint_stays_as_it_is(monkeypatch):
     values = checkpoint.divided(16, 2, 1) | {"quantization_config": to_config(form("int8"))}
     config = Config.from_dict(values)

@@ -21,7 +21,7 @@ from kimi_vl.kernels.inputs import Call, Inputs, apart, distance, with_arguments
 from kimi_vl.kernels.triton import linear as triton_linear  # noqa: E402
 from kimi_vl.kernels.triton import moe  # noqa: E402
 from kimi_vl.model import generation  # noqa: E402
-from kimi_vl.quantization.weight import QuantizedWeight  # noqa: E402
+from kimi_vl.quantization.weight import FLOAT8, QuantizedWeight  # noqa: E402
 from kimi_vl.weights import loader, resolve  # noqa: E402
 from tests.imitated_engine import Ask  # noqa: E402
 from tests.imitated_engine import answers as answered  # noqa: E402
@@ -29,17 +29,19 @@ from tests.imitated_engine import answers as answered  # noqa: E402
 TRITON = kernels.select_ops("cpu", "triton")
 DTYPES = [torch.float32, torch.bfloat16]
 FORMS: dict[str, Form] = {
-    "int8": (8, 0, "bfloat16"),
-    "int8 in groups": (8, 32, "float16"),
-    "int4": (4, 32, "bfloat16"),
-    "int4 in large groups": (4, 64, "float32"),
-    "int4 in small groups": (4, 16, "bfloat16"),
-    "int4 by channel": (4, 0, "bfloat16"),
+    "int8": ("int8", 0, "bfloat16"),
+    "int8 in groups": ("int8", 32, "float16"),
+    "int4": ("int4", 32, "bfloat16"),
+    "int4 in large groups": ("int4", 64, "float32"),
+    "int4 in small groups": ("int4", 16, "bfloat16"),
+    "int4 by channel": ("int4", 0, "bfloat16"),
+    "float8": ("float8", 0, "bfloat16"),
+    "float8 in groups": ("float8", 64, "float32"),
 }
 ODD = Widths(
     hidden=192, experts=5, top_k=3, inner=64, shared=128, heads=3, rank=40, rope=12, nope=64, page_size=8, scaling=1.7
 )
-SOME = ["int8", "int4"]  # in the default ring; Triton's interpreter takes seconds for each
+SOME = ["int8", "int4", "float8"]  # in the default ring; Triton's interpreter takes seconds for each
 PARAMS = [pytest.param(form, marks=[] if form in SOME else pytest.mark.nightly) for form in FORMS]
 PLANS = {
     "pairs": moe.QUANTIZED_PAIRS,
@@ -73,7 +75,9 @@ def test_experts(form: str, dtype: torch.dtype, plan: str):
 @pytest.mark.parametrize("tokens", [1, 6])
 def test_shared_experts_may_be_of_another_form(tokens: int):
     inputs = Inputs(ODD, torch.float32)
-    for routed, shared in ((FORMS["int4"], FORMS["int8"]), (None, FORMS["int8"]), (FORMS["int4"], None)):
+    pairs = [(FORMS["int4"], FORMS["int8"]), (None, FORMS["int8"]), (FORMS["int4"], None)]
+    pairs += [(FORMS["float8"], FORMS["int8"])]  # alike but for what codes mean
+    for routed, shared in pairs:
         call = inputs.moe(tokens, weights=(inputs.experts(routed), inputs.shared_experts(shared)))
         assert apart(call, call.run(TRITON), torch.float32) <= 1
         assert apart(call, call.run(kernels.TORCH), torch.float32) <= 1
@@ -81,7 +85,7 @@ def test_shared_experts_may_be_of_another_form(tokens: int):
 
 def test_groups_that_the_kernels_do_not_take_are_computed_without():
     inputs = Inputs(ODD, torch.float32)
-    for form in ((4, 8, "bfloat16"), (8, 48, "bfloat16")):
+    for form in (("int4", 8, "bfloat16"), ("int8", 48, "bfloat16"), ("float8", 8, "float32")):
         weight = inputs.quantized(form, 40, ODD.hidden)
         assert triton_linear.kernel_form(weight) is None
         call = inputs.project(3, weight)
@@ -104,6 +108,28 @@ def test_a_token_gets_the_same_bits_in_any_batch_of_a_plan():
         assert torch.equal(TRITON.project(states[:count], weight), whole[:count])
 
 
+@pytest.mark.parametrize("group", [0, 32])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_code_of_float8_is_widened(dtype: torch.dtype, group: int):
+    """Exactly, NaN and subnormal numbers too: each output is one code, of which there are 256, times a scale."""
+    codes = torch.zeros(256, 256, dtype=torch.uint8).diagonal_scatter(torch.arange(256).to(torch.uint8))
+    scales = torch.full((256, 256 // group if group else 1), 0.5, dtype=torch.bfloat16)
+    weight = QuantizedWeight(codes.view(FLOAT8), scales, 8)
+    states = torch.ones(1, 256, dtype=dtype)
+    wanted = [naive_float8(code) * 0.5 for code in range(256)]
+    for found in (TRITON.project(states, weight), weight.dequantize(dtype).sum(1, keepdim=True).T):
+        assert [float(value) for value in found[0]] == pytest.approx(wanted, rel=0, abs=0, nan_ok=True)
+    assert sum(value != value for value in wanted) == 2
+
+
+def naive_float8(code: int) -> float:
+    """From the definition: a sign, 4 bits of exponent with a bias of 7, and 3 of mantissa; all ones are NaN."""
+    sign, exponent, mantissa = -1 if code >> 7 else 1, code >> 3 & 15, code & 7
+    if (exponent, mantissa) == (15, 7):
+        return float("nan")
+    return sign * (mantissa / 8 * 2.0**-6 if not exponent else (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+
+
 # Planted mistakes
 
 
@@ -124,11 +150,16 @@ def channels_moved(weight: QuantizedWeight) -> QuantizedWeight:
     return QuantizedWeight(weight.codes, weight.scales.roll(1, -2), weight.bits)
 
 
+def taken_for_integers(weight: QuantizedWeight) -> QuantizedWeight:
+    return QuantizedWeight(weight.codes.view(torch.uint8), weight.scales, weight.bits)
+
+
 MISTAKES = {
     "nibbles": (nibbles_swapped, ("int4", "int4 by channel")),
     "zero point": (zero_point_off, ("int8", "int4")),
     "group off by one": (groups_moved, ("int8 in groups", "int4")),
-    "scale of another channel": (channels_moved, ("int8", "int4")),
+    "scale of another channel": (channels_moved, ("int8", "int4", "float8")),
+    "integers": (taken_for_integers, ("float8",)),
 }
 
 
@@ -212,8 +243,8 @@ def test_the_decoder_shares_memory_with_the_model(model: Any):
 
 def test_the_use_of_a_model_names_its_forms(model: Any):
     use = EngineOptions().use(model)
-    bits, group, kind = use.experts or (0, 0, "")
-    assert (kind, use.experts in use.projections) == ("bfloat16", True)
-    assert (8, 0, "bfloat16") in use.projections  # the output head's
-    assert (bits, group) in ((8, 0), (4, 32))
+    kind, group, dtype = use.experts or ("", 0, "")
+    assert (dtype, use.experts in use.projections) == ("bfloat16", True)
+    assert ("int8", 0, "bfloat16") in use.projections  # the output head's
+    assert (kind, group) in (("int8", 0), ("int4", 32))
     assert EngineOptions().use(loader.planned_model(model.config, torch.float32)).projections == ()

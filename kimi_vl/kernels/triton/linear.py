@@ -1,6 +1,7 @@
-"""GEMMs with quantised weights, whose integers are widened in registers: what is read is what is stored.
+"""GEMMs with quantised weights, whose numbers are widened in registers: what is read is what is stored.
 
-A program computes a tile of some tokens and output channels. An integer is exact in bfloat16; a scale of a whole
+A program computes a tile of some tokens and output channels. An integer is exact in bfloat16, and so is a number of
+float8, which a GPU converts itself from compute capability 8.9 on; a scale of a whole
 channel multiplies the sum, and those of groups the integers, which costs one rounding of each weight.
 """
 
@@ -89,8 +90,10 @@ def weight_tile(
     PER: tl.constexpr = 1 if BITS == 16 else 8 // BITS  # pyright: ignore[reportAssignmentType]
     at = begin // PER + tl.arange(0, BLOCK_K // PER)
     mask = inside[:, None] & (at * PER < limit)[None, :]
-    values = tl.load(codes + columns[:, None] * (stride // PER) + at[None, :], mask=mask, other=0)
-    if BITS == 8:
+    values = tl.load(codes + columns[:, None] * (stride // PER) + at[None, :], mask=mask, other=0.0)
+    if codes.dtype.element_ty == tl.float8e4nv:
+        values = values.to(tl.float32)
+    elif BITS == 8:
         values = (values.to(tl.int32) - 128).to(tl.float32)
     if BITS == 4:
         values = (tl.interleave(values & 15, values >> 4).to(tl.int32) - 8).to(tl.float32)
@@ -163,7 +166,8 @@ def kernel_form(*weights: Weight) -> tuple[int, int] | None:
     """Bits of all ``weights``, and the inputs that share a scale, of which 0 is all; 16 and 0 where they are
     floating-point. None where they differ, or the kernels do not take such groups."""
     forms = {_form(weight) for weight in weights}
-    return forms.pop() if len(forms) == 1 else None
+    kinds = {None if isinstance(weight, Tensor) else weight.kind for weight in weights}
+    return forms.pop() if len(forms) == len(kinds) == 1 else None
 
 
 def _form(weight: Weight) -> tuple[int, int] | None:
