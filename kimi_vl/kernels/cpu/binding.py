@@ -1,0 +1,38 @@
+"""Functions of the native library: one for each kernel and dtype."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import build
+
+DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+
+
+@functools.cache
+def kernel(name: str, dtype: torch.dtype, arguments: str) -> Callable[..., None]:
+    """The kernel of ``name`` for tensors of ``dtype``.
+
+    ``arguments`` has a letter for each: "p" the address of a tensor, "i" an int64, "f" a float32.
+    """
+    library: Any = build.library()
+    found = getattr(library, f"{name}_{DTYPES[dtype]}")
+    found.argtypes, found.restype = [_TYPES[letter] for letter in arguments], None
+    return found
+
+
+def takes(first: Tensor, *others: Tensor) -> bool:
+    """Whether there are kernels for the dtype of ``first``, on its device, and the others have the same dtype."""
+    if first.dtype not in DTYPES or first.device.type != "cpu":
+        return False
+    for other in others:  # noqa: SIM110 - all() takes as long as a small kernel
+        if other.dtype != first.dtype:
+            return False
+    return True

@@ -1,0 +1,74 @@
+// Sixteen float32 lanes from values in bfloat16 or float32, and pieces of work for OpenMP's threads.
+#pragma once
+
+#include <immintrin.h>
+
+#include <atomic>
+#include <cstdint>
+
+// One library is made of several files: what a header defines is each one's own.
+namespace {
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+constexpr int LANES = 16;
+
+// The first `count` lanes; all of them where `count` is larger.
+inline __mmask16 first(int64_t count) { return count >= LANES ? 0xffff : (1u << count) - 1; }
+
+// Lanes that are masked out are 0, and their memory is not touched.
+inline __m512 load(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
+inline __m512 load(const bfloat16* from, __mmask16 mask) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
+}
+
+// The bits of bfloat16, rounded to the nearest and in a tie to the even one. NaN stays NaN, denormals stay as they are.
+inline __m512i rounded_bits(__m512 values) {
+    __m512i bits = _mm512_castps_si512(values);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+    __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+    return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
+}
+
+inline void store(float* to, __m512 values, __mmask16 mask) { _mm512_mask_storeu_ps(to, mask, values); }
+inline void store(bfloat16* to, __m512 values, __mmask16 mask) {
+    _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(rounded_bits(values)));
+}
+
+// What `store` followed by `load` gives.
+template <class T> inline __m512 rounded(__m512 values);
+template <> inline __m512 rounded<float>(__m512 values) { return values; }
+template <> inline __m512 rounded<bfloat16>(__m512 values) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(rounded_bits(values), 16));
+}
+
+// e^x within 2 units in the last place; 0 below -126, infinite above 100, and NaN for NaN: where an operand is NaN, min
+// and max give the second one.
+inline __m512 exp(__m512 x) {
+    x = _mm512_min_ps(_mm512_set1_ps(100), _mm512_max_ps(_mm512_set1_ps(-126), x));
+    __m512 power = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 rest = _mm512_fnmadd_ps(power, _mm512_set1_ps(0.693145752f), x);  // ln 2 in two parts
+    rest = _mm512_fnmadd_ps(power, _mm512_set1_ps(1.42860677e-6f), rest);
+    __m512 sum = _mm512_set1_ps(1.f / 720);
+    for (float factor : {1.f / 120, 1.f / 24, 1.f / 6, .5f, 1.f, 1.f})
+        sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(factor));
+    return _mm512_scalef_ps(sum, power);
+}
+
+// Pieces of work that go to whichever thread is free, so that one that is held up elsewhere does not hold up the rest.
+class Pieces {
+  public:
+    explicit Pieces(int64_t count) : count_(count) {}
+    template <class F> void each(const F& run) {
+        for (int64_t piece; (piece = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) run(piece);
+    }
+
+  private:
+    const int64_t count_;
+    std::atomic<int64_t> next_{0};
+};
+
+}  // namespace
