@@ -35,7 +35,7 @@ class Boot:
     def running(self) -> bool:
         return not select.select([self.handle], [], [], 0)[0]
 
-    def wait(self, seconds: float = 120) -> dict[str, str] | None:
+    def wait(self, seconds: float = 300) -> dict[str, str] | None:
         """What it reported: a ``folder`` or an ``error``, and its ``log``; None where it was killed before."""
         assert select.select([self.handle], [], [], seconds)[0], "the start does not end"
         return json.loads(self.report.read_text()) if self.report.exists() else None
@@ -72,7 +72,7 @@ class Boots:
     def close(self) -> None:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.close()
-        self.process.wait(timeout=30)
+        self.process.wait(timeout=300)
         self.process.stdout.close()
         self.folder.cleanup()
 

@@ -233,7 +233,7 @@ def answers(engine: Engine, asks: Sequence[Ask], late: bool = False) -> list[lis
 
 def settle(engine: Engine) -> None:
     """Waits until nothing runs or waits; then every page is free."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not engine.idle() and engine.healthy() and time.monotonic() < end:
         time.sleep(0.002)
     assert not engine.healthy() or engine.scheduler.pool.available == engine.scheduler.pool.count

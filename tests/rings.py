@@ -7,6 +7,7 @@ runs. A test that draws examples takes more of them, other ones in every run, wh
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections import Counter
@@ -50,6 +51,17 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     ring, parts = config.getoption("--ring"), collection_path.relative_to(config.rootpath).parts
     ignored = (ring == "fast" and SLOW_FOLDERS & {*parts}) or (ring != "mindspore" and MINDSPORE_FOLDER in parts)
     return True if ignored else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported and collected stays to the end: the garbage collector need not look at it, now or ever again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -52,7 +52,7 @@ class Client:
         )
 
     def health(self) -> dict[str, Any]:
-        return self._json("GET", "/health-check", timeout=5.0)[1]
+        return self._json("GET", "/health-check", timeout=30.0)[1]
 
     def settle(self, seconds: float = 30) -> None:
         """Wait until nothing runs: Cog frees its slot a moment after it has answered."""
@@ -61,7 +61,7 @@ class Client:
             time.sleep(0.005)
 
     def schema(self) -> dict[str, Any]:
-        return self._json("GET", "/openapi.json", timeout=5.0)[1]
+        return self._json("GET", "/openapi.json", timeout=30.0)[1]
 
     def predict(self, inputs: dict[str, Any], prediction_id: str | None = None) -> dict[str, Any]:
         """The finished prediction, whatever its status."""

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -81,11 +80,6 @@ def worker_of(server: Server) -> list[int]:
         return [int(child) for task in os.listdir(tasks) for child in open(f"{tasks}/{task}/children").read().split()]
     except OSError:
         return []
-
-
-def heed_interrupts() -> None:
-    """For a process that is to be interrupted: where the tests run in a shell's background, SIGINT is ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from cog_local.schema import generate
 from cog_local.server import ROOT, Server, ServerError, model_environment
 from tests.weights_world import FaultServer
 
-from .conftest import heed_interrupts, picture
+from .conftest import picture
 
 PREDICT = str(ROOT / "scripts" / "predict")
 SHORT = ["-i", "prompt=Hello.", "-i", "temperature=0", "-i", "max_length_tokens=40"]
@@ -171,7 +171,7 @@ def mark(processes: Callable[[str], list[int]]) -> Iterator[str]:
     """A text for the environment of a command; afterwards no process with it may be left."""
     text = f"KIMI_VL_TEST_{uuid.uuid4().hex}"
     yield text
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while processes(text) and time.monotonic() < deadline:
         time.sleep(0.05)
     left = processes(text)
@@ -198,7 +198,6 @@ def command(
         encoding="utf-8",
         cwd=cwd,
         env=environment,
-        preexec_fn=heed_interrupts,
     )
 
 

@@ -37,7 +37,7 @@ class ScriptedServer:
                 connection, _ = self._socket.accept()
             except OSError:
                 return
-            connection.settimeout(60)
+            connection.settimeout(300)
             with connection:
                 self.requests.append(_request(connection))
                 for piece in self.answers[len(self.requests) - 1]:

@@ -263,7 +263,7 @@ def test_bodies_of_any_kind_are_answered(strangers: Client) -> None:
     @settings(max_examples=100, derandomize=True, database=None, deadline=None)
     @given(BODIES)
     def one(body: bytes) -> None:
-        connection = http.client.HTTPConnection(strangers.host, strangers.port, timeout=120)
+        connection = http.client.HTTPConnection(strangers.host, strangers.port, timeout=300)
         try:
             connection.request("POST", "/predictions", body, {"Content-Type": "application/json"})
             response = connection.getresponse()

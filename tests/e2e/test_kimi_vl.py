@@ -27,8 +27,6 @@ from kimi_vl.cli.main import main
 from kimi_vl.events import Answer, Done, Usage
 from kimi_vl.media import sources
 
-from .conftest import heed_interrupts
-
 ROOT = Path(__file__).parents[2]
 PICTURE = str(ROOT / "images" / "math_problem.png")
 NOTICE = "no CUDA GPU found: answering with the demo model, not with Kimi-VL (--model chooses)\n"
@@ -359,7 +357,6 @@ def test_an_interruption_is_one_line_and_a_status(number: signal.Signals, moment
         command("ask", "Tell me a story.", *endless),
         env=environment(),
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=heed_interrupts,
     ) as process:  # fmt: skip
         assert process.stdout and process.stderr
         said = read_until(process.stderr, "\n")  # the first line comes before the weights
@@ -409,7 +406,7 @@ def test_an_interruption_at_any_moment_leaves_nothing() -> None:
     for step in range(60):
         with subprocess.Popen(
             command("ask", SUM), env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, preexec_fn=heed_interrupts,
+            stderr=subprocess.PIPE,
         ) as process:  # fmt: skip
             time.sleep(0.2 + step * 0.04)
             process.send_signal(signal.SIGINT)

@@ -53,14 +53,14 @@ def loopback() -> Iterator[Loopback]:
 
 
 def call(
-    client: Client, method: str, path: str, body: Any = None, patience: float = 120, **headers: str
+    client: Client, method: str, path: str, body: Any = None, patience: float = 300, **headers: str
 ) -> tuple[int, Any]:
     """Status and body of one call; a body that is not bytes becomes JSON. 409 is tried again."""
     payload = body if isinstance(body, bytes | None) else json.dumps(body).encode()
     sent = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
     deadline = time.monotonic() + patience
     while True:
-        connection = http.client.HTTPConnection(client.host, client.port, timeout=120)
+        connection = http.client.HTTPConnection(client.host, client.port, timeout=300)
         with contextlib.closing(connection):
             connection.request(method, path, payload, sent)
             response = connection.getresponse()
@@ -188,7 +188,7 @@ def ticks(server: Server) -> int:
 def at_rest(thinking_server: Server) -> Iterator[None]:
     """After the test the worker soon has nothing to do, though what was asked of it would take many minutes."""
     yield
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     used = -1
     while (before := used) != (used := ticks(thinking_server)) and time.monotonic() < deadline:
         time.sleep(0.3)
@@ -200,7 +200,7 @@ def until_at_work(server: Server, used: int) -> None:
 
     Cog loses what cancels a prediction in the milliseconds before.
     """
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while ticks(server) < used + 20 and time.monotonic() < deadline:
         time.sleep(0.01)
 
@@ -274,7 +274,7 @@ def test_a_server_that_is_told_to_end_finishes_what_it_does(thinker_folder: Path
         assert server.process is not None
         first = next(event for event in events if event.name == "output")
         server.process.terminate()
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         with pytest.raises(ServerGone):
             while time.monotonic() < deadline:
                 server.client.health()
@@ -508,7 +508,7 @@ def test_files_are_gone_after_the_request(thinker: Client, client: Client, loopb
         next(event for event in events if event.name == "output")
         assert list(folder.glob(f"*{mark}*")), "Cog keeps a file while the request runs"
     fail(client, **ASK, image=loopback.put(f"/{mark}-bad.png", b"no picture"))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while list(folder.glob(f"*{mark}*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not list(folder.glob(f"*{mark}*"))

@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, R
 from . import browser as browsers
 from .scripted import ScriptedServer
 
-PATIENCE_MS = 20_000  # on a machine that does much else
+PATIENCE_MS = 120_000  # on a machine that does much else
 expect.set_options(timeout=PATIENCE_MS)
 
 

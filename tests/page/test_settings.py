@@ -136,7 +136,7 @@ def test_a_request_is_copied_for_curl_and_python_and_does_the_same(
         else:
             command = [sys.executable, "-c", copied]
         environment = {"PATH": "/usr/bin:/bin", "NO_PROXY": "*", "HOME": str(tmp_path)}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
         assert (done.returncode, done.stderr) == (0, "")
         assert "Here it is." in done.stdout
         assert server.seen[-1].body == server.seen[0].body

@@ -95,7 +95,7 @@ def ask(engine: Engine, *request, **options) -> list[int]:
 
 def settle(engine: Engine) -> None:
     """Wait until nothing runs; then every page must be available again."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while engine.scheduler.busy and time.monotonic() < end:
         time.sleep(0.005)
     assert not engine.scheduler.busy
@@ -207,7 +207,7 @@ def test_a_neighbour_that_fails_changes_nothing(model, engine, monkeypatch, faul
 
     monkeypatch.setattr(Engine, "_forward", faulty)
     bad = {"processor": Rude, "cancelled": Held}.get(fault, Listener)(30)  # the first, so that it has page 0
-    handle = engine.submit(bad_ids, bad_patches, 30, bad, seconds=0.0 if fault == "late" else 60)
+    handle = engine.submit(bad_ids, bad_patches, 30, bad, seconds=0.0 if fault == "late" else 3600)
     listeners = [send(engine, ids, patches, max_new_tokens=25)[0] for ids, patches in requests]
     if isinstance(bad, Held):
         assert bad.reached.wait(300)
@@ -412,10 +412,11 @@ def test_after_a_caller_who_is_stopped_while_it_cancels_the_next_one_is_heard(en
 
 
 def test_a_caller_who_is_stopped_while_it_waits_for_the_lock_leaves_it_free(engine):
-    ended = []
+    ended, begun = [], threading.Event()
 
     def caller() -> None:
         try:
+            begun.set()
             send(engine, ids_of(5))
         except Stopped:
             ended.append("stopped")
@@ -423,7 +424,8 @@ def test_a_caller_who_is_stopped_while_it_waits_for_the_lock_leaves_it_free(engi
     thread = threading.Thread(target=caller)
     with engine._lock:
         thread.start()
-        time.sleep(0.1)
+        assert begun.wait(300)
+        time.sleep(0.1)  # the moment to reach the lock
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(Stopped))
     thread.join()
     assert ended == ["stopped"]

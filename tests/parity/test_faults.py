@@ -259,7 +259,7 @@ def test_an_output_processor_that_raises_ends_its_own_request(engine, call, erro
     alone = [listener.result() for listener in some_neighbours(engine)]
     bad = Faulty(call, error)
     with engine._lock:
-        handle = engine.submit(ids_of(6, 5), [], 30, bad, seconds=60)
+        handle = engine.submit(ids_of(6, 5), [], 30, bad, seconds=3600)
         others = some_neighbours(engine)
     if call == "fail":
         handle.deadline = 0

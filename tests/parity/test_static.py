@@ -154,7 +154,7 @@ def test_the_caller_is_left_without_a_pool_of_threads(model):
         own = loader.empty_model(config).language_model.to_empty(device="cpu")
         before = len(os.listdir("/proc/self/task"))
         FusedDecoder(own, kernels.TORCH)
-        end = time.monotonic() + 120  # threads end a moment after they are waited for
+        end = time.monotonic() + 300  # threads end a moment after they are waited for
         while len(os.listdir("/proc/self/task")) > before and time.monotonic() < end:
             time.sleep(0.01)
         left.append(len(os.listdir("/proc/self/task")) - before)
@@ -270,7 +270,7 @@ def test_a_neighbour_that_fails_changes_nothing(plain, engine, monkeypatch, faul
     number = sampling.uniform(99, 4)
     bad = {"processor": Rude, "cancelled": Held}.get(fault, Listener)(30, *[sampled] * (fault == "not finite"))
     monkeypatch.setattr(StaticDecoder, "launch", faulty)
-    handle = engine.submit(*with_image(image(4, 4, 77)), 30, bad, seconds=0.0 if fault == "late" else 60)
+    handle = engine.submit(*with_image(image(4, 4, 77)), 30, bad, seconds=0.0 if fault == "late" else 3600)
     listeners = [send(engine, ids, patches, max_new_tokens=25)[0] for ids, patches in requests]
     if isinstance(bad, Held):
         assert bad.reached.wait(300)

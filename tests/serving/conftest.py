@@ -118,6 +118,7 @@ class ServerThread:
         self.address: tuple[str, int] = listener.getsockname()[:2]
         self.url = f"http://{self.address[0]}:{self.address[1]}"
         config = server.configuration(self.app, self.options)
+        self.connection_class: Any = config.http
         self._server = server.Server(config, self.service)
         self._thread = threading.Thread(target=self._run, args=(config.get_loop_factory(), listener))
         self._thread.start()

@@ -403,6 +403,7 @@ def test_the_first_fault_ends_all_threads(tmp_path, odd_config, monkeypatch):
 def test_loading_is_reported(tmp_path, odd_config, monkeypatch, caplog):
     write_folder(tmp_path, odd_config, random_tensors(odd_config, torch.bfloat16))
     caplog.set_level(logging.INFO, logger="kimi_vl.weights.loader")
+    monkeypatch.setattr(loader, "_REPORT_S", 3600)
     loader.load(tmp_path)
     quick = [record.getMessage() for record in caplog.records]
     assert len(quick) == 1

@@ -34,7 +34,7 @@ SHOW = [{"role": "user", "content": [{"type": "image"}]}]
 ENDLESS = " ".join(f"and {number}" for number in range(400))
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 120) -> bool:
+def wait_until(holds: Callable[[], bool], seconds: float = 300) -> bool:
     """Whether something comes true before long."""
     end = time.monotonic() + seconds
     while not holds() and time.monotonic() < end:

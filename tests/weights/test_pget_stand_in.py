@@ -29,6 +29,7 @@ from tests.weights_world import ROOT, FaultServer, cache_tree, self_signed, tar_
 
 STAND_IN = [sys.executable, "-S", str(ROOT / "tests" / "pget_stand_in.py")]
 CHUNK = 4000
+PATIENCE_S = 300
 FILES = {"d": "dir", "d/a": b"a" * 700, "d/b": b"b" * 1024, "d/c": b"c" * 9000}
 Tree = dict[str, bytes | str]
 
@@ -361,7 +362,9 @@ def test_what_pget_does(pget, home, server, tmp_path, name):
         serve(server, case.content, {key: value for key, value in case.server.items() if key != "redirected"})
         flags = [flag for flag in case.flags if flag != "under"]
         dest = home / "f" / "dest" if "under" in case.flags else home / "dest"
-        ended = subprocess.run([*pget, *flags, url, str(dest)], capture_output=True, text=True, timeout=60, check=False)
+        ended = subprocess.run(
+            [*pget, *flags, url, str(dest)], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        )
     assert ended.returncode == case.status, ended.stderr
     assert case.says.replace("URL", url) in ended.stderr if case.says else not ended.stderr
     assert not ended.stdout
@@ -391,11 +394,11 @@ def start(
 
 def end(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> str:
     process.send_signal(number)
-    return process.communicate(timeout=300)[1]
+    return process.communicate(timeout=PATIENCE_S)[1]
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -456,7 +459,7 @@ def test_modes_are_the_archive_s(pget, home, server):
     make(home, old(a=b"old"))
     (home / "dest" / "a").chmod(0o640)
     process = start(pget, server, home / "dest", "-f", content=file.getvalue())
-    assert process.wait(30) == 0
+    assert process.wait(PATIENCE_S) == 0
     umask = os.umask(0)
     os.umask(umask)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (home / "dest").iterdir()}
@@ -473,13 +476,13 @@ def test_one_at_a_time(pget, home, server, tmp_path):
     assert second.poll() is None
     assert len(server.requests) == 1
     end(first)
-    assert second.wait(30) == 0
+    assert second.wait(PATIENCE_S) == 0
     assert (tmp_path / "pid").exists()
 
 
 def test_a_file_for_the_process_id_that_cannot_be_made(pget, home, server):
     process = start(pget, server, home / "dest", "--pid-file", str(home / "no" / "pid"))
-    assert f"Error: open {home / 'no' / 'pid'}: no such file or directory" in process.communicate(timeout=30)[1]
+    assert f"Error: open {home / 'no' / 'pid'}: no such file or directory" in process.communicate(timeout=PATIENCE_S)[1]
     assert process.returncode == 1
     assert not server.requests
 
@@ -488,7 +491,7 @@ def test_a_disk_that_is_full(pget, small_disk, server):
     process = start(
         pget, server, small_disk / "dest", content=tar(("l", "-> a"), ("a", b"a" * 1000), ("b", b"b" * 3_000_000))
     )
-    assert "no space left on device" in process.communicate(timeout=30)[1]
+    assert "no space left on device" in process.communicate(timeout=PATIENCE_S)[1]
     assert process.returncode == 1
     left = tree_of(small_disk / "dest") or {}
     assert left["a"] == b"a" * 1000
@@ -498,7 +501,7 @@ def test_a_disk_that_is_full(pget, small_disk, server):
 
 def test_a_disk_that_cannot_be_written(pget, home, server, read_only):
     process = start(pget, server, read_only(home) / "dest")
-    assert "read-only file system" in process.communicate(timeout=30)[1]
+    assert "read-only file system" in process.communicate(timeout=PATIENCE_S)[1]
     assert process.returncode == 1
 
 
@@ -513,14 +516,14 @@ def test_settings_in_the_environment_count(pget, home, server, monkeypatch, name
     make(home, old(d="dir"))
     monkeypatch.setenv(name, value)
     process = start(pget, server, home / "dest", *(["-f"] if status else []))
-    assert says in process.communicate(timeout=30)[1]
+    assert says in process.communicate(timeout=PATIENCE_S)[1]
     assert process.returncode == status
 
 
 def test_a_certificate_that_nobody_trusts_is_not_tried_again(pget, home, tmp_path, monkeypatch):
     with FaultServer(tmp_path, certificate=self_signed(tmp_path)) as server:
         process = start(pget, server, home / "dest")
-        assert "certificate" in process.communicate(timeout=30)[1]
+        assert "certificate" in process.communicate(timeout=PATIENCE_S)[1]
         assert process.returncode == 1
         assert not server.requests
         monkeypatch.setenv("SSL_CERT_FILE", str(server.certificate))
@@ -543,7 +546,9 @@ def test_a_certificate_that_nobody_trusts_is_not_tried_again(pget, home, tmp_pat
 def test_addresses(pget, home, server, login, path, says):
     serve(server, LINKED, {})
     url = server.url.replace("://", f"://{login}@").rstrip("/") + path
-    ended = subprocess.run([*pget, url, str(home / "dest")], capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(
+        [*pget, url, str(home / "dest")], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
     assert says in ended.stderr
     assert ended.returncode == bool(says)
     assert [asked for asked, _ in server.requests] == ([] if says else [path.replace(" ", "%20")])

@@ -168,7 +168,7 @@ def stage_of(cache: Path) -> str:
 
 def assert_no_survivors(cache: Path) -> None:
     """pget dies with the start that it works for: nobody else would end it."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while working_in(cache) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not working_in(cache)
