@@ -12,7 +12,6 @@ import json
 import resource
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def main() -> None:
         request = json.loads(line)
         data = sys.stdin.buffer.read(request["length"])
         forget_peak()
-        before, began = memory("VmRSS"), time.process_time()
+        before = memory("VmRSS")
         reply: dict[str, Any] = {}
         try:
             if request["suffix"]:
@@ -71,7 +70,6 @@ def main() -> None:
                 reply = look(data)
         except Exception as error:
             reply = {"code": "?", "error": repr(error)[:200]}
-        reply["seconds"] = round(time.process_time() - began, 3)
         reply["memory"] = memory("VmHWM") - before
         reply["resting"] = memory("VmRSS")
         print(json.dumps(reply), flush=True)
