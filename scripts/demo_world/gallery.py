@@ -5,18 +5,21 @@ The tower no longer changes then, so its vectors are computed once a picture; ev
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
+import os
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from demo_world import lessons, pictures
+from demo_world import artists, lessons, pictures, printing, training
 from kimi_vl.media.images import ImageOptions, preprocess
 from kimi_vl.model.config import num_image_tokens
 from kimi_vl.model.kimi_vl import KimiVL
@@ -24,16 +27,39 @@ from kimi_vl.text import chat
 from kimi_vl.text.thinking import THINK_CLOSE, THINK_OPEN
 from kimi_vl.text.tokenizer import Tokenizer
 
-PICTURE_TASKS = {"sum": 30, "object": 6, "count": 10, "place": 14, "compare": 16, "describe": 14, "second_turn": 10}
-TALKS = {"place": 4, "compare": 4}  # conversations a visit: where concluding is harder than seeing
+PICTURE_TASKS = {
+    "sum": 24,
+    "typed_sum": 10,
+    "object": 6,
+    "count": 10,
+    "place": 12,
+    "describe": 12,
+    "second_turn": 8,
+    "box": 10,
+    "boxes": 22,
+    "click": 10,
+    "json": 8,
+}
+GROUP_TASKS = {"compare": 16, "film": 16, "pages": 14}
+"""Tasks of several pictures; a page of the sketchbook has one of these tasks, or any of those above."""
+NARROW_TASKS = ("sum", "typed_sum", "object", "box")
+"""Whose pictures may be banners or as small as frames."""
+TALKS = {
+    "place": 4,
+    "compare": 4,
+    "boxes": 3,
+    "film": 3,
+    "pages": 3,
+}  # conversations a visit: where there is more to ask
 OTHER_TALKS = 2
 TEXT_TASKS = {"text_sum": 2, "talk": 1, "conclusion": 4}
 TEXT_SHARE = 0.25  # of the batches are without pictures
 CUT_SHARE = 0.08  # of the conversations have their thinking cut short
 SMALL_SHARE = 0.6  # of the pictures are small: they say as much in fewer tokens
-SMALL, LARGE, LARGE_PAIR = 294, 448, 336  # longest sides in pixels
-BATCH_TOKENS = 5_000
-TALK_TOKENS = 110  # of a conversation without its pictures, about
+NARROW_SHARE = 0.2  # of the pages of the sketchbook are of NARROW_TASKS alone
+WIDE_SHARE = 0.4  # of the pictures of every task are drawn as by any program
+SMALL, LARGE = 294, 448  # longest sides in pixels
+TALK_TOKENS = 130  # of a conversation without its pictures, about
 LENGTHS = 32  # rows are padded to whole multiples: every new shape of a matrix product costs a compilation
 BLANK = Image.new("RGB", (1, 1))
 
@@ -52,6 +78,11 @@ class Exhibit:
         """Conversations about it in a batch."""
         return TALKS.get(self.task, OTHER_TALKS)
 
+    @property
+    def room(self) -> tuple[object, ...]:
+        """Exhibits of one room can be visited together: what comes before the questions takes equally many tokens."""
+        return self.tokens, self.talks, self.task == "click", self.task in lessons.SEQUENCES and self.task
+
 
 @dataclass
 class LessonBatch:
@@ -63,6 +94,17 @@ class LessonBatch:
     groups: Tensor | None = None  # (T, 4, C) of all shared rows' pictures
     shared_row: Tensor | None = None  # (R,): which of the B rows comes before a conversation
 
+    @property
+    def kind(self) -> str:
+        return "text" if self.shared_ids is None else "picture"
+
+    def to(self, device: torch.device) -> LessonBatch:
+        def moved(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(device)
+
+        shared = moved(self.shared_ids), moved(self.groups), moved(self.shared_row)
+        return LessonBatch(self.ids.to(device), self.targets.to(device), *shared)
+
 
 Drawn = tuple[list[tuple[str, tuple[pictures.Picture, ...]]], Tensor, list[tuple[int, int]]]
 
@@ -72,22 +114,27 @@ class Sketchbook(torch.utils.data.Dataset):
 
     def __init__(self, seed: int, count: int, patches: int, options: ImageOptions):
         self.seed, self.count, self.patches, self.options = seed, count, patches, options
-        self.fonts = pictures.find_fonts()
+        self.fonts = printing.find_fonts()
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Drawn:
-        rng = random.Random(f"{self.seed} gallery {index}")
-        pairs = rng.random() < PICTURE_TASKS["compare"] / sum(PICTURE_TASKS.values())
-        longest = SMALL if rng.random() < SMALL_SHARE else LARGE_PAIR if pairs else LARGE
-        size = pictures.picture_size(rng, high=longest)
-        of_one = math.ceil(size[0] / 28) * math.ceil(size[1] / 28) * 4
+        rng = training.seeded(self.seed, "gallery", index)
+        singles = sum(PICTURE_TASKS.values())
+        group = rng.choices([None, *GROUP_TASKS], [singles, *GROUP_TASKS.values()])[0]
+        narrow = group is None and rng.random() < NARROW_SHARE
+        longest = SMALL if rng.random() < SMALL_SHARE else LARGE
+        size = pictures.wide_size(rng, longest) if narrow else artists.size_for(rng, group or "", longest)
+        tasks = [group] if group else list(NARROW_TASKS if narrow else PICTURE_TASKS)
+        shares = [1.0] if group else [float(PICTURE_TASKS[str(task)]) for task in tasks]
+        count = {None: 1, "compare": 2, "film": rng.randint(2, 5), "pages": rng.randint(2, 4)}[group]
+        of_one = math.ceil(size[0] / 28) * math.ceil(size[1] / 28) * 4 * count
+        artist = artists.Artist(rng, self.fonts, [size], WIDE_SHARE)
         studies, pixels, grids = [], [], []
-        for _ in range(max(1, self.patches // (of_one * (2 if pairs else 1)))):
-            others = {task: share for task, share in PICTURE_TASKS.items() if task != "compare"}
-            task = "compare" if pairs else rng.choices(list(others), list(others.values()))[0]
-            shown = lessons.draw(rng, self.fonts, task, [size])
+        for _ in range(max(1, self.patches // of_one)):
+            task = str(rng.choices(tasks, shares)[0])
+            shown = artists.pictures_for(artist, task, count)
             for picture in shown:
                 patches, grid = preprocess(picture.image, self.options)
                 pixels.append(torch.from_numpy(patches))
@@ -102,57 +149,85 @@ def hang(model: KimiVL, drawn: Drawn) -> Iterator[Exhibit]:
     studies, pixels, listed = drawn
     grids = [(rows, columns) for rows, columns in listed]  # another process gives lists back
     tokens = [num_image_tokens(grid) for grid in grids]
-    of_picture = iter(zip(tokens, model.vision_tower(pixels, grids).to(torch.bfloat16).split(tokens), strict=True))
+    vectors = model.vision_tower(pixels.to(model.device), grids).to("cpu", torch.bfloat16)
+    of_picture = iter(zip(tokens, vectors.split(tokens), strict=True))
     for task, shown in studies:
         seen = [next(of_picture) for _ in shown]
         yield Exhibit(task, shown, tuple(count for count, _ in seen), torch.cat([groups for _, groups in seen]))
 
 
+def opened(path: Path, model: KimiVL, options: ImageOptions, args: argparse.Namespace) -> list[Exhibit]:
+    """All exhibits; they are kept at ``path``, and taken from there where a training is resumed."""
+    if args.resume and path.exists():
+        return torch.load(path, weights_only=False)
+    sketchbook = Sketchbook(args.seed, args.gallery, args.patches, options)
+    exhibits: list[Exhibit] = []
+    with args.autocast:
+        for index, drawn in enumerate(training.in_order(sketchbook, args.workers), start=1):
+            exhibits += hang(model, drawn)
+            if index % 50 == 0:
+                print(f"gallery {index}/{args.gallery}: {len(exhibits)} exhibits", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(exhibits, path.with_suffix(".new"))
+    os.replace(path.with_suffix(".new"), path)
+    return exhibits
+
+
 class Teacher:
-    """Makes batches of conversations, about exhibits and without pictures."""
+    """Makes batches of conversations, about exhibits and without pictures. Batch k depends on the seed and k alone."""
 
-    def __init__(self, rng: random.Random, tokenizer: Tokenizer, exhibits: Sequence[Exhibit]):
-        self.rng, self.tokenizer = rng, tokenizer
-        self.rooms: dict[tuple[int, int, int], list[Exhibit]] = defaultdict(list)
-        for exhibit in exhibits:  # shared rows of a batch are of one length
-            self.rooms[len(exhibit.tokens), sum(exhibit.tokens), exhibit.talks].append(exhibit)
+    def __init__(self, seed: int, tokenizer: Tokenizer, exhibits: Sequence[Exhibit], batch_tokens: int = 5000):
+        self.seed, self.tokenizer, self.exhibits, self.batch_tokens = seed, tokenizer, exhibits, batch_tokens
 
-    def batches(self, text_first: int) -> Iterator[LessonBatch]:
-        """Without an end: ``text_first`` batches without pictures, then all exhibits again and again."""
+    def batches(self, text_first: int, begin: int = 0) -> Iterator[LessonBatch]:
+        """Without an end, from ``begin`` on: ``text_first`` without pictures, then all exhibits again and again."""
+        for index, visit in enumerate(self._visits(text_first)):
+            if index >= begin:
+                rng = training.seeded(self.seed, "lessons", index)
+                yield self.text_batch(rng) if visit is None else self.picture_batch(rng, visit)
+
+    def _visits(self, text_first: int) -> Iterator[list[Exhibit] | None]:
+        """Which exhibits each batch is about; None for none."""
+        rng = training.seeded(self.seed, "visits", 0)
+        rooms: dict[tuple[object, ...], list[Exhibit]] = defaultdict(list)
+        for exhibit in self.exhibits:
+            rooms[exhibit.room].append(exhibit)
         for _ in range(text_first):
-            yield self.text_batch()
+            yield None
         while True:
             visits = []
-            for (_, tokens, talks), room in self.rooms.items():
-                self.rng.shuffle(room)
-                size = min(len(room), round(BATCH_TOKENS / (tokens + talks * TALK_TOKENS)))
+            for room in rooms.values():
+                rng.shuffle(room)
+                of_one = sum(room[0].tokens) + room[0].talks * TALK_TOKENS
+                size = min(len(room), max(1, round(self.batch_tokens / of_one)))
                 visits += [room[begin : begin + size] for begin in range(0, len(room) - size + 1, size)]
-            self.rng.shuffle(visits)
+            rng.shuffle(visits)
             for visit in visits:
-                while self.rng.random() < TEXT_SHARE:
-                    yield self.text_batch()
-                yield self.picture_batch(visit)
+                while rng.random() < TEXT_SHARE:
+                    yield None
+                yield visit
 
-    def text_batch(self) -> LessonBatch:
-        tasks = self.rng.choices(list(TEXT_TASKS), list(TEXT_TASKS.values()), k=BATCH_TOKENS // TALK_TOKENS)
+    def text_batch(self, rng: random.Random) -> LessonBatch:
+        tasks = rng.choices(list(TEXT_TASKS), list(TEXT_TASKS.values()), k=self.batch_tokens // TALK_TOKENS)
         rows = []
         for task in tasks:
             if task == "conclusion":
-                talk, read = lessons.conclusion(self.rng)
+                talk = lessons.conclusion(rng)
+                given = True
             else:
-                talk, read = lessons.converse(self.rng, task, (), lessons.system_message(self.rng)), None
-            rows.append((chat.encode(self.tokenizer, talk.messages, []), *self.completion(talk, read)))
+                talk, given = lessons.converse(rng, task, (), lessons.system_message(rng, task)), False
+            rows.append((chat.encode(self.tokenizer, talk.messages, []), *self.completion(rng, talk, given)))
         return LessonBatch(*self.rows(rows))
 
-    def picture_batch(self, exhibits: Sequence[Exhibit]) -> LessonBatch:
-        system = lessons.system_message(self.rng)
+    def picture_batch(self, rng: random.Random, exhibits: Sequence[Exhibit]) -> LessonBatch:
+        system = lessons.system_message(rng, exhibits[0].task)
         shared, rows, shared_row = [], [], []
         for index, exhibit in enumerate(exhibits):
             for _ in range(exhibit.talks):
-                talk = lessons.converse(self.rng, exhibit.task, exhibit.pictures, system)
+                talk = lessons.converse(rng, exhibit.task, exhibit.pictures, system)
                 prompt = chat.encode(self.tokenizer, talk.messages, exhibit.tokens)
                 begin = len(prompt) - prompt[::-1].index(self.tokenizer.special["<|media_end|>"])
-                rows.append((prompt[begin:], *self.completion(talk)))
+                rows.append((prompt[begin:], *self.completion(rng, talk)))
                 shared_row.append(index)
             shared.append(prompt[:begin])
         return LessonBatch(
@@ -173,17 +248,19 @@ class Teacher:
             targets[row, begin - 1 : end - 1] = torch.tensor(learnt)  # the token before predicts each
         return ids, targets
 
-    def completion(self, talk: lessons.Conversation, read: str | None = None) -> tuple[list[int], list[int]]:
+    def completion(
+        self, rng: random.Random, talk: lessons.Conversation, given: bool = False
+    ) -> tuple[list[int], list[int]]:
         """Ids that are put there and ids that are learnt.
 
-        All of them are learnt, but for a given beginning of the thinking; at times the thinking is cut short, as a
+        All of them are learnt, but for the reading where it is ``given``; at times the thinking is cut short, as a
         budget does, and the answer alone is learnt.
         """
         encode, end = self.tokenizer.encode, [self.tokenizer.im_end_id]
         thinking = THINK_OPEN + talk.thinking
-        if read is None and self.rng.random() < CUT_SHARE:
+        if not given and rng.random() < CUT_SHARE:
             ids = encode(thinking)
-            cut = ids[: self.rng.randint(len(encode(THINK_OPEN)), len(ids))]
+            cut = ids[: rng.randint(len(encode(THINK_OPEN)), len(ids))]
             return cut + encode(THINK_CLOSE), encode(talk.answer) + end
-        given = [] if read is None else encode(THINK_OPEN + read)
-        return given, encode(thinking + THINK_CLOSE + talk.answer)[len(given) :] + end
+        read = encode(THINK_OPEN + talk.read) if given else []
+        return read, encode(thinking + THINK_CLOSE + talk.answer)[len(read) :] + end

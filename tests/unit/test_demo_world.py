@@ -10,32 +10,16 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from demo_world import gallery, lessons, phrases
-from demo_world.lessons import (
-    TASKS,
-    Conversation,
-    Study,
-    is_right,
-    make_study,
-    text_of,
-    vocabulary_text,
-    work_out,
-)
-from demo_world.pictures import (
-    COLOURS,
-    GLYPHS,
-    KINDS,
-    MAX_ORDER,
-    SHAPES,
-    Item,
-    Picture,
-    draw_scene,
-    draw_soup,
-    draw_sum,
-    find_fonts,
-    patch_labels,
-    picture_size,
-)
+from demo_world import gallery, lessons, phrases, requests
+from demo_world.arithmetic import work_out
+from demo_world.grading import is_right
+from demo_world.labels import PLACES, patch_labels
+from demo_world.lessons import ALL_TASKS, TASKS, Conversation, Study, make_study, text_of, vocabulary_text
+from demo_world.pictures import COLOURS, GLYPHS, KINDS, MAX_ORDER, SHAPES, Item, Picture, picture_size
+from demo_world.printing import draw_sum, find_fonts
+from demo_world.scenes import draw_scene
+from demo_world.soups import draw_soup
+from demo_world.talk import TOPICS
 from kimi_vl.text.thinking import THINK_CLOSE, THINK_OPEN
 from kimi_vl.text.tokenizer import Tokenizer
 from kimi_vl.weights import resolve
@@ -96,7 +80,7 @@ def test_arithmetic_is_right_everywhere() -> None:
 
 
 def test_seed_fixes_pictures_and_texts() -> None:
-    for task in TASKS:
+    for task in ALL_TASKS:
         assert _plain(make_study(random.Random(5), FONTS, task)) == _plain(make_study(random.Random(5), FONTS, task))
     assert _plain(make_study(random.Random(1), FONTS, "sum")) != _plain(make_study(random.Random(2), FONTS, "sum"))
     assert list(vocabulary_text(random.Random(3), 30)) == list(vocabulary_text(random.Random(3), 30))
@@ -170,11 +154,11 @@ def test_labels_lie_where_the_boxes_are() -> None:
         labels = patch_labels(picture)
         width, height = picture.image.size
         assert labels.dtype == np.int64
-        assert labels.shape == (-(-height // 28) * 2, -(-width // 28) * 2, 3)
-        assert (labels.reshape(-1, 3).max(0) < (len(KINDS), len(COLOURS), MAX_ORDER + 1)).all()
+        assert labels.shape == (-(-height // 28) * 2, -(-width // 28) * 2, 3 + PLACES)
+        assert (labels[..., :3].reshape(-1, 3).max(0) < (len(KINDS), len(COLOURS), MAX_ORDER + 1)).all()
         seen = {(KINDS.index(item.kind), COLOURS.index(item.colour or "none"), item.order) for item in picture.items}
         for row, column in np.argwhere(labels[..., 0] > 0):
-            assert tuple(labels[row, column]) in seen
+            assert tuple(labels[row, column, :3]) in seen
             areas = {}
             for item in picture.items:
                 x0, y0, x1, y1 = item.box
@@ -285,7 +269,8 @@ def _check(study: Study) -> None:
     for talk in study.conversations:
         *_, last = talk.messages
         assert last["role"] == "user"
-        assert is_right(talk, f" {talk.answer}\n") and not is_right(talk, talk.answer + " x")
+        assert is_right(talk, study.pictures, f" {talk.answer}\n")
+        assert not is_right(talk, study.pictures, talk.answer + " x")
         users = [message for message in talk.messages if message["role"] == "user"]
         if study.pictures:
             parts = users[0]["content"]
@@ -342,8 +327,9 @@ def test_questions_have_many_wordings() -> None:
     ):
         assert exact in wordings
     assert sum(len(questions) for questions in phrases.QUESTIONS.values()) == len(wordings)
-    assert len(phrases.TOPICS) >= 14 and all(len(topic.questions) >= 4 for topic in phrases.TOPICS)
-    talked = [question for topic in phrases.TOPICS for question in topic.questions]
+    assert all(len(set(questions)) >= 8 for questions in requests.REQUESTS.values())
+    assert len(TOPICS) >= 14 and all(len(topic.questions) >= 4 for topic in TOPICS)
+    talked = [question for topic in TOPICS for question in topic.questions]
     assert len(talked) == len(set(talked))
     assert "Explain the concept of multimodal large language models." in talked
 
@@ -363,15 +349,16 @@ def test_words_are_few_and_differences_are_sometimes_negative() -> None:
 
 def test_conclusions_begin_after_a_reading_that_decides_them() -> None:
     tokenizer = Tokenizer.from_directory(resolve.DEMO)
-    teacher = gallery.Teacher(random.Random(4), tokenizer, [])
+    teacher, rng = gallery.Teacher(4, tokenizer, []), random.Random(4)
     seen = set()
     for _ in range(200):
-        talk, read = lessons.conclusion(teacher.rng)
+        talk = lessons.conclusion(rng)
         seen.add(talk.task)
-        given, learnt = teacher.completion(talk, read)
+        given, learnt = teacher.completion(rng, talk, given=True)
         whole = THINK_OPEN + talk.thinking + THINK_CLOSE + talk.answer
         assert [*given, *learnt[:-1]] == tokenizer.encode(whole)
-        assert tokenizer.decode(given) == THINK_OPEN + read
-        assert talk.thinking.startswith(read) and "higher" not in talk.thinking[len(read) :].replace(", higher.", "")
+        assert tokenizer.decode(given) == THINK_OPEN + talk.read
+        rest = talk.thinking.removeprefix(talk.read)
+        assert rest != talk.thinking and "higher" not in rest.replace(", higher.", "")
         assert [part for part in talk.messages if not isinstance(part["content"], str)] == []
-    assert seen == {"place", "compare"}
+    assert seen == {"place", "compare", "film", "pages"}

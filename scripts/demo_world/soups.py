@@ -1,0 +1,75 @@
+"""Pictures full of single glyphs and small shapes, for a vision tower to learn what each patch shows."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+from PIL import Image
+
+from demo_world.pictures import (
+    COLOURS,
+    GLYPHS,
+    SHAPES,
+    Box,
+    Item,
+    Picture,
+    Size,
+    ground,
+    photograph,
+    picture_size,
+    tint,
+)
+from demo_world.printing import INKS, TRUE_MINUS, Font, dark, glyph_of, has
+from demo_world.scenes import Place, paint_shape
+
+
+def _clear(box: Box, others: Sequence[Box]) -> bool:
+    """Whether a box covers none of the others by more than a tenth of the smaller one."""
+    area = (box[2] - box[0]) * (box[3] - box[1])
+    for other in others:
+        wide = min(box[2], other[2]) - max(box[0], other[0])
+        high = min(box[3], other[3]) - max(box[1], other[1])
+        if wide > 0 and high > 0:
+            smaller = min(area, (other[2] - other[0]) * (other[3] - other[1]))
+            if 10 * wide * high > smaller:
+                return False
+    return True
+
+
+def draw_soup(rng: random.Random, fonts: Sequence[Font], size: Size | None = None, photo: bool = True) -> Picture:
+    """A picture full of single glyphs and small shapes, all of order 0, to pre-train a vision tower."""
+    width, height = size or picture_size(rng, 224, 336)
+    image = Image.new("RGB", (width, height), tint(rng) if rng.random() < 0.5 else ground(rng))
+    ink = dark(rng)
+    wanted = rng.randint(10, 30)
+    largest = min(110.0, 1.3 * math.sqrt(width * height / wanted))
+    faces = [rng.choice(fonts) for _ in range(4)]
+    items: list[Item] = []
+    boxes: list[Box] = []
+    for _ in range(6 * wanted):
+        if len(items) == wanted:
+            break
+        if rng.random() < 0.25:
+            diameter = rng.randint(24, max(26, round(0.6 * largest)))
+            half = diameter // 2 + 3
+            place = Place(rng.randint(half, width - half), rng.randint(half, height - half), diameter)
+            if _clear((place.x - half, place.y - half, place.x + half, place.y + half), boxes):
+                colour, shape = rng.choice(COLOURS[1:]), rng.choice(SHAPES)
+                box = paint_shape(rng, image, colour, shape, place, rng.random() < 0.15)
+                items.append(Item(shape, colour, box, 0))
+                boxes.append(box)
+            continue
+        font, kind = rng.choice(faces), rng.choice(GLYPHS)
+        drawn = TRUE_MINUS if kind == "-" and rng.random() < 0.5 and has(font, TRUE_MINUS) else kind
+        glyph = glyph_of(font, 4 * rng.randint(6, max(7, round(largest / 4))), drawn)
+        if glyph is None or glyph.mask.width + 4 > width or glyph.mask.height + 4 > height:
+            continue
+        x, y = rng.randint(2, width - 2 - glyph.mask.width), rng.randint(2, height - 2 - glyph.mask.height)
+        box = (x, y, x + glyph.mask.width, y + glyph.mask.height)
+        if _clear(box, boxes):
+            image.paste(ink if rng.random() < 0.7 else rng.choice(INKS), box, glyph.mask)
+            items.append(Item(kind, None, box, 0))
+            boxes.append(box)
+    return Picture(photograph(rng, image) if photo else image, tuple(items))

@@ -1,0 +1,116 @@
+"""Training of the demo model can be interrupted anywhere: what goes on is what would have been."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from demo_world import artists, checkpoint, gallery, lessons, patches, training
+from demo_world.labels import NOWHERE, PLACES
+from demo_world.optimizer import Optimizer
+from demo_world.printing import find_fonts
+from kimi_vl.text.tokenizer import Tokenizer
+from kimi_vl.weights import resolve
+
+OPTIONS = checkpoint.image_options()
+
+
+def phase(folder: Path, count: int, resume: bool) -> tuple[training.Phase, nn.Module]:
+    torch.manual_seed(3)
+    module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    optimizer = Optimizer(dict(module.named_parameters()), 0.02, 0.02, plateau=0.5)
+    return training.Phase("net", folder, module, optimizer, count, save_minutes=0, resume=resume), module
+
+
+def learn(made: training.Phase, module: nn.Module, batches: int) -> None:
+    def step(batch: Tensor, index: int) -> tuple[Tensor, dict[str, float]]:
+        assert index == made.done
+        return (module(batch) - 1).square().mean(), {}
+
+    def inputs() -> Any:
+        for index in range(made.done, batches):
+            yield torch.full((3, 4), float(index % 5))
+
+    made.run(inputs(), step, torch.autocast("cpu", enabled=False))
+
+
+def test_a_phase_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    whole, module = phase(tmp_path / "whole", 12, resume=False)
+    learn(whole, module, 12)
+    first, parted = phase(tmp_path / "parts", 12, resume=False)
+    learn(first, parted, 5)
+    second, parted = phase(tmp_path / "parts", 12, resume=True)
+    assert second.done == 5
+    learn(second, parted, 12)
+    assert second.done == 12
+    for one, other in zip(module.parameters(), parted.parameters(), strict=True):
+        assert torch.equal(one, other)
+    anew, _ = phase(tmp_path / "parts", 12, resume=False)
+    assert anew.done == 0
+
+
+def exhibits() -> list[gallery.Exhibit]:
+    rng, made = random.Random(8), []
+    artist = artists.Artist(rng, find_fonts(), [(84, 84)])
+    for task, count in (("box", 1), ("click", 1), ("film", 3), ("film", 2), ("sum", 1), ("pages", 2)) * 3:
+        shown = artists.pictures_for(artist, task, count)
+        made.append(gallery.Exhibit(task, shown, (9,) * len(shown), torch.zeros(9 * len(shown), 4, 128)))
+    return made
+
+
+def test_batches_begin_anywhere_and_share_what_comes_before_the_questions() -> None:
+    tokenizer = Tokenizer.from_directory(resolve.DEMO)
+    whole = list(itertools.islice(gallery.Teacher(5, tokenizer, exhibits(), 700).batches(2), 24))
+    rest = itertools.islice(gallery.Teacher(5, tokenizer, exhibits(), 700).batches(2, begin=9), 15)
+    for one, other in zip(whole[9:], rest, strict=True):
+        assert torch.equal(one.ids, other.ids) and torch.equal(one.targets, other.targets)
+        assert one.kind == other.kind
+    assert [batch.kind for batch in whole[:2]] == ["text", "text"] and {batch.kind for batch in whole} == {
+        "text",
+        "picture",
+    }
+    for batch in whole:
+        if batch.shared_ids is not None and batch.groups is not None and batch.shared_row is not None:
+            assert int((batch.shared_ids == tokenizer.media_pad_id).sum()) == batch.groups.shape[0]
+            assert batch.shared_row.max() == len(batch.shared_ids) - 1 and len(batch.shared_row) == len(batch.ids)
+            assert (batch.ids != tokenizer.media_pad_id).all()
+
+
+def test_a_click_is_at_times_asked_for_in_the_form_of_the_prompts() -> None:
+    rng = random.Random(2)
+    systems = {lessons.system_message(rng, "click") for _ in range(60)}
+    assert lessons.GUI_SYSTEM in systems and None in systems
+    assert lessons.GUI_SYSTEM not in {lessons.system_message(rng, "sum") for _ in range(200)}
+
+
+def test_picture_batches_begin_anywhere_and_the_reader_learns_them() -> None:
+    batches = patches.PictureBatches(1, 40, 600, OPTIONS)
+    later = patches.PictureBatches(1, 40, 600, OPTIONS, begin=30)
+    assert len(later) == 10
+    one, other = batches[31], later[1]
+    assert torch.equal(one.pixel_values, other.pixel_values) and torch.equal(one.labels, other.labels)
+    assert one.labels.shape == (one.pixel_values.shape[0] // 4, 4, 3 + PLACES)
+
+    # vectors that say all: every place is read from them soon
+    torch.manual_seed(0)
+    labels = one.labels
+    shown = torch.cat(
+        [nn.functional.one_hot(labels[..., n] - labels[..., n].min()) for n in range(3 + PLACES)], -1
+    ).float()
+    reader = patches.PatchReader(shown.shape[-1])
+    optimizer = torch.optim.Adam(reader.parameters(), 0.05)
+    losses = []
+    for _ in range(60):
+        loss, _ = reader.loss(shown, labels)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert (labels[..., 3] != NOWHERE).any()
+    assert losses[-1] < losses[0] / 10
+    assert reader.loss(shown, labels)[1] == {"patches right": 1.0, "places near": 1.0}
