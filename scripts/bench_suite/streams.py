@@ -35,6 +35,8 @@ class Dialect:
     """How many tokens there were."""
     end: bytes
     """What a whole stream ends with."""
+    again: bytes | None = None
+    """What a refusal begins with after which the same is asked again."""
 
 
 DIALECTS = {
@@ -49,6 +51,7 @@ DIALECTS = {
         re.compile(rb'"chunk":"[^"]'),
         re.compile(rb'"output_token_count":(\d+)[,}]'),  # of the last event
         b"\r\n0\r\n\r\n",  # of chunked transfer
+        again=b"HTTP/1.1 409",  # Cog refuses some of those that come together though it has a slot for each
     ),
 }
 
@@ -93,19 +96,21 @@ class Client:
 def ask(address: tuple[str, int], bodies: Sequence[dict[str, Any]], dialect: Dialect) -> list[Stream]:
     """Send all ``bodies`` at once, and read what comes until the end of each."""
     streams = [Stream() for _ in bodies]
+    requests = [request(body, dialect) for body in bodies]
+    connections = [socket.create_connection(address, PATIENCE_S) for _ in bodies]
+    began, kept = [0.0] * len(bodies), [b""] * len(bodies)
     with selectors.DefaultSelector() as selector:
-        connections = [socket.create_connection(address, PATIENCE_S) for _ in bodies]
-        requests = [request(body, dialect) for body in bodies]
-        began = []
-        for number, (connection, asked) in enumerate(zip(connections, requests, strict=True)):
-            began.append(time.monotonic())
-            connection.sendall(asked)
+
+        def send(number: int, connection: socket.socket) -> None:
+            connection.sendall(requests[number])
             connection.setblocking(False)
             selector.register(connection, selectors.EVENT_READ, number)
-        kept = [b"" for _ in bodies]
-        left = len(bodies)
+
+        for number, connection in enumerate(connections):
+            began[number] = time.monotonic()
+            send(number, connection)
         deadline = time.monotonic() + PATIENCE_S
-        while left and time.monotonic() < deadline:
+        while selector.get_map() and time.monotonic() < deadline:
             for key, _ in selector.select(1.0):
                 connection, number = key.fileobj, key.data
                 assert isinstance(connection, socket.socket)
@@ -115,11 +120,14 @@ def ask(address: tuple[str, int], bodies: Sequence[dict[str, Any]], dialect: Dia
                     continue
                 except OSError as error:
                     received, streams[number].error = b"", type(error).__name__
+                again = bool(dialect.again and not kept[number] and received.startswith(dialect.again))
                 kept[number] = (kept[number] + received)[-max(KEPT, len(received)) :]
-                if note(streams[number], time.monotonic() - began[number], received, kept[number], dialect):
+                if again or note(streams[number], time.monotonic() - began[number], received, kept[number], dialect):
                     selector.unregister(connection)
                     connection.close()
-                    left -= 1
+                if again:
+                    kept[number] = b""
+                    send(number, socket.create_connection(address, PATIENCE_S))
         for key in list(selector.get_map().values()):
             streams[key.data].error = "not done in time"
             key.fileobj.close()  # pyright: ignore[reportAttributeAccessIssue]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 from pathlib import Path
 
 import pytest
-from bench_suite import cog
+from bench_suite import cog, streams
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,3 +37,24 @@ def test_a_sample_counts_all_tokens_and_takes_the_middle_of_the_first_pieces() -
 
 def test_pieces_are_as_long_as_the_predictor_s() -> None:
     assert f"\nCHUNK_SECONDS = {cog.CHUNK_SECONDS}\n" in (ROOT / "predict.py").read_text()
+
+
+def test_what_cog_refuses_is_asked_again() -> None:
+    said = [
+        b"HTTP/1.1 409 Conflict\r\n\r\n",
+        b'HTTP/1.1 200 OK\r\n\r\n{"chunk":"a"}"output_token_count":7}\r\n0\r\n\r\n',
+    ]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            for each in said:
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(each)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        [stream] = streams.ask(listener.getsockname(), [{}], streams.DIALECTS["cog"])
+        thread.join()
+    assert (stream.tokens, stream.error) == (7, "") and 0 < stream.first_byte <= stream.end
