@@ -28,7 +28,7 @@ from .fetch import FetchOptions, ImageFetcher
 from .metrics import CONTENT_TYPE, Metrics
 from .options import OptionError, ServerOptions
 from .page import page_routes
-from .protocol import Fields, read_file_options, read_turns
+from .protocol import Fields, read_estimated, read_turns
 from .service import Fetcher, Observer, Service
 
 MAX_TOKENIZED = 2**20
@@ -174,7 +174,7 @@ class Api:
         if (prompt is None) == (turns is None):
             raise bad_request("prompt", "give either prompt or messages.")
         if prompt is None:
-            found = pipeline.estimate(turns or (), **read_file_options(fields))
+            found = pipeline.estimate(turns or (), **read_estimated(fields))
             return list(found.ids), found.media
         tokens = pipeline.tokenizer.encode(prompt, limit=MAX_TOKENIZED)
         if len(tokens) > MAX_TOKENIZED:

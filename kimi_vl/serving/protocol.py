@@ -267,6 +267,12 @@ def read_file_options(fields: Fields) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+def read_estimated(fields: Fields) -> dict[str, Any]:
+    """What an estimate of ``messages`` depends on beside them: keyword arguments of the pipeline."""
+    length = _length(fields)
+    return {**read_file_options(fields), **({} if length is None else {"max_length_tokens": length})}
+
+
 def _top_k(fields: Fields) -> int | None:
     top_k = fields.integer("top_k", -1, parameters.MAX_TOP_K)
     return 0 if top_k == -1 else top_k  # how vLLM's clients turn it off

@@ -44,6 +44,13 @@ class Raw:
 
 
 @dataclass(frozen=True)
+class Details:
+    """What the last chunk of the answer has as ``kimi_vl``."""
+
+    value: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Break:
     """The connection ends, without a last chunk."""
 
@@ -59,7 +66,7 @@ class Refusal:
     body: str | None = None
 
 
-Step = Thinking | Answer | Pause | Raw | Break
+Step = Thinking | Answer | Pause | Raw | Details | Break
 Script = Sequence[Step] | Refusal
 USAGE = {
     "prompt_tokens": 1200,
@@ -80,7 +87,10 @@ class Seen:
 
 
 class ScriptedServer:
-    """``scripts`` are what the next requests get, one after the other; ``seen`` are the requests that came."""
+    """``scripts`` are what the next requests get, one after the other; ``seen`` are the requests that came.
+
+    ``estimates`` are what ``/tokenize`` answers, the last of them again and again; without any there is no such route.
+    """
 
     def __init__(self) -> None:
         self.reset()
@@ -89,6 +99,7 @@ class ScriptedServer:
             Route("/v1/models", self._models),
             Route("/version", lambda _: JSONResponse({"version": "1.2.3"})),
             Route("/v1/chat/completions", self._complete, methods=["POST"]),
+            Route("/tokenize", self._tokenize, methods=["POST"]),
         ]
         config = uvicorn.Config(Starlette(routes=routes), port=0, log_level="error", timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(config)
@@ -97,6 +108,8 @@ class ScriptedServer:
     def reset(self) -> None:
         self.scripts: deque[Script] = deque()
         self.seen: list[Seen] = []
+        self.estimates: deque[dict[str, Any] | Refusal] = deque()
+        self.estimated: list[dict[str, Any]] = []
         self.models = ["kimi-vl-demo"]
         self.key: str | None = None
         self.finish_reason = "stop"
@@ -126,6 +139,13 @@ class ScriptedServer:
         data = [{"id": name, "object": "model", "max_model_len": 8192} for name in self.models]
         return self._refused(request) or JSONResponse({"object": "list", "data": data})
 
+    async def _tokenize(self, request: Request) -> Response:
+        self.estimated.append(await request.json())
+        if not self.estimates:
+            return _refusal(Refusal(404, "not_found", "there is no such route; correct the path."))
+        answer = self.estimates.popleft() if len(self.estimates) > 1 else self.estimates[0]
+        return _refusal(answer) if isinstance(answer, Refusal) else JSONResponse(answer)
+
     async def _complete(self, request: Request) -> Response:
         if refused := self._refused(request):
             return refused
@@ -137,6 +157,7 @@ class ScriptedServer:
         return StreamingResponse(self._stream(script, seen), media_type="text/event-stream")
 
     async def _stream(self, script: Sequence[Step], seen: Seen) -> AsyncIterator[bytes]:
+        details = None
         try:
             yield _chunk({"role": "assistant", "content": ""})
             for step in script:
@@ -150,9 +171,11 @@ class ScriptedServer:
                             await asyncio.sleep(0.01)
                     case Raw(data):
                         yield data
+                    case Details(value):
+                        details = value
                     case Break():
                         return
-            yield _chunk({}, self.finish_reason)
+            yield _chunk({}, self.finish_reason, details)
             yield _data({"choices": [], "usage": USAGE})
             yield b"data: [DONE]\n\n"
         except asyncio.CancelledError:
@@ -164,8 +187,9 @@ def _data(value: dict[str, Any]) -> bytes:
     return f"data: {json.dumps(value)}\n\n".encode()
 
 
-def _chunk(delta: dict[str, Any], finish_reason: str | None = None) -> bytes:
-    return _data({"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}], "usage": None})
+def _chunk(delta: dict[str, Any], finish_reason: str | None = None, details: dict[str, Any] | None = None) -> bytes:
+    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+    return _data({"choices": [{**choice, **({"kimi_vl": details} if details else {})}], "usage": None})
 
 
 def _refusal(refusal: Refusal) -> Response:

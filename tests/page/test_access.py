@@ -6,9 +6,12 @@ import re
 
 from playwright.sync_api import Page, expect
 
+from kimi_vl.text.grounding import grounding
+
 from .conftest import png
 from .reading import ask, is_done, last_answer
-from .scripted import Answer, Refusal, ScriptedServer, Thinking
+from .scripted import Answer, Details, Refusal, ScriptedServer, Thinking
+from .test_media import FILM, MEDIA, PAPER
 from .test_pictures import choose, file, waiting
 
 WIDE = f"""# {"Long" * 40}
@@ -31,14 +34,19 @@ CONTROLS = ":is(button, input, textarea, select, summary, a, [tabindex='0'])"
 
 def full(page: Page, server: ScriptedServer) -> None:
     """A conversation with everything in it that a page can show at a time."""
-    choose(page, file("a.png", png((900, 600))), file("b.png", png()))
-    expect(waiting(page)).to_have_count(2)
-    server.scripts += [[Thinking("hm " * 50), Answer(WIDE)], Refusal(429, "overloaded", "busy.")]
+    film, paper = file(f"{'long' * 30}.webm", FILM, "video/webm"), file("report.pdf", PAPER, "application/pdf")
+    choose(page, file("a.png", png((900, 600))), file("b.png", png()), film, paper)
+    expect(waiting(page)).to_have_count(4)
+    named = f'[{{"bbox": [0, 0, 1, 1], "label": "{"name" * 60}"}}, {{"point": [0.99, 0.99]}}]'
+    details = Details({"media": MEDIA, "grounding": grounding(named, (900, 600)).to_dict()})
+    server.scripts += [[Thinking("hm " * 50), Answer(WIDE), details], Refusal(429, "overloaded", "busy.")]
     ask(page, "word" * 90)
     is_done(page)
     ask(page, "again")
     expect(page.get_by_role("main").get_by_role("alert")).to_be_visible()
-    choose(page, file("c.png", png((4000, 100))), file("none.png", b"none"))
+    for each in page.locator(".taken summary").all():
+        each.click()
+    choose(page, file("c.png", png((4000, 100))), film, file("none.png", b"none"))
     expect(page.locator("#notice")).to_be_visible()
 
 
@@ -84,7 +92,7 @@ def test_the_page_has_an_outline_that_can_be_heard(page: Page, server: ScriptedS
         - contentinfo:
             - form "Message":
                 - textbox "Message"
-                - button "Add pictures"
+                - button "Add files"
                 - button "Thinking" [pressed]
                 - button "Send"
         - status: /Answer/
@@ -130,7 +138,7 @@ def test_a_conversation_by_keyboard_alone(page: Page, server: ScriptedServer) ->
                 "solid",
                 "auto",
             ) or focused.evaluate("(node) => node.id === 'text'")
-    wanted = ["Add pictures", "Thinking", "Send", "New chat", "Settings", "Edit and send again", "Answer again"]
+    wanted = ["Add files", "Thinking", "Send", "New chat", "Settings", "Edit and send again", "Answer again"]
     assert set(wanted) <= set(names)
     page.get_by_role("button", name="Settings").focus()
     page.keyboard.press("Enter")
@@ -248,7 +256,7 @@ def test_a_phone_needs_no_scrolling_sideways(page: Page, server: ScriptedServer)
         assert not page.evaluate(SCROLLS_SIDEWAYS)
         assert page.evaluate(OUTSIDE) == []
         assert page.evaluate(SMALL) == []
-        for control in ("Send", "Add pictures"):
+        for control in ("Send", "Add files"):
             expect(page.get_by_role("button", name=control, exact=True)).to_be_in_viewport()
         page.get_by_role("button", name="Settings").click()
         settings = page.get_by_role("dialog", name="Settings")

@@ -16,9 +16,15 @@ from tests.serving.conftest import ServerThread, until
 
 from .conftest import Noise
 from .reading import ask, is_done, last_answer
+from .test_media import FILM, PAPER
 
 PICTURE = Path(__file__).resolve().parents[2] / "images" / "math_problem.png"
 KEY = "a-key-of-the-tests"
+# What stands in the settings after this; and places are asked for.
+SET = """(values) => {
+    for (const [id, value] of Object.entries(values)) document.getElementById(id).value = value;
+    document.getElementById("places").click();
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +73,40 @@ def test_a_picture_is_read_and_its_thinking_is_folded(page: Page, demo: ServerTh
     ask(page, "What is 12 + 30?")
     is_done(page)
     expect(last_answer(page).locator("details")).to_be_hidden()
+
+
+def test_a_film_and_a_document_are_counted_read_and_not_read_again(page: Page, demo: ServerThread) -> None:
+    enter_key(page)
+    estimate = page.locator("#estimate")
+    page.locator("#files").set_input_files(
+        [
+            {"name": "clip.webm", "mimeType": "", "buffer": FILM},
+            {"name": "report.pdf", "mimeType": "", "buffer": PAPER},
+            {"name": "a.png", "mimeType": "", "buffer": PICTURE.read_bytes()},
+        ]
+    )
+    page.locator("#text").fill("What is the result?")
+    values = {"fps": "2", "end": "1.5", "pages": "1", "max-tokens": "24", "temperature": "0"}
+    with page.expect_response("**/tokenize"):  # one for all
+        page.evaluate(SET, values)
+    expect(estimate).to_contain_text("with this message")
+    counted = estimate.inner_text().partition(" ")[0]
+    page.locator("#text").press("Enter")
+    is_done(page)
+    expect(last_answer(page).locator(".figures")).to_contain_text(f"{counted} prompt")
+    film, paper = last_answer(page).locator(".taken").all()
+    expect(film).to_contain_text("clip.webm: 3 frames, 0:00 to 0:01 · ")
+    expect(paper).to_contain_text("report.pdf: page 1 · ")
+    expect(last_answer(page)).to_contain_text("The answer names no place in a picture.")
+    costs = [
+        int(re.sub(r".* · ([\d,]+) tokens.*", r"\1", each.inner_text().replace("\n", " ")).replace(",", ""))
+        for each in (film, paper)
+    ]
+    ask(page, "And now?")
+    is_done(page)
+    figures = last_answer(page).locator(".figures").inner_text()
+    cached = re.search(r"([\d,]+) cached", figures)
+    assert cached and int(cached[1].replace(",", "")) >= sum(costs)
 
 
 def test_an_answer_follows_a_schema(page: Page, demo: ServerThread) -> None:

@@ -31,9 +31,9 @@ def test_every_file_confines_the_page_to_this_server(client: TestClient, path: s
     assert policy["require-trusted-types-for"] == "'script'"
     assert not set(policy) & {"script-src", "style-src", "connect-src"}  # they would be wider than the default
     assert response.headers["x-content-type-options"] == "nosniff"
-    kind = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}.get(
-        path.rpartition(".")[2], "text/html"
-    )
+    assert policy["media-src"] == "blob:"
+    kinds = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml", "json": "application/json"}
+    kind = kinds.get(path.rpartition(".")[2], "text/html")
     assert response.headers["content-type"].partition(";")[0] == kind
 
 

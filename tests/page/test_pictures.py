@@ -36,12 +36,12 @@ def file(name: str, content: bytes, kind: str = "image/png") -> FilePayload:
 
 def choose(page: Page, *files: FilePayload) -> None:
     with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="Add pictures").click()
+        page.get_by_role("button", name="Add files").click()
     chooser.value.set_files(list(files))
 
 
 def waiting(page: Page):
-    return page.get_by_role("list", name="Pictures to send").get_by_role("listitem")
+    return page.get_by_role("list", name="Files to send").get_by_role("listitem")
 
 
 def sent_images(server: ScriptedServer) -> list[bytes]:
@@ -58,10 +58,10 @@ def test_pictures_come_by_three_ways_and_go_unchanged(page: Page, server: Script
     give(page, "paste", file("image.png", blue))
     expect(waiting(page)).to_have_count(3)
     give(page, "dragenter", file("grey.png", grey))
-    expect(page.get_by_text("Drop pictures to add them")).to_be_visible()
+    expect(page.get_by_text("Drop files to add them")).to_be_visible()
     give(page, "drop", file("grey.png", grey))
     expect(waiting(page)).to_have_count(4)
-    expect(page.get_by_text("Drop pictures to add them")).to_be_hidden()
+    expect(page.get_by_text("Drop files to add them")).to_be_hidden()
     page.get_by_role("button", name="Remove green.png").click()
     expect(waiting(page)).to_have_count(3)
     ask(page, "What are these?")
@@ -101,16 +101,16 @@ def test_pictures_of_an_earlier_message_are_edited_with_it(page: Page, server: S
     assert sent_images(server) == [png(colour="blue")]
 
 
-def test_what_is_no_picture_is_said_at_once(page: Page, server: ScriptedServer) -> None:
+def test_what_is_no_file_of_a_known_kind_is_said_at_once(page: Page, server: ScriptedServer) -> None:
     notice = page.locator("#notice")
     choose(page, file("notes.png", b"just a text"))
-    expect(notice).to_have_text("notes.png is no picture of a known kind. PNG, JPEG, WebP, GIF, BMP and TIFF are.")
+    expect(notice).to_contain_text("notes.png: this is no picture (PNG, JPEG, WebP, GIF, BMP, TIFF), video")
     choose(page, file("broken.png", png()[:40]))
-    expect(notice).to_have_text("broken.png cannot be read. It may be damaged.")
+    expect(notice).to_have_text("broken.png: it cannot be read. It may be damaged.")
     choose(
         page, file("vector.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml"), file("ok.png", png())
     )
-    expect(notice).to_contain_text("vector.svg is no picture")
+    expect(notice).to_contain_text("vector.svg: this is no picture")
     expect(waiting(page)).to_have_count(1)
     assert server.seen == []
 
@@ -132,17 +132,17 @@ def test_a_picture_is_what_it_holds_not_what_it_is_called(page: Page, server: Sc
     ]
     assert sent_images(server) == [buffer.getvalue(), tiff.getvalue()]
     # An address of a file that a browser takes for a document would be one of this page's origin.
-    kept = """async (bytes) => (await (await import("/page/pictures.js")).read(
+    kept = """async (bytes) => (await (await import("/page/attachments.js")).read(
         new File([Uint8Array.from(bytes)], "page.html", { type: "text/html" }))).blob.type"""
     assert page.evaluate(kept, list(buffer.getvalue())) == "image/jpeg"
 
 
-def test_a_file_that_is_too_large_can_be_made_smaller(page: Page, server: ScriptedServer) -> None:
+def test_a_picture_that_is_too_large_can_be_made_smaller(page: Page, server: ScriptedServer) -> None:
     large = png((400, 300)) + b"\0" * 2**20  # what follows a PNG's end is ignored
-    page.evaluate("import('/page/pictures.js').then((pictures) => { pictures.LIMITS.bytes = 2 ** 19; })")
+    page.evaluate("import('/page/attachments.js').then(({ LIMITS }) => { LIMITS.bytes.image = 2 ** 20; })")
     choose(page, file("large.png", large))
     notice = page.locator("#notice")
-    expect(notice).to_contain_text("large.png is too large: 1 MB, and 0.5 are allowed.")
+    expect(notice).to_contain_text("large.png: an image file is larger than 1 MiB; send a smaller one.")
     notice.get_by_role("button", name="Add a smaller copy").click()
     expect(waiting(page)).to_have_count(1)
     expect(notice).to_be_hidden()
@@ -167,15 +167,26 @@ def test_a_picture_is_made_smaller_only_where_that_is_asked_for(page: Page, serv
 
 
 def test_too_much_together_is_said_before_it_is_sent(page: Page, server: ScriptedServer) -> None:
-    page.evaluate("import('/page/pictures.js').then(({ LIMITS }) => { LIMITS.body = 1000; LIMITS.pictures = 3; })")
+    page.evaluate("import('/page/attachments.js').then(({ LIMITS }) => { LIMITS.images = 3; })")
     choose(page, *(file(f"{n}.png", png((300, 300 + n))) for n in range(4)))
-    expect(page.locator("#notice")).to_have_text("A message can have 3 pictures.")
+    expect(page.locator("#notice")).to_have_text("A request may have 3 images; send fewer.")
     expect(waiting(page)).to_have_count(3)
+    page.evaluate("import('/page/attachments.js').then(({ LIMITS }) => { LIMITS.body = 1000; })")
     ask(page, "My question")
-    expect(page.locator("#notice")).to_contain_text("The pictures are too large together.")
+    expect(page.locator("#notice")).to_contain_text("The files of this conversation are too large together")
     expect(page.locator("#text")).to_have_value("My question")
     expect(waiting(page)).to_have_count(3)
     assert server.seen == []
+    page.evaluate("import('/page/attachments.js').then(({ LIMITS }) => { LIMITS.body = 2 ** 20; })")
+    page.locator("#text").press("Enter")
+    is_done(page)
+    # A request carries the files of earlier messages as well.
+    choose(page, file("more.png", png()))
+    expect(page.locator("#notice")).to_have_text("A request may have 3 images; send fewer.")
+    page.evaluate("import('/page/attachments.js').then(({ LIMITS }) => { LIMITS.images = 64; LIMITS.body = 1000; })")
+    ask(page, "More")
+    expect(page.locator("#notice")).to_contain_text("The files of this conversation are too large together")
+    assert len(server.seen) == 1
 
 
 def test_text_is_pasted_as_text(page: Page, server: ScriptedServer) -> None:
@@ -190,7 +201,7 @@ def test_names_of_files_are_no_markup(page: Page, server: ScriptedServer) -> Non
     name = "<img src=x onerror=alert(1)>\u202egnp.png"
     choose(page, file(name, b"no"), file(name, png()))
     expect(waiting(page)).to_have_count(1)
-    expect(page.locator("#notice")).to_contain_text("<img src=x onerror=alert(1)>gnp.png is no picture")
+    expect(page.locator("#notice")).to_contain_text("<img src=x onerror=alert(1)>gnp.png: this is no picture")
     ask(page, "?")
     is_done(page)
     expect(page.get_by_role("article", name="You").get_by_role("img")).to_have_attribute(

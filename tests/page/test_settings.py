@@ -14,6 +14,7 @@ from playwright.sync_api import Page, expect
 from .conftest import png
 from .reading import ask, is_done, last_answer
 from .scripted import Answer, ScriptedServer, Thinking
+from .test_media import FILM, PAPER
 from .test_pictures import choose, file, waiting
 
 SCHEMA = {"type": "object", "properties": {"result": {"type": "integer"}}, "required": ["result"]}
@@ -120,10 +121,18 @@ def test_a_request_is_copied_for_curl_and_python_and_does_the_same(
 ) -> None:
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     (tmp_path / NAME).write_bytes(png())
-    fill(page, seed="7", budget="99", schema=json.dumps(SCHEMA))
+    (tmp_path / "clip.webm").write_bytes(FILM)
+    (tmp_path / "report.pdf").write_bytes(PAPER)
+    choose(
+        page,
+        file(NAME, png()),
+        file("clip.webm", FILM, "video/webm"),
+        file("report.pdf", PAPER, "application/pdf"),
+    )
+    expect(waiting(page)).to_have_count(3)
+    fill(page, seed="7", budget="99", schema=json.dumps(SCHEMA), fps="2", pages="1")
+    page.get_by_label("Draw the places that an answer names").check()
     page.keyboard.press("Escape")
-    choose(page, file(NAME, png()))
-    expect(waiting(page)).to_have_count(1)
     ask(page, AWKWARD)
     is_done(page)
     for name in ("curl", "Python"):
@@ -141,7 +150,8 @@ def test_a_request_is_copied_for_curl_and_python_and_does_the_same(
         assert "Here it is." in done.stdout
         assert server.seen[-1].body == server.seen[0].body
     assert len(server.seen) == 3
-    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+    assert {path.name for path in tmp_path.iterdir()} == {NAME, "clip.webm", "report.pdf"}
+    assert server.seen[0].body["kimi_vl"] == {"grounding": True}
 
 
 def test_the_key_is_not_written_into_what_is_copied(page: Page, server: ScriptedServer) -> None:

@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 
 from kimi_vl.serving.errors import ApiError
-from kimi_vl.serving.protocol import IGNORED, READ, SEEDS, UNSUPPORTED, ChatRequest, Rules, read_chat
+from kimi_vl.serving.protocol import (
+    IGNORED,
+    READ,
+    SEEDS,
+    UNSUPPORTED,
+    ChatRequest,
+    Fields,
+    Rules,
+    read_chat,
+    read_estimated,
+)
 from kimi_vl.text import grammar
 from kimi_vl.text.messages import ImagePart, Turn
 from kimi_vl.text.thinking import THINK_CLOSE, THINK_OPEN
@@ -43,6 +53,12 @@ def test_defaults_are_those_of_the_pipeline():
     assert dict(request.params) == {"stop_sequences": ()}
     assert (request.model, request.n, request.stream, request.include_usage) == (None, 1, False, False)
     assert request.reasoning == "separate" and request.turns == (Turn("user", ("Hello?",)),)
+
+
+def test_an_estimate_keeps_the_room_that_the_request_would():
+    for name in ("max_completion_tokens", "max_tokens", "max_new_tokens"):
+        assert read_estimated(Fields.of({name: 7})) == {"max_length_tokens": 7}
+    assert read_estimated(Fields.of({"media_io_kwargs": {"video": {"fps": 2}}})) == {"fps": 2}
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,12 @@ export async function version() {
   return text(said?.version);
 }
 
+/** What messages cost: {count, max_model_len, media}. */
+export async function tokenize(body, signal) {
+  const headers = { "Content-Type": "application/json" };
+  return (await request("tokenize", { method: "POST", headers, body: JSON.stringify(body), signal })).json();
+}
+
 /** The pieces of one streamed answer: objects with some of `thinking`, `answer`, `finish`, `usage` and `extra`. */
 export async function* complete(body, session, signal) {
   const response = await request("v1/chat/completions", {
@@ -107,7 +113,7 @@ export async function* complete(body, session, signal) {
         answer: text(choice?.delta?.content),
         finish: choice?.finish_reason ?? null,
         usage: chunk.usage ?? null,
-        extra: chunk.kimi_vl ?? null,
+        extra: choice?.kimi_vl ?? null,
       };
     }
   } catch (error) {

@@ -1,18 +1,21 @@
 // The page's conduct: a conversation, one request at a time, and the keyboard.
 import { RequestError, baseUrl, complete, key, models, version } from "./api.js";
+import { LIMITS, dataUrl, isPicture, sentBytes, tooMany } from "./attachments.js";
 import { Composer } from "./composer.js";
 import { announce, byId } from "./dom.js";
 import { explain } from "./errors.js";
+import { Estimate } from "./estimate.js";
 import { Exchange } from "./exchange.js";
 import { ideas } from "./ideas.js";
-import { LIMITS, dataUrl } from "./pictures.js";
-import { requestBody } from "./request.js";
-import { openSettings, prepareSettings, showProblems } from "./settings.js";
+import { fetchPrompts } from "./prompts.js";
+import { estimateBody, requestBody } from "./request.js";
+import { openSettings, prepareSettings, readSettings, showProblems, showReading } from "./settings.js";
 import { curl, python } from "./snippets.js";
 
 const MOST_WAITS = 5; // how often a busy server is asked again without anybody pressing a button
 
 const composer = new Composer();
+const estimate = new Estimate((told) => composer.showEstimate(told));
 let exchanges = []; // of this conversation
 let session = newSession();
 let running = null; // {controller} of the request that runs, or {end} of a waiting for the time to ask again
@@ -29,7 +32,7 @@ const actions = {
   edit(exchange) {
     stop();
     edited = exchange;
-    composer.edit(exchange.text, exchange.pictures);
+    composer.edit(exchange);
     const first = exchanges.indexOf(exchange);
     exchanges.forEach((each, at) => each.node.classList.toggle("dropped", at >= first));
   },
@@ -39,6 +42,10 @@ const actions = {
 };
 
 const upTo = (exchange) => exchanges.slice(0, exchanges.indexOf(exchange) + 1);
+const filesOf = (some) => some.flatMap(({ files }) => files);
+
+/** The exchanges that stay when what is in the box is sent. */
+const kept = () => (edited ? exchanges.slice(0, exchanges.indexOf(edited)) : exchanges);
 
 function leaveEditing() {
   edited = null;
@@ -59,16 +66,16 @@ function send() {
     announce("An answer is still coming");
     return;
   }
-  const bytes = composer.pictures.reduce((sum, picture) => sum + (picture.blob.size * 4) / 3, 0);
-  if (bytes > LIMITS.body) {
-    composer.notice("The pictures are too large together. Take one out or make some smaller.");
+  const problem = tooLarge();
+  if (problem) {
+    composer.notice(problem);
     return;
   }
   if (!checkedSettings()) return;
   const first = edited ? exchanges.indexOf(edited) : exchanges.length;
-  const { text, pictures } = composer.take();
+  const message = composer.take();
   leaveEditing();
-  const exchange = new Exchange(text, pictures, actions);
+  const exchange = new Exchange(message, actions);
   for (const dropped of exchanges.splice(first)) dropped.node.remove();
   exchanges.push(exchange);
   byId("conversation").append(exchange.node);
@@ -77,8 +84,42 @@ function send() {
   ask(exchange);
 }
 
+/** Why what is in the box cannot be sent with what was before, or "". */
+function tooLarge() {
+  const files = [...filesOf(kept()), ...composer.files];
+  if (tooMany(files)) return tooMany(files);
+  if (bytesOfRequest() <= LIMITS.body) return "";
+  return `The files of this conversation are too large together: a body may have ${Math.floor(LIMITS.body / 2 ** 20)} MiB. Send less, or begin a new chat.`;
+}
+
+/** What is in the box as an exchange that has not been asked. */
+const next = () => ({ text: composer.text.value, files: composer.files, form: composer.form });
+
+/** Bytes of the body that what is in the box would make. */
+function bytesOfRequest() {
+  const asked = [...kept(), next()];
+  const words = JSON.stringify(requestBody(asked, readSettings().settings, () => ""));
+  return filesOf(asked).reduce((sum, file) => sum + sentBytes(file), new Blob([words]).size);
+}
+
+/** The files, the form or the settings have changed: show what follows from it. */
+function renew() {
+  composer.showForm();
+  showReading(filesOf(exchanges), composer.files);
+  if (!composer.files.length || readSettings().problems.length || tooLarge()) {
+    estimate.drop();
+    return;
+  }
+  estimate.renew(bytesOfRequest(), async () => {
+    const asked = [...kept(), next()];
+    await Promise.all(filesOf(asked).map(dataUrl));
+    return estimateBody(asked, readSettings().settings, (file) => file.data);
+  });
+}
+
 /** Ask for the answer of an exchange, anew if it has one. What follows it is dropped. */
 async function ask(exchange, waits = 0) {
+  renew();
   const settings = checkedSettings();
   if (!settings) return;
   stop();
@@ -103,7 +144,7 @@ async function ask(exchange, waits = 0) {
   if (exchange.controller !== controller) return; // it is asked anew already
   if (running?.controller === controller) running = null;
   if (end) {
-    exchange.reply.finish(end);
+    exchange.reply.finish(end, exchange.files, filesOf(upTo(exchange)).filter(isPicture));
     announce(exchange.answer ? `Answer: ${exchange.answer.slice(0, 600)}` : "The answer is empty");
   } else if (controller.signal.aborted) {
     exchange.reply.stopped();
@@ -120,9 +161,9 @@ async function ask(exchange, waits = 0) {
 async function receive(exchange, settings, signal) {
   const asked = upTo(exchange);
   const { reply } = exchange;
-  await Promise.all(asked.flatMap(({ pictures }) => pictures.map(dataUrl)));
+  await Promise.all(filesOf(asked).map(dataUrl));
   signal.throwIfAborted();
-  const body = requestBody(asked, settings, (picture) => picture.data);
+  const body = requestBody(asked, settings, (file) => file.data);
   const end = { finish: null, usage: null, extra: null };
   let waiting = false;
   let freeAt = 0; // a draw that took long is followed by a pause four times as long, so that the page stays quick
@@ -228,10 +269,12 @@ function newChat() {
   if (!byId("editing").hidden) composer.take();
   exchanges = [];
   session = newSession();
+  byId("form").value = "";
   byId("conversation").replaceChildren();
   byId("welcome").hidden = false;
   composer.notice("");
   composer.focus();
+  renew();
   showLatest();
 }
 
@@ -321,11 +364,14 @@ window.addEventListener("scroll", () => {
   following = atEnd();
   showLatest();
 }, { passive: true });
-byId("ideas").append(...ideas((text, pictures) => {
+byId("ideas").append(...ideas((text, files) => {
   composer.set(text, []);
-  composer.addFiles(pictures);
+  composer.addFiles(files);
 }));
-prepareSettings();
+composer.earlierFiles = () => filesOf(kept());
+composer.onChange = renew;
+fetchPrompts().then(() => composer.showForm());
+prepareSettings(renew);
 prepareKeys();
 showTheme();
 meetServer();

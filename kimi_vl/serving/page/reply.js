@@ -2,6 +2,8 @@
 import { copied, button, element, icon } from "./dom.js";
 import { figures } from "./figures.js";
 import { MarkdownWriter } from "./markdown.js";
+import { places } from "./places.js";
+import { taken } from "./taken.js";
 
 // Characters of thinking after which a line begins a new paragraph, and after which a space does: what grows is laid
 // out anew, the paragraphs before it are not.
@@ -101,14 +103,25 @@ export class Reply {
     this.node.setAttribute("aria-busy", "false");
   }
 
-  /** The answer is complete. `end`: the finish reason, the usage and the server's extra figures, where they came. */
-  finish({ finish, usage, extra }) {
+  /**
+   * The answer is complete. `end`: the finish reason, the usage and the server's extra figures, where they came. `files`
+   * are those of its question, `pictures` those of its whole request.
+   */
+  finish({ finish, usage, extra }, files, pictures) {
     this.#end();
+    if (extra?.grounding) this.#showPlaces(extra.grounding, pictures);
+    this.below.append(...taken(extra?.media, files));
     if (extra?.thinking_closed_by === "budget") this.#tellThinking(", up to its budget");
     if (this.code) this.#formatJson();
     if (finish === "length") this.#note("The answer is cut off: it has as many tokens as it may. The settings can allow more.");
     else if (!this.answer) this.#note("The answer is empty.");
     this.#foot(usage && figures(usage, this.#times.began, this.#times.first, performance.now()));
+  }
+
+  #showPlaces(grounding, pictures) {
+    const found = places(grounding, pictures);
+    this.below.append(...found);
+    if (!found.length) this.#note("The answer names no place in a picture.");
   }
 
   #formatJson() {

@@ -3,18 +3,26 @@ import { key } from "./api.js";
 import { byId } from "./dom.js";
 
 const NUMBERS = { budget: "budget", "max-tokens": "maxTokens", temperature: "temperature", "top-p": "topP", seed: "seed" };
-const FIELDS = ["system", "schema", ...Object.keys(NUMBERS)];
+const FRAMES = { fps: "fps", "max-frames": "max_frames", start: "start", end: "end" };
+const FIELDS = ["system", "schema", "pages", ...Object.keys(NUMBERS), ...Object.keys(FRAMES)];
 
 /** The settings as they are now, and the fields whose values cannot be sent: [{id, problem}]. */
 export function readSettings() {
   const settings = { model: byId("model").value, system: byId("system").value.trim() ? byId("system").value : "" };
   const problems = [];
   settings.thinks = byId("thinking").getAttribute("aria-pressed") === "true";
-  for (const [id, name] of Object.entries(NUMBERS)) {
+  settings.places = byId("places").checked;
+  const number = (id) => {
     const field = byId(id);
-    settings[name] = field.value === "" ? null : field.valueAsNumber;
     if (!field.validity.valid) problems.push({ id, problem: outOfBounds(field) });
+    return field.value === "" ? null : field.valueAsNumber;
+  };
+  for (const [id, name] of Object.entries(NUMBERS)) settings[name] = number(id);
+  settings.reading = { pages: byId("document-settings").hidden ? null : byId("pages").value.trim() || null };
+  for (const [id, name] of Object.entries(FRAMES)) {
+    settings.reading[name] = byId("video-settings").hidden ? null : number(id);
   }
+  problems.push(...readingProblems(settings.reading));
   const { schema, problem } = readSchema(byId("schema").value);
   settings.schema = schema;
   if (problem) problems.push({ id: "schema", problem });
@@ -25,8 +33,38 @@ function outOfBounds(field) {
   const name = field.labels[0].textContent;
   const kind = field.step === "1" ? "a whole number" : "a number";
   const least = Number(field.min).toLocaleString("en");
-  const most = Number(field.max).toLocaleString("en");
-  return `${name} must be ${kind} from ${least} to ${most}.`;
+  if (field.max === "") return `${name} must be ${kind} of at least ${least}.`;
+  return `${name} must be ${kind} from ${least} to ${Number(field.max).toLocaleString("en")}.`;
+}
+
+/** What no bounds of a field say of how videos and documents are read. */
+function readingProblems({ fps, start, end, pages }) {
+  const problems = [];
+  if (fps === 0) problems.push({ id: "fps", problem: "Frames a second must be above 0." });
+  if (end !== null && end <= (start ?? 0)) problems.push({ id: "end", problem: "The end must be after the start." });
+  if (pages !== null && !/^\s*\d+\s*(-\s*\d*\s*)?(,\s*\d+\s*(-\s*\d*\s*)?)*$/.test(pages)) {
+    problems.push({ id: "pages", problem: "Pages must be numbers and ranges like 1-3,7." });
+  }
+  return problems;
+}
+
+/** Show the settings of videos and documents where there are some, and those of the `next` message in the box. */
+export function showReading(earlier, next) {
+  const among = (files, wanted) => files.some(({ kind }) => kind === wanted);
+  const [video, document] = ["video", "document"].map((kind) => among(next, kind));
+  byId("video-settings").hidden = !video && !among(earlier, "video");
+  byId("document-settings").hidden = !document && !among(earlier, "document");
+  const { fps, max_frames: most, start, end, pages } = readSettings().settings.reading;
+  const words = [
+    video && fps !== null && `${fps} frame${fps === 1 ? "" : "s"} a second`,
+    video && most !== null && `${most} frame${most === 1 ? "" : "s"} at most`,
+    video && (start !== null || end !== null) && `${start ?? 0} s to ${end === null ? "the end" : `${end} s`}`,
+    document && pages !== null && `pages ${pages}`,
+  ];
+  const chip = byId("reading");
+  chip.hidden = !video && !document;
+  chip.textContent = words.filter(Boolean).join(", ") || (video ? "Frames" : "Pages");
+  chip.classList.toggle("chosen", words.some(Boolean));
 }
 
 /** A JSON schema from text: {schema, problem}, of which one is null, or both where there is no text. */
@@ -88,15 +126,21 @@ export function openSettings(id = null) {
   if (id) byId(id).focus();
 }
 
-export function prepareSettings() {
+/** `changed` is called when a setting has. */
+export function prepareSettings(changed) {
   const dialog = byId("settings");
   const form = dialog.querySelector("form");
-  form.addEventListener("input", showProblems);
+  const show = () => {
+    showProblems();
+    changed();
+  };
+  form.addEventListener("input", show);
   byId("key").addEventListener("change", () => key.set(byId("key").value.trim()));
   byId("reset").addEventListener("click", () => {
     for (const id of FIELDS) byId(id).value = "";
     byId("thinking").setAttribute("aria-pressed", "true");
-    showProblems();
+    byId("places").checked = false;
+    show();
   });
   // Enter in a field closes the dialog, but not in a text of several lines; so does a press beside it.
   form.addEventListener("submit", () => key.set(byId("key").value.trim()));
@@ -105,5 +149,6 @@ export function prepareSettings() {
   });
   byId("open-settings").addEventListener("click", () => openSettings());
   byId("json-set").addEventListener("click", () => openSettings("schema"));
+  byId("reading").addEventListener("click", () => openSettings(byId("video-settings").hidden ? "pages" : "fps"));
   showProblems();
 }

@@ -1,4 +1,4 @@
-// The same request for a terminal and for a program. Pictures are read from files of their names, not written out.
+// The same request for a terminal and for a program. Files are read by their names, not written out.
 import { requestBody } from "./request.js";
 
 /** A command for a POSIX shell, with curl and base64. */
@@ -6,9 +6,9 @@ export function curl(exchanges, settings, baseUrl, hasKey) {
   const { body, places } = withPlaces(exchanges, settings);
   // In a here-document a shell reads $, ` and \ only.
   let json = JSON.stringify(body, null, 2).replace(/[\\$`]/g, "\\$&");
-  for (const [place, picture] of places) {
-    const file = `'${picture.name.replaceAll("'", "'\\''")}'`;
-    json = json.replace(place, () => `data:${picture.type};base64,$(base64 < ${file} | tr -d '\\n')`);
+  for (const [place, { name, type }] of places) {
+    const file = `'${name.replaceAll("'", "'\\''")}'`;
+    json = json.replace(place, () => `data:${type};base64,$(base64 < ${file} | tr -d '\\n')`);
   }
   const key = hasKey ? `  -H "Authorization: Bearer $KIMI_VL_API_KEY" \\\n` : "";
   const url = `'${baseUrl.replaceAll("'", "%27")}/chat/completions'`;
@@ -19,18 +19,19 @@ export function curl(exchanges, settings, baseUrl, hasKey) {
 /** A Python program that uses the openai package. */
 export function python(exchanges, settings, baseUrl, hasKey) {
   const { body, places } = withPlaces(exchanges, settings);
-  const { model, messages, thinking_budget: budget, ...others } = body;
+  const { model, messages, thinking_budget, kimi_vl, ...others } = body;
   const lines = [`    model=${literal(model ?? "")},`, `    messages=${literal(messages, 1)},`];
   for (const [name, value] of Object.entries(others)) lines.push(`    ${name}=${literal(value, 1)},`);
-  if (budget !== undefined) lines.push(`    extra_body={"thinking_budget": ${budget}},`);
+  const extra = JSON.parse(JSON.stringify({ thinking_budget, kimi_vl })); // without what is not set
+  if (Object.keys(extra).length) lines.push(`    extra_body=${literal(extra, 1)},`);
   let call = lines.join("\n");
-  for (const [place, picture] of places) {
-    call = call.replace(JSON.stringify(place), () => `picture(${literal(picture.name)}, ${literal(picture.type)})`);
+  for (const [place, { name, type }] of places) {
+    call = call.replace(JSON.stringify(place), () => `data_url(${literal(name)}, ${literal(type)})`);
   }
   const imports = [places.size && "import base64", hasKey && "import os", places.size && "from pathlib import Path"];
   const head = imports.filter(Boolean);
   const reader = places.size
-    ? `\n\ndef picture(path, kind):\n    data = base64.b64encode(Path(path).read_bytes()).decode()\n` +
+    ? `\n\ndef data_url(path, kind):\n    data = base64.b64encode(Path(path).read_bytes()).decode()\n` +
       `    return f"data:{kind};base64,{data}"\n\n`
     : "";
   const key = hasKey ? `os.environ["KIMI_VL_API_KEY"]` : `"none"`;
@@ -48,13 +49,13 @@ print()
 `;
 }
 
-/** The body with a word in place of each picture that no text of the user can contain. */
+/** The body with a word in place of each file's data that no text of the user can contain. */
 function withPlaces(exchanges, settings) {
   const nonce = [...crypto.getRandomValues(new Uint32Array(3))].map((part) => part.toString(36)).join("");
   const places = new Map();
-  const body = requestBody(exchanges, settings, (picture) => {
-    const place = `picture-${nonce}-${places.size}-`;
-    places.set(place, picture);
+  const body = requestBody(exchanges, settings, (file) => {
+    const place = `file-${nonce}-${places.size}-`;
+    places.set(place, file);
     return place;
   });
   return { body, places };
