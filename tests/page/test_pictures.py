@@ -183,9 +183,16 @@ def test_too_much_together_is_said_before_it_is_sent(page: Page, server: Scripte
     # A request carries the files of earlier messages as well.
     choose(page, file("more.png", png()))
     expect(page.locator("#notice")).to_have_text("A request may have 3 images; send fewer.")
-    page.evaluate("import('/page/attachments.js').then(({ LIMITS }) => { LIMITS.images = 64; LIMITS.body = 1000; })")
-    ask(page, "More")
-    expect(page.locator("#notice")).to_contain_text("The files of this conversation are too large together")
+    page.evaluate("import('/page/attachments.js').then(({ LIMITS }) => { LIMITS.images = 4; })")
+    choose(page, file("more.png", png()))
+    expect(waiting(page)).to_have_count(1)
+    for limits, problem in (
+        ("LIMITS.images = 3;", "A request may have 3 images; send fewer."),
+        ("LIMITS.images = 4; LIMITS.body = 3000;", "The files of this conversation are too large together"),
+    ):
+        page.evaluate(f"import('/page/attachments.js').then(({{ LIMITS }}) => {{ {limits} }})")
+        ask(page, "More")
+        expect(page.locator("#notice")).to_contain_text(problem)
     assert len(server.seen) == 1
 
 
