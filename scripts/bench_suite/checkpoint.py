@@ -5,6 +5,7 @@ Made once and kept: a folder's name says what is in it, and it gets that name on
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import os
@@ -15,12 +16,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from kimi_vl.model.config import PUBLISHED_TEXT, Config
-from kimi_vl.weights import loader
+from kimi_vl.quantization import scheme
+from kimi_vl.text.tokenizer import Tokenizer
+from kimi_vl.weights import loader, resolve
+
+from . import random_weights
 
 CACHE = Path(__file__).parents[2] / ".cache" / "bench"
 # The published config.json, but for the numbers of layers.
@@ -57,8 +61,6 @@ PUBLISHED: dict[str, Any] = {
 }
 _VISION_BLOCKS = _TEXT_LAYERS = 27
 _SHARD_BYTES = 500e6
-_POOL = 2**24 + 43  # random values at hand; odd, so that tensors beginning at different places of it differ
-_STEP = 1_000_003  # apart in the pool
 
 
 @dataclass(frozen=True)
@@ -84,27 +86,34 @@ def ready(cache: Path, nbytes: float) -> Checkpoint:
 
 
 def with_layers(
-    cache: Path, text_layers: int, vision_blocks: int = 1, divisor: int = 1, vocabulary: int = 0
+    cache: Path,
+    text_layers: int,
+    vision_blocks: int = 1,
+    divisor: int = 1,
+    vocabulary: int = 0,
+    form: str | None = None,
 ) -> Checkpoint:
-    """A bfloat16 checkpoint with so many layers, from ``cache`` where it was made before; widths as published, or
-    divided by ``divisor``, and as many ids as ``vocabulary`` says."""
+    """A checkpoint with so many layers, from ``cache`` where it was made before; widths as published, or divided by
+    ``divisor``, as many ids as ``vocabulary`` says, and weights in bfloat16 or quantised as ``form``."""
     values = divided(divisor, text_layers, vision_blocks)
-    return _made(cache, divisor, with_vocabulary(values, vocabulary) if vocabulary else values)
+    return _made(cache, divisor, with_vocabulary(values, vocabulary) if vocabulary else values, form)
 
 
-def _made(cache: Path, divisor: int, values: dict[str, Any]) -> Checkpoint:
+def _made(cache: Path, divisor: int, values: dict[str, Any], form: str | None = None) -> Checkpoint:
     text, vision = values["text_config"]["num_hidden_layers"], values["vision_config"]["num_hidden_layers"]
     ids = values["text_config"]["vocab_size"]
     fewer = ids < PUBLISHED["text_config"]["vocab_size"] // divisor
-    name = f"checkpoint-{'published' if divisor == 1 else f'div{divisor}'}-{text}-{vision}"
-    folder = cache / (f"{name}-{ids}" if fewer else name)
-    config = json.dumps(values, indent=1)
+    name = f"counting-{'published' if divisor == 1 else f'div{divisor}'}-{text}-{vision}"
+    folder = cache / "-".join(filter(None, (name, str(ids) if fewer else "", form)))
+    quantized = {"quantization_config": scheme.to_config(scheme.form(form))} if form else {}
+    config = json.dumps(values | quantized, indent=1)
     if not (folder.exists() and (folder / "config.json").read_text(encoding="utf-8") == config):
         shutil.rmtree(folder, ignore_errors=True)  # of another version of this file
         part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
         try:
             part.mkdir(parents=True)
-            _write(part, values)
+            _write(part, Config.from_dict(values), form)
+            _write_companions(part, ids)
             (part / "config.json").write_text(config, encoding="utf-8")
             part.rename(folder)
         finally:
@@ -156,9 +165,9 @@ def _size(values: dict[str, Any]) -> int:
     return sum(parameter.nbytes for parameter in loader.empty_model(Config.from_dict(values)).parameters())
 
 
-def _write(folder: Path, values: dict[str, Any]) -> None:
+def _write(folder: Path, config: Config, form: str | None) -> None:
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(_shards(_tensors(values)), start=1):
+    for number, shard in enumerate(_shards(random_weights.tensors(config, form)), start=1):
         file = f"model-{number:05d}.safetensors"
         print(f"set-up: writing {file} of a synthetic checkpoint (once)", file=sys.stderr, flush=True)
         save_file(shard, folder / file, metadata={"format": "pt"})
@@ -167,26 +176,23 @@ def _write(folder: Path, values: dict[str, Any]) -> None:
     (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
 
 
-def _tensors(values: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Random tensors that all differ; the router's biases are float32 as published, of bfloat16 values."""
-    pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(0)).bfloat16()
-    begin = 0
-    for name, slot in loader.checkpoint_layout(Config.from_dict(values)).items():
-        count = int(torch.Size(slot.shape).numel())
-        pieces, needed, at = [], count, begin
-        while needed:
-            pieces.append(pool[at : at + needed])
-            needed, at = needed - len(pieces[-1]), 0
-        value = torch.cat(pieces).reshape(slot.shape)
-        yield name, value.float() if name.endswith("e_score_correction_bias") else value
-        begin = (begin + _STEP) % _POOL
+def _write_companions(folder: Path, ids: int) -> None:
+    """What a pipeline needs beside the weights. The tokens are bytes and then words that are their own ids."""
+    words = [bytes([value]) for value in range(256)] + [f" {number}".encode() for number in range(256, ids - 256)]
+    lines = [f"{base64.b64encode(word).decode()} {rank}\n" for rank, word in enumerate(words)]
+    (folder / "tiktoken.model").write_text("".join(lines), encoding="utf-8")
+    special = Tokenizer({word: rank for rank, word in enumerate(words)}).special
+    added = {str(index): {"content": name, "special": True} for name, index in special.items()}
+    text = json.dumps({"added_tokens_decoder": added}, indent=1)
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    shutil.copy(resolve.DEMO / "preprocessor_config.json", folder)
 
 
 def _shards(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
     held = 0
     for name, value in tensors:
-        shard[name], held = value, held + value.nbytes
+        shard[name], held = value.contiguous(), held + value.nbytes
         if held >= _SHARD_BYTES:
             yield shard
             shard, held = {}, 0

@@ -35,6 +35,7 @@ from kimi_vl.events import Done
 from kimi_vl.pipeline import Pipeline
 from kimi_vl.text.tokenizer import Tokenizer
 
+from .conditions import processor
 from .load import rounded
 from .streams import Client
 from .text import DEMO
@@ -149,15 +150,6 @@ def endless(folder: Path) -> Path:
     tensors["language_model.lm_head.weight"][list(Tokenizer.from_directory(DEMO).stop_ids)] = 0
     save_file(tensors, folder / "model.safetensors")
     return folder
-
-
-def processor() -> str:
-    """The name that Linux has for it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def seconds_busy(pids: Sequence[int]) -> float:

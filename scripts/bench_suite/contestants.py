@@ -22,13 +22,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-NAMES = ("kimi_vl", "transformers", "vllm")
+from . import derived
+
+NAMES = ("kimi_vl", "transformers", "vllm", "llamacpp")
+QUANTIZED = ("kimi_vl", "llamacpp")
+"""Those who decode quantised weights as well."""
 
 
 class Contestant(Protocol):
     def decode(self, ids: Sequence[list[int]], max_new_tokens: int) -> dict[str, Any]:
         """``max_new_tokens`` after each of some prompts of one length: ``first``, seconds to the first token of the
-        last sequence, and ``step``, seconds a token after that."""
+        last sequence, ``step``, seconds a token after that, and ``last``, the last token of each."""
+        ...
+
+    def count(self, ids: Sequence[list[int]], max_new_tokens: int) -> dict[str, Any]:
+        """``experts``: how many a layer reads in a step in the mean, or none where that is hidden."""
         ...
 
     def mixed(self, requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -41,16 +49,37 @@ class Process:
     """A contestant as the one who asks sees it."""
 
     def __init__(
-        self, name: str, folder: Path, *, device: str, dtype: str, sequences: int, threads: int, python: str = ""
+        self,
+        name: str,
+        folder: Path,
+        *,
+        device: str,
+        dtype: str,
+        sequences: int,
+        threads: int,
+        form: str = "bf16",
+        python: str = "",
     ):
         command = [python or sys.executable, "-P", "-m", f"{__package__}.contestants", name, str(folder)]
         command += ["--device", device, "--dtype", dtype, "--sequences", str(sequences), "--threads", str(threads)]
-        self.name = name
+        command += ["--form", form]
+        self.kind, self.form, self.folder = name, form, folder
+        self.name = name if form == "bf16" else f"{name} {form}"
+        began = time.monotonic()
         # a group of its own, which takes in what a contestant starts
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0
         )
-        self.version: str = self._answer()["version"]
+        greeting = self._answer()
+        self.version: str = greeting["version"]
+        # bytes of weights that every step reads, and of all routed experts', where they are not the checkpoint's
+        self.weights: tuple[int, int] | None = greeting.get("weights") and tuple(greeting["weights"])
+        self.ready_s = time.monotonic() - began
+
+    @property
+    def group(self) -> int:
+        """Of the processes that belong to it."""
+        return self._process.pid
 
     def ask(self, question: str, *values: Any) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -85,6 +114,7 @@ def main() -> int:
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--sequences", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--form", required=True)
     args = parser.parse_args()
     # answers leave by a descriptor of their own: what libraries print goes elsewhere
     answers = os.fdopen(os.dup(1), "w")
@@ -93,9 +123,11 @@ def main() -> int:
         "kimi_vl": _kimi_vl,
         "transformers": _transformers,
         "vllm": _vllm,
+        "llamacpp": _llamacpp,
     }[args.name]
     version, contestant = make(args)
-    print(json.dumps({"version": version}), file=answers, flush=True)
+    greeting = {"version": version, "weights": getattr(contestant, "weights", None)}
+    print(json.dumps(greeting), file=answers, flush=True)
     for line in sys.stdin:
         question, *values = json.loads(line)
         print(json.dumps(getattr(contestant, question)(*values)), file=answers, flush=True)
@@ -119,11 +151,11 @@ def _kimi_vl(args: argparse.Namespace) -> tuple[str, Contestant]:
 
     class KimiVL:
         def decode(self, ids: Sequence[list[int]], max_new_tokens: int) -> dict[str, Any]:
-            first, step = decode.run_engine(engine, ids, max_new_tokens)
-            return {"first": first, "step": step}
+            first, step, last = decode.run_engine(engine, ids, max_new_tokens)
+            return {"first": first, "step": step, "last": last}
 
         def count(self, ids: Sequence[list[int]], max_new_tokens: int) -> dict[str, Any]:
-            """``experts``: how many a layer reads in a step, or none where graphs hide it."""
+            """None where graphs hide it."""
             with decode.counted_experts(engine, len(ids)) as counts:
                 decode.run_engine(engine, ids, max_new_tokens)
             return {"experts": statistics.mean(counts) if counts else None}
@@ -174,8 +206,23 @@ def _transformers(args: argparse.Namespace) -> tuple[str, Contestant]:
     class Transformers:
         def decode(self, ids: Sequence[list[int]], max_new_tokens: int) -> dict[str, Any]:
             began = time.perf_counter()
-            times = self._times(ids, max_new_tokens)
-            return {"first": times[0] - began, "step": (times[-1] - times[0]) / (max_new_tokens - 1)}
+            times, last = self._times(ids, max_new_tokens)
+            return {"first": times[0] - began, "step": (times[-1] - times[0]) / (max_new_tokens - 1), "last": last}
+
+        def count(self, ids: Sequence[list[int]], max_new_tokens: int) -> dict[str, Any]:
+            counts: list[int] = []
+
+            def note(_: Any, arguments: tuple[Any, ...]) -> None:
+                chosen = arguments[1]  # (T, K)
+                if len(chosen) == len(ids):
+                    counts.append(chosen.unique().numel())
+
+            experts = [module for name, module in model.named_modules() if name.endswith("mlp.experts")]
+            hooks = [module.register_forward_pre_hook(note) for module in experts]
+            self._times(ids, max_new_tokens)
+            for hook in hooks:
+                hook.remove()
+            return {"experts": statistics.mean(counts) if counts else None}
 
         def mixed(self, requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
             """One after another: prompts with pictures cannot share a batch there without padding."""
@@ -185,16 +232,16 @@ def _transformers(args: argparse.Namespace) -> tuple[str, Contestant]:
                 if side:
                     values = torch.from_numpy(ladder.square_picture(side).pixel_values).to(model.device)
                     pixels = {"pixel_values": values, "image_grid_hws": torch.tensor([[side, side]])}
-                first.append(self._times([request["ids"]], request["max_new_tokens"], **pixels)[0] - began)
+                first.append(self._times([request["ids"]], request["max_new_tokens"], **pixels)[0][0] - began)
             return {"seconds": time.perf_counter() - began, "first": first}
 
         @torch.inference_mode()
-        def _times(self, ids: Sequence[list[int]], count: int, **more: Any) -> list[float]:
+        def _times(self, ids: Sequence[list[int]], count: int, **more: Any) -> tuple[list[float], list[int]]:
             inputs, moments = torch.tensor(ids, device=model.device), Moments()
             more |= {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
             mask, noting = torch.ones_like(inputs), transformers.StoppingCriteriaList([moments])
-            model.generate(input_ids=inputs, attention_mask=mask, stopping_criteria=noting, **more)
-            return moments.times
+            found = model.generate(input_ids=inputs, attention_mask=mask, stopping_criteria=noting, **more)
+            return moments.times, found[:, -1].tolist()
 
     return transformers.__version__, Transformers()
 
@@ -215,7 +262,7 @@ def _vllm(args: argparse.Namespace) -> tuple[str, Contestant]:
     import vllm  # pyright: ignore[reportMissingImports]
 
     model = vllm.LLM(
-        model=str(_decoder_alone(args.folder)),
+        model=str(derived.beside(args.folder, "-decoder", lambda part: _decoder_alone(args.folder, part))),
         skip_tokenizer_init=True,
         dtype=args.dtype,
         max_num_seqs=args.sequences,
@@ -225,36 +272,45 @@ def _vllm(args: argparse.Namespace) -> tuple[str, Contestant]:
 
     class VLLM:
         def decode(self, ids: Sequence[list[int]], max_new_tokens: int) -> dict[str, Any]:
-            first = self._seconds(ids, 1)
-            return {"first": first, "step": (self._seconds(ids, max_new_tokens) - first) / (max_new_tokens - 1)}
+            first, _ = self._seconds(ids, 1)
+            all_of_them, last = self._seconds(ids, max_new_tokens)
+            return {"first": first, "step": (all_of_them - first) / (max_new_tokens - 1), "last": last}
+
+        def count(self, ids: Sequence[list[int]], max_new_tokens: int) -> dict[str, Any]:
+            return {"experts": None}  # compiled away
 
         def mixed(self, requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
             raise NotImplementedError("its pictures are not measured")
 
-        def _seconds(self, ids: Sequence[list[int]], count: int) -> float:
+        def _seconds(self, ids: Sequence[list[int]], count: int) -> tuple[float, list[int]]:
             exactly = vllm.SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
             began = time.perf_counter()
-            model.generate([{"prompt_token_ids": prompt} for prompt in ids], exactly, use_tqdm=False)
-            return time.perf_counter() - began
+            found = model.generate([{"prompt_token_ids": prompt} for prompt in ids], exactly, use_tqdm=False)
+            return time.perf_counter() - began, [answer.outputs[0].token_ids[-1] for answer in found]
 
     return vllm.__version__, VLLM()
 
 
-def _decoder_alone(folder: Path) -> Path:
-    """The checkpoint's decoder as a checkpoint of its own, beside it; made once."""
+def _decoder_alone(folder: Path, target: Path) -> None:
+    """The checkpoint's decoder as a checkpoint of its own."""
     from safetensors.torch import load_file, save_file
 
-    target = folder.with_name(f"{folder.name}-decoder")
-    if not (target / "config.json").exists():
-        target.mkdir(exist_ok=True)
-        for path in sorted(folder.glob("*.safetensors")):
-            tensors = {name.removeprefix("language_model."): value for name, value in load_file(path).items()}
-            tensors = {name: value for name, value in tensors.items() if name.startswith(("model.", "lm_head."))}
-            save_file(tensors, target / path.name, metadata={"format": "pt"})
-        text = json.loads((folder / "config.json").read_text(encoding="utf-8"))["text_config"]
-        kind = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "torch_dtype": "bfloat16"}
-        (target / "config.json").write_text(json.dumps(text | kind, indent=1), encoding="utf-8")
-    return target
+    target.mkdir()
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = {name.removeprefix("language_model."): value for name, value in load_file(path).items()}
+        tensors = {name: value for name, value in tensors.items() if name.startswith(("model.", "lm_head."))}
+        save_file(tensors, target / path.name, metadata={"format": "pt"})
+    text = json.loads((folder / "config.json").read_text(encoding="utf-8"))["text_config"]
+    kind = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "torch_dtype": "bfloat16"}
+    (target / "config.json").write_text(json.dumps(text | kind, indent=1), encoding="utf-8")
+
+
+def _llamacpp(args: argparse.Namespace) -> tuple[str, Contestant]:
+    """Decodes text alone."""
+    from . import llamacpp
+
+    contestant = llamacpp.LlamaCpp(args.folder, None if args.form == "bf16" else args.form, args.threads)
+    return contestant.version, contestant
 
 
 if __name__ == "__main__":

@@ -22,14 +22,16 @@ GREEDY = Sampling(0, 1, 0, 0)
 
 
 class Clock(CountingOutputProcessor):
-    """An output processor that only notes when its tokens come."""
+    """An output processor that only notes when its tokens come, and the last one."""
 
     def __init__(self, max_new_tokens: int):
         super().__init__(max_new_tokens, GREEDY)
         self.times: list[float] = []
+        self.last = -1
 
     def take(self, token: int) -> int | None:
         self.times.append(time.perf_counter())
+        self.last = token
         return super().take(token)
 
     def wait(self) -> None:
@@ -65,18 +67,23 @@ def attention_weights(config: TextConfig) -> int:
     return down + up + heads * config.v_head_dim * hidden
 
 
+def distinct_experts(config: TextConfig, sequences: int) -> float:
+    """How many of E experts of a layer a step reads, where each of ``sequences`` takes K of them at random."""
+    experts = config.n_routed_experts
+    return experts * (1 - (1 - config.num_experts_per_tok / experts) ** sequences)
+
+
 def bytes_a_step(
     config: TextConfig, sequences: int, context: int, distinct: float | None = None, itemsize: int = 2
 ) -> float:
     """Weights and latents that decoding one token in each of ``sequences`` has to read, in bytes.
 
-    ``distinct`` experts of a layer are read. Where nobody counted them: of E experts, of which a token takes K at
-    random, E (1 - (1 - K/E)^sequences) are expected.
+    ``distinct`` experts of a layer are read; where nobody counted them, as many as :func:`distinct_experts` expects.
     """
     hidden, layers = config.hidden_size, config.num_hidden_layers
     latent = config.kv_lora_rank + config.qk_rope_head_dim
-    experts, top_k = config.n_routed_experts, config.num_experts_per_tok
-    distinct = distinct or experts * (1 - (1 - top_k / experts) ** sequences)
+    experts = config.n_routed_experts
+    distinct = distinct or distinct_experts(config, sequences)
     expert = 3 * hidden * config.moe_intermediate_size
     sparse = layers - config.first_k_dense_replace
     values = layers * attention_weights(config) + config.first_k_dense_replace * 3 * hidden * config.intermediate_size
@@ -118,12 +125,16 @@ def counted_experts(engine: Engine, sequences: int) -> Iterator[list[int]]:
 
 
 def prompts(sequences: int, length: int, vocabulary: int) -> list[list[int]]:
+    """Random ids, always the same; every sequence ends with another one. Of the lower half, so that a model that counts
+    on meets no special token."""
     generator = torch.Generator().manual_seed(sequences * 100_003 + length)
-    return torch.randint(0, vocabulary - 300, (sequences, length), generator=generator).tolist()
+    ids = torch.randint(0, vocabulary // 2, (sequences, length), generator=generator)
+    ids[:, -1] = torch.randperm(vocabulary // 2, generator=generator)[:sequences]
+    return ids.tolist()
 
 
-def run_engine(engine: Engine, ids: Sequence[list[int]], max_new_tokens: int) -> tuple[float, float]:
-    """(seconds to the first token of the last sequence, seconds a step after that)."""
+def run_engine(engine: Engine, ids: Sequence[list[int]], max_new_tokens: int) -> tuple[float, float, list[int]]:
+    """(seconds to the first token of the last sequence, seconds a step after that, the last token of each)."""
     began = time.perf_counter()
     clocks = [Clock(max_new_tokens) for _ in ids]
     for prompt, clock in zip(ids, clocks, strict=True):
@@ -133,4 +144,4 @@ def run_engine(engine: Engine, ids: Sequence[list[int]], max_new_tokens: int) ->
     all_begun = max(clock.times[0] for clock in clocks)
     end = max(clock.times[-1] for clock in clocks)
     steps = sum(moment > all_begun for moment in max(clocks, key=lambda clock: clock.times[0]).times)
-    return all_begun - began, (end - all_begun) / steps
+    return all_begun - began, (end - all_begun) / steps, [clock.last for clock in clocks]

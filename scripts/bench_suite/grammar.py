@@ -23,6 +23,8 @@ from kimi_vl.text import grammar
 from kimi_vl.text.grammar import GrammarCompiler, Matcher
 from kimi_vl.text.tokenizer import Tokenizer
 
+from . import conditions
+
 PROMISE = 100.0
 SPECIAL = 256
 BATCH = 64
@@ -98,6 +100,7 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     compiler = GrammarCompiler(vocabulary(options.ids), options.ids)
     first, _ = seconds(lambda: compiler.matcher(grammar.json_object()))
+    print(conditions.processor())
     print(f"vocabulary of {options.ids} ids: {first:.2f} s once; the median mask is to take {PROMISE:.0f} us")
     print(f"{'':18}{'new, ms':>10}{'median, us':>12}{'95 %':>10}{'most':>10}{f'{BATCH} at once':>14}")
     figures: dict[str, dict[str, float]] = {}
@@ -118,5 +121,6 @@ def main(arguments: list[str]) -> int:
     applied = statistics.median(seconds(lambda: sampling._change(logits, [None], [mask]))[0] for _ in range(99)) * 1e6
     print(f"putting one mask on logits of a CPU: {applied:.1f} us")
     print(json.dumps({"benchmark": "grammar", "ids": options.ids, "once_s": round(first, 3), "grammars": figures,
-                      "applied_us": round(applied, 1), "promise_us": PROMISE}))  # fmt: skip
+                      "applied_us": round(applied, 1), "promise_us": PROMISE, "machine": conditions.processor(),
+                     }))  # fmt: skip
     return 0

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -24,6 +23,8 @@ import torch
 from kimi_vl.kernels import TORCH, Ops, Widths, select_ops
 from kimi_vl.kernels.attention_metadata import DecodeMetadata
 from kimi_vl.kernels.inputs import PUBLISHED, Call, Inputs
+
+from . import conditions
 
 COLD_BYTES = 256 << 20  # several times the caches of anything we know
 MOST_SETS = 512
@@ -100,7 +101,7 @@ def machine(device: torch.device, rehearsal: bool = False) -> Machine:
     copying = 2 * count / seconds(lambda: target.copy_(source), device, 0.5)
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     multiplying = 2 * size**3 / seconds(lambda: left @ right, device, 0.5)
-    name = torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if cuda else conditions.processor()
     return Machine(name, device, copying, multiplying, cuda or rehearsal)
 
 

@@ -112,7 +112,7 @@ def measure(rung: str, rehearsal: bool, device: str, report: Report, check: Chec
         ids = decode.prompts(sequences, context, shape.text_config.vocab_size)
         if not rehearsal:
             decode.run_engine(running, [prompt[:8] for prompt in ids], 3)  # compiles, captures
-        first, step = decode.run_engine(running, ids, max_new_tokens)
+        first, step, _ = decode.run_engine(running, ids, max_new_tokens)
         nbytes = decode.bytes_a_step(shape.text_config, sequences, context + max_new_tokens // 2)
         figures = {
             "rung": rung,

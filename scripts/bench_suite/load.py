@@ -31,7 +31,7 @@ from torch import Tensor
 
 from kimi_vl.weights import loader
 
-from . import checkpoint
+from . import checkpoint, conditions
 
 _PIECE = 2**24
 
@@ -283,6 +283,7 @@ def _report(weights: checkpoint.Checkpoint, args: argparse.Namespace, samples: d
         "shape": weights.shape,
         "dtype": "bfloat16",
         "device": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else args.device,
+        "machine": conditions.processor(),
         "threads": args.threads,
         "rounds": args.rounds,
         "cpus": os.cpu_count(),
@@ -304,9 +305,10 @@ def table(report: Report) -> str:
     """The report for people, as a Markdown table under its conditions."""
     lines = [
         f"{report['bytes'] / 1e9:.3f} GB of {report['dtype']} in {report['files']} files ({report['shape']}), "
-        f"page cache warm; {report['device']}, {report['threads']} threads, {report['cpus']} CPUs; load average "
-        f"{report['load_average'][0]} before and {report['load_average'][1]} after; torch {report['torch']}, "
-        f"transformers {report['transformers']}, Python {report['python']}; median of {report['rounds']} rounds, "
+        f"page cache warm; {report['device']}, {report['machine']}, {report['threads']} threads, "
+        f"{report['cpus']} CPUs; load average {report['load_average'][0]} before, {report['load_average'][1]} after; "
+        f"torch {report['torch']}, transformers {report['transformers']}, Python {report['python']}; "
+        f"median of {report['rounds']} rounds, "
         "each measurement in a process of its own",
         "",
         "| what | seconds | GB/s (least to most) | of copy | of read | of read, new memory | GB/s until all is touched "

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import platform
 import resource
 import statistics
 import time
@@ -23,6 +22,8 @@ import numpy as np
 from kimi_vl.media.documents import Document
 from kimi_vl.media.images import ImageOptions
 from kimi_vl.media.video import Video, VideoOptions
+
+from . import conditions
 
 ROOT = Path(__file__).parents[2]
 RATE = 30
@@ -107,7 +108,7 @@ def main(arguments: list[str]) -> int:
             assert len(list(opened.read(opened.sizes(count, 1.0, options)))) == count
             return opened.peak_bytes()
 
-    print(f"{platform.machine()}; a film of {args.seconds} s, {width} x {height}, {len(data):,} bytes")
+    print(f"{conditions.processor()}; a film of {args.seconds} s, {width} x {height}, {len(data):,} bytes")
     print("\n| what | seconds | processor seconds | peak MB of the process |\n|---|---|---|---|")
     results = []
     measured: list[tuple[str, Callable[[int], int], list[int]]] = [
@@ -130,5 +131,15 @@ def main(arguments: list[str]) -> int:
             }
             results.append(result)
             print("| " + f"{count} {name} | " + " | ".join(map(str, [*result.values()][1:])) + " |", flush=True)
-    print(json.dumps({"bench": "media", "seconds": args.seconds, "size": [width, height], "results": results}))
+    print(
+        json.dumps(
+            {
+                "bench": "media",
+                "machine": conditions.processor(),
+                "seconds": args.seconds,
+                "size": [width, height],
+                "results": results,
+            }
+        )
+    )
     return 0

@@ -17,6 +17,8 @@ from kimi_vl.text.stop_sequences import StopSequences
 from kimi_vl.text.thinking import THINK_CLOSE, THINK_OPEN, RepetitionDetector, ThinkingSplitter
 from kimi_vl.text.tokenizer import TextStream, Tokenizer
 
+from . import conditions
+
 DEMO = Path(__file__).parents[2] / "kimi_vl" / "demo"
 PROMISE = 20.0
 Step = Callable[[int], object]
@@ -102,6 +104,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     tokenizer = Tokenizer.from_directory(options.folder)
     measured = steps(tokenizer)
+    print(conditions.processor())
     print(f"microseconds a token; all together are to stay below {PROMISE:.0f}")
     print(f"{'':10}{'tokens':>8}" + "".join(f"{name:>14}" for name in measured))
     figures: dict[str, dict[str, Any]] = {}
@@ -119,6 +122,7 @@ def main(arguments: list[str]) -> int:
                 "worst_microseconds": worst,
                 "texts": figures,
                 "folder": options.folder.name,
+                "machine": conditions.processor(),
                 "python": platform.python_version(),
             },
             ensure_ascii=False,
