@@ -40,7 +40,7 @@ class Run:
         self.args, self.config = args, Config.from_directory(folders[args.form[0]])
         self.itemsize = getattr(torch, args.dtype).itemsize
         self.machine = kernels.machine(device)
-        self.reading = decode.read_bandwidth(device)
+        self.reading = self._read_bandwidth()
         self.loads = [conditions.load_average()]
         self.results: list[Result] = []
         self._weights = {form: Source(folder).weights_read() for form, folder in folders.items()}
@@ -75,7 +75,11 @@ class Run:
         return answers
 
     def _measure_reading(self) -> None:
-        self.reading = max(self.reading, decode.read_bandwidth(self.machine.device))
+        self.reading = max(self.reading, self._read_bandwidth())
+
+    def _read_bandwidth(self) -> float:
+        """Of 1 GiB; a model that is a part of the published one's size is held to a part of it."""
+        return decode.read_bandwidth(self.machine.device, (1 << 30) // self.args.divide)
 
     def nbytes(self, name: str, sequences: int, context: int, experts: float) -> float:
         """What a step of a contestant has to read of weights, as it holds them, and of latents."""

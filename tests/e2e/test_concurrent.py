@@ -110,7 +110,8 @@ def test_metrics_go_to_their_own_request(concurrent: Server) -> None:
     assert [answer["metrics"]["seed"] for answer in answers] == [n for n in range(1, 20) if n % 7]
 
 
-def test_a_hundred_seeds_give_the_texts_that_they_give_alone(concurrent: Server) -> None:
+@pytest.mark.parametrize("count", [36, pytest.param(100, marks=pytest.mark.nightly)])
+def test_many_seeds_give_the_texts_that_they_give_alone(concurrent: Server, count: int) -> None:
     """Half of them with a picture; beside requests of other lengths, whose prefill comes between their steps."""
 
     def text(number: int) -> str:
@@ -122,14 +123,14 @@ def test_a_hundred_seeds_give_the_texts_that_they_give_alone(concurrent: Server)
     def other(number: int) -> None:
         concurrent.client.predict({"prompt": "word " * number, "seed": number, "max_length_tokens": 16})
 
-    alone = [text(number) for number in range(100)]
+    alone = [text(number) for number in range(count)]
     with ThreadPoolExecutor(24) as callers:
         beside = [callers.submit(other, 8 * number) for number in range(1, 40)]
-        together = list(callers.map(text, range(100)))
+        together = list(callers.map(text, range(count)))
         for each in beside:
             each.result()
     assert together == alone
-    assert len(set(alone)) > 40, "other seeds give other texts"
+    assert len(set(alone)) > 0.4 * count, "other seeds give other texts"
 
 
 # While all of them run

@@ -55,6 +55,15 @@ def test_each_ring_holds_the_one_before(project: pytest.Pytester, ring: str, pas
     project.runpytest_inprocess("--ring", ring).assert_outcomes(passed=passed, deselected=deselected)
 
 
+def test_folders_that_take_longest_come_first(project: pytest.Pytester) -> None:
+    for folder in ("bench", "parity", "unit"):
+        project.mkdir(folder).joinpath(f"test_{folder}.py").write_text(f"def test_{folder}(): pass\n")
+    result = project.runpytest_inprocess("--collect-only", "--quiet")
+    files = list(dict.fromkeys(line.partition("::")[0] for line in result.outlines if "::" in line))
+    assert files[:3] == ["bench/test_bench.py", "e2e/test_served.py", "parity/test_parity.py"]
+    assert sorted(files[3:]) == ["test_ours.py", "unit/test_unit.py"]
+
+
 def test_one_ring_alone_collects_what_needs_mindspore(project: pytest.Pytester) -> None:
     project.runpytest_inprocess("on_mindspore").assert_outcomes()
     project.runpytest_inprocess("--ring", "mindspore", "on_mindspore").assert_outcomes(passed=1)
