@@ -426,8 +426,8 @@ def _grounding_line(events: Iterable[Event], pictures: "Callable[[], list[Image]
     """One JSON object: the answer, the places that it names, and what was found drawn on each of `pictures`."""
     for event in events:
         if isinstance(event, Done):
-            sizes = event.image_sizes
-            found = kimi_vl.grounding(event.answer, sizes) if sizes else kimi_vl.Grounding(None, ())
+            sizes, image = event.image_sizes, event.asked_image
+            found = kimi_vl.grounding(event.answer, sizes, image=image) if sizes else kimi_vl.Grounding(None, ())
             line: dict[str, Any] = {
                 "answer": event.answer,
                 "finish_reason": event.finish_reason,

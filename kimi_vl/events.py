@@ -93,7 +93,8 @@ class Done:
     """The end of a request: the pieces joined, why it ended, and its figures (times in seconds).
 
     ``media`` has what was taken of each video and document, ``image_sizes`` the width and height of each image in
-    pixels, as it was sent but upright, both in order.
+    pixels, as it was sent but upright, both in order. ``asked_image`` is the number, from 0, of the first image of the
+    last message that has any: the one that an answer is about if it names none.
     """
 
     reasoning: str
@@ -106,6 +107,7 @@ class Done:
     tokens_per_second: float
     media: tuple[MediaUse, ...] = field(default=(), repr=False)
     image_sizes: tuple[tuple[int, int], ...] = field(default=(), repr=False)
+    asked_image: int = 0
     logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)  # of all of the answer
 
 

@@ -36,6 +36,7 @@ class TextOutputProcessor:
         image_sizes: tuple[tuple[int, int], ...] = (),
         logit_bias: LogitBias | None = None,
         matcher: Matcher | None = None,
+        asked_image: int = 0,
     ):
         self._tokenizer, self._stop_ids = tokenizer, tokenizer.stop_ids
         self.sampling = sampling
@@ -45,7 +46,7 @@ class TextOutputProcessor:
         self._began, self._first_at = began, None
         self._count = 0
         self._deliver = deliver
-        self._media, self._image_sizes = media, image_sizes
+        self._media, self._image_sizes, self._asked_image = media, image_sizes, asked_image
         if thinking.forces:
             text.drop_unfinished()
 
@@ -136,6 +137,7 @@ class TextOutputProcessor:
                 tokens_per_second=(self._count - 1) / elapsed if self._count > 1 and elapsed > 0 else 0.0,
                 media=self._media,
                 image_sizes=self._image_sizes,
+                asked_image=self._asked_image,
                 logprobs=tuple(text.answer_logprobs),
             )
         )

@@ -36,7 +36,7 @@ from .model.kimi_vl import KimiVL
 from .output_processor import Deliver, TextOutputProcessor
 from .text import chat
 from .text.grammar import Grammar, GrammarCompiler
-from .text.messages import ImagePart, Message, Turn, asks_something, read
+from .text.messages import ImagePart, Message, Turn, asked_image, asks_something, read
 from .text.output_text import OutputText
 from .text.stop_sequences import StopSequences
 from .text.thinking import ThinkingBudget
@@ -92,6 +92,7 @@ class _Prompt:
     prefill: str | None
     media: tuple[MediaUse, ...]
     image_sizes: tuple[tuple[int, int], ...]
+    asked_image: int
 
 
 def refuse_without_bfloat16(device: torch.device, dtype: torch.dtype) -> None:
@@ -147,8 +148,7 @@ class Pipeline:
         an answer may look like, of :mod:`kimi_vl.text.grammar`), those of
         :class:`~kimi_vl.attachments.ReadingOptions`, ``deadline`` (seconds, None) and ``interval`` (0.0): for so many
         seconds pieces are joined to one, but for the first; many streams at a time disturb each other less. The request
-        is checked at once, by this call: :class:`UserError` says what the caller
-        should change. Closing the stream frees everything within a step.
+        is checked at once, by this call: :class:`UserError` says what to change. Closing the stream frees everything.
         """
         events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
         return EventStream(self.engine, self.submit(messages, images, events.put, **params), events)
@@ -229,8 +229,7 @@ class Pipeline:
         prompt = self._prompt(
             messages, image_list(images), videos, documents, ReadingOptions(**reading), max_length_tokens
         )
-        ids, patches = prompt.ids, prompt.patches
-        context = self._context
+        ids, patches, context = prompt.ids, prompt.patches, self._context
         max_new_tokens = min(max_length_tokens, context - len(ids))
         if max_new_tokens < 1:
             raise UserError(
@@ -258,6 +257,7 @@ class Pipeline:
             prompt.image_sizes,
             bias,
             matcher,
+            prompt.asked_image,
         )
         return self.engine.submit(
             ids, patches, max_new_tokens, processor, float("inf") if deadline is None else deadline
@@ -332,7 +332,7 @@ class Pipeline:
             raise UserError("E_TOO_MANY_IMAGES", f"a request may have {images.MAX_IMAGES} images; send fewer.")
         video_files = attachments.file_list("videos", videos, "E_VIDEO_SOURCE")
         document_files = attachments.file_list("documents", documents, "E_DOCUMENT_SOURCE")
-        found = image_sources(parts, sources)
+        found, asked = image_sources(parts, sources), asked_image(turns)
 
         def encode(turns: Sequence[Turn]) -> list[int]:
             counts = [part.source.tokens for turn in turns for part in turn.images]
@@ -365,7 +365,7 @@ class Pipeline:
             ],
         )
         patches = [part.source for turn in turns for part in turn.images]
-        return _Prompt(encode(turns), patches, prefill, tuple(media), tuple(sizes))
+        return _Prompt(encode(turns), patches, prefill, tuple(media), tuple(sizes), asked)
 
     def _seen(self, picture: Image.Image, decode: bool) -> Patches | images.Plan:
         """An image as the engine takes it, or how large that would be."""

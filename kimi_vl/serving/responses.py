@@ -88,7 +88,7 @@ def details(done: Done, grounded: bool = False) -> dict[str, Any]:
     if done.media:
         found["media"] = [dataclasses.asdict(use) for use in done.media]
     if grounded and done.image_sizes:
-        found["grounding"] = grounding(done.answer, done.image_sizes).to_dict()
+        found["grounding"] = grounding(done.answer, done.image_sizes, image=done.asked_image).to_dict()
     return found
 
 

@@ -136,22 +136,25 @@ class _Raw:
             yield from point
 
 
-def grounding(answer: str, image_size: Sizes, unit: Unit | None = None) -> Grounding:
+def grounding(answer: str, image_size: Sizes, unit: Unit | None = None, image: int = 0) -> Grounding:
     """The places that ``answer`` names in a picture of ``image_size`` (width, height), or in several pictures.
 
     The unit of the numbers is decided once for the whole answer: any ``%`` makes it percent; all within 0 to 1,
     relative; all up to 1,000 in a form that is written so, thousandths; else pixels. ``unit`` decides it instead.
-    With several pictures a place is in the first, unless its JSON has an ``image`` number (from 1, or from 0 where an
-    answer uses 0). Boxes are ordered and cut at the picture's edges; what has no area or lies outside is left out.
-    Raises :class:`UserError` (E_PARAMETER) for a size that is none.
+    With several pictures a place is in the one of number ``image``, counted from 0, unless its JSON has an ``image``
+    number (from 1, or from 0 where an answer uses 0). Boxes are ordered and cut at the picture's edges; what has no
+    area or lies outside is left out.
+    Raises :class:`UserError` (E_PARAMETER) for a size or a number that is none.
     """
     sizes = _sizes(image_size)
     if unit is not None and unit not in get_args(Unit):
         raise UserError("E_PARAMETER", f"unit must be one of {', '.join(get_args(Unit))}; change it.")
+    if not 0 <= image < len(sizes):
+        raise UserError("E_PARAMETER", "image must be the number of one of the pictures, from 0; change it.")
     raw = _found(*_answer_part(answer))[:MAX_FINDINGS]
     unit = unit or _unit(raw)
     first = 0 if any(each.image == 0 for each in raw) else 1
-    findings = [_placed(each, unit, sizes, first) for each in raw] if unit else []
+    findings = [_placed(each, unit, sizes, first, image) for each in raw] if unit else []
     return Grounding(unit, tuple(finding for finding in findings if finding is not None))
 
 
@@ -399,10 +402,10 @@ def _unit(raw: Sequence[_Raw]) -> Unit | None:
     return "pixels"
 
 
-def _placed(raw: _Raw, unit: Unit, sizes: Sequence[tuple[int, int]], first: int) -> Finding | None:
-    image = 0 if raw.image is None else raw.image - first
+def _placed(raw: _Raw, unit: Unit, sizes: Sequence[tuple[int, int]], first: int, default: int) -> Finding | None:
+    image = default if raw.image is None else raw.image - first
     if not 0 <= image < len(sizes):
-        image = 0
+        image = default
     width, height = sizes[image]
     scale_x, scale_y = {
         "relative": (1.0, 1.0),

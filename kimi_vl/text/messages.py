@@ -134,6 +134,13 @@ def asks_something(turns: Sequence[Turn]) -> bool:
     return False
 
 
+def asked_image(turns: Sequence[Turn]) -> int:
+    """The number, from 0, of the first image of the last message that has any; 0 without images."""
+    counts = [len(turn.images) for turn in turns]
+    last = max((index for index, count in enumerate(counts) if count), default=0)
+    return sum(counts[:last])
+
+
 def _turn(message: Any) -> Turn:
     if not isinstance(message, Mapping):
         raise UserError("E_MESSAGES_INVALID", "each message must be an object with a role and a content.")

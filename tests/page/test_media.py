@@ -206,9 +206,10 @@ def test_what_a_message_costs_is_told_before_it_is_sent(page: Page, server: Scri
     asked = server.estimated[-1]
     assert asked["max_completion_tokens"] == 77 and asked["messages"][0]["content"][1]["pages"] == "9"
     expect(waiting(page).nth(1)).to_have_text(f"report.pdf{size(PAPER)}")
-    server.estimates.clear()
-    server.estimates.append(Refusal(429, "overloaded", "busy."))
     set_reading(page, pages="1")
+    expect(estimate).to_have_text("2,010 tokens of 8,192 with this message")
+    server.estimates.appendleft(Refusal(429, "overloaded", "busy."))
+    set_reading(page, pages="1-")
     expect(estimate).to_be_hidden()  # that may be over when the message is sent
     ask(page, "What?")
     is_done(page)

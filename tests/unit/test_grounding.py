@@ -245,6 +245,11 @@ def test_which_picture() -> None:
         (0, (0.0, 0.0, 50.0, 50.0)),
         (0, (0.0, 0.0, 50.0, 50.0)),
     ]
+    others = grounding(f'[{{"image": 1, {box}}}, {{{box}}}, {{"image": 9, {box}}}]', sizes, image=1)
+    assert [each.image for each in others.findings] == [0, 1, 1]
+    for number in (-1, 2):
+        with pytest.raises(UserError, match="image must be"):
+            grounding(box, sizes, image=number)
     counted_from_0 = grounding(f'[{{"image": 0, {box}}}, {{"image": 1, {box}}}]', sizes)
     assert [each.image for each in counted_from_0.findings] == [0, 1]
 

@@ -225,6 +225,21 @@ def test_a_value_that_is_not_finite_fails_the_request(whole, monkeypatch):
         list(whole.stream(ASK))
 
 
+@pytest.mark.parametrize(
+    ("counts", "asked"),
+    [((0,), 0), ((1,), 0), ((3,), 0), ((1, 1), 1), ((2, 1), 2), ((1, 2, 0), 1), ((0, 2, 0, 0), 0), ((2, 0, 3, 1), 5)],
+)
+def test_the_image_that_is_asked_about_is_the_first_of_the_last_message_with_one(whole, counts, asked):
+    messages = []
+    for count in counts:
+        content = [{"type": "image"}] * count + [{"type": "text", "text": "Which?"}]
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": "That."}]
+    images = [Image.new("RGB", (30, 20 + number)) for number in range(sum(counts))]
+    done = whole.complete(messages[:-1], images, max_length_tokens=1)
+    assert done.asked_image == asked
+    assert done.image_sizes == tuple(image.size for image in images)
+
+
 def test_images_of_every_source_are_the_same_request(whole, tmp_path):
     image = Image.new("RGB", (60, 40), "teal")
     stream = io.BytesIO()

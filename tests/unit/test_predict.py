@@ -196,6 +196,13 @@ def test_grounding_is_one_line_with_pixels_of_the_picture() -> None:
     assert "images" not in found
 
 
+def test_grounding_of_a_later_message_is_of_its_picture() -> None:
+    ended = done(answer=BOX, image_sizes=((100, 50), (200, 100)), asked_image=1)
+    (line,) = run(ended, output_format="grounding", image=Path("dog.png"))
+    [finding] = json.loads(line)["findings"]
+    assert (finding["image"], finding["box"]) == (1, [20.0, 20.0, 100.0, 50.0])
+
+
 def test_grounding_without_a_picture_finds_nothing() -> None:
     (line,) = run(Answer(BOX), done(answer=BOX), output_format="grounding")
     assert json.loads(line) == {"answer": BOX, "finish_reason": "stop", "unit": None, "findings": []}

@@ -150,5 +150,8 @@ def test_places_are_found_when_they_are_asked_for():
     streamed = parsed(Chunks(asked, include_usage=False).events([(0, Answer(answer)), (0, end)]))
     assert streamed[-1]["choices"][0]["kimi_vl"]["grounding"] == whole
     assert whole["unit"] == "relative" and whole["findings"][0]["box"] == [10.0, 10.0, 50.0, 25.0]
+    later = done(answer=answer, image_sizes=((100, 50), (200, 100)), asked_image=1)
+    [finding] = completion(asked, [later])["choices"][0]["kimi_vl"]["grounding"]["findings"]
+    assert (finding["image"], finding["box"]) == (1, [20.0, 20.0, 100.0, 50.0])
     assert "grounding" not in completion(head(), [end])["choices"][0]["kimi_vl"]
     assert "grounding" not in completion(asked, [done(answer=answer)])["choices"][0]["kimi_vl"], "no picture was sent"
