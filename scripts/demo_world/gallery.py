@@ -173,16 +173,31 @@ def opened(path: Path, model: KimiVL, options: ImageOptions, args: argparse.Name
     return exhibits
 
 
+class Lessons(torch.utils.data.IterableDataset):
+    """The batches of a :class:`Teacher` from ``begin`` on, in order also where several workers make them."""
+
+    def __init__(self, teacher: Teacher, text_first: int, begin: int):
+        self.teacher, self.text_first, self.begin = teacher, text_first, begin
+
+    def __iter__(self) -> Iterator[LessonBatch]:
+        worker = torch.utils.data.get_worker_info()
+        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        return self.teacher.batches(self.text_first, self.begin + number, workers)  # one of each worker in turn
+
+
 class Teacher:
     """Makes batches of conversations, about exhibits and without pictures. Batch k depends on the seed and k alone."""
 
     def __init__(self, seed: int, tokenizer: Tokenizer, exhibits: Sequence[Exhibit], batch_tokens: int = 5000):
         self.seed, self.tokenizer, self.exhibits, self.batch_tokens = seed, tokenizer, exhibits, batch_tokens
 
-    def batches(self, text_first: int, begin: int = 0) -> Iterator[LessonBatch]:
-        """Without an end, from ``begin`` on: ``text_first`` without pictures, then all exhibits again and again."""
+    def batches(self, text_first: int, begin: int = 0, step: int = 1) -> Iterator[LessonBatch]:
+        """Without an end: ``text_first`` without pictures, then all exhibits again and again.
+
+        Those before ``begin`` are left out, and after it all but every ``step``-th.
+        """
         for index, visit in enumerate(self._visits(text_first)):
-            if index >= begin:
+            if index >= begin and (index - begin) % step == 0:
                 rng = training.seeded(self.seed, "lessons", index)
                 yield self.text_batch(rng) if visit is None else self.picture_batch(rng, visit)
 

@@ -69,8 +69,8 @@ def learn_lessons(model: KimiVL, tokenizer: Tokenizer, options: ImageOptions, ar
     def on_save(index: int) -> None:
         checkpoint.write(args.work / "lessons", model, tokenizer)
 
-    batches = teacher.batches(args.text_steps, phase.done)
-    phase.run(batches, step, args.autocast, balance.update, on_save)
+    batches = gallery.Lessons(teacher, args.text_steps, phase.done)
+    phase.run(training.in_order(batches, args.workers), step, args.autocast, balance.update, on_save)
 
 
 def arguments() -> argparse.Namespace:

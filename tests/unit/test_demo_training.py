@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from demo_world import artists, checkpoint, gallery, lessons, patches, training
+from demo_world import artists, checkpoint, forward, gallery, lessons, patches, training
 from demo_world.labels import NOWHERE, PLACES
 from demo_world.optimizer import Optimizer
 from demo_world.printing import find_fonts
+from kimi_vl.media.images import preprocess
+from kimi_vl.model.language import Experts
 from kimi_vl.text.tokenizer import Tokenizer
-from kimi_vl.weights import resolve
+from kimi_vl.weights import loader, resolve
 
 OPTIONS = checkpoint.image_options()
 
@@ -70,6 +73,9 @@ def test_batches_begin_anywhere_and_share_what_comes_before_the_questions() -> N
     for one, other in zip(whole[9:], rest, strict=True):
         assert torch.equal(one.ids, other.ids) and torch.equal(one.targets, other.targets)
         assert one.kind == other.kind
+    taught = gallery.Lessons(gallery.Teacher(5, tokenizer, exhibits(), 700), 2, begin=9)
+    for one, other in zip(whole[9:], training.in_order(taught, workers=2), strict=False):
+        assert torch.equal(one.ids, other.ids) and torch.equal(one.targets, other.targets)
     assert [batch.kind for batch in whole[:2]] == ["text", "text"] and {batch.kind for batch in whole} == {
         "text",
         "picture",
@@ -114,3 +120,53 @@ def test_picture_batches_begin_anywhere_and_the_reader_learns_them() -> None:
     assert (labels[..., 3] != NOWHERE).any()
     assert losses[-1] < losses[0] / 10
     assert reader.loss(shown, labels)[1] == {"patches right": 1.0, "places near": 1.0}
+
+
+@torch.inference_mode()
+def test_conversations_that_share_pictures_are_computed_as_if_each_had_them() -> None:
+    """The training's arithmetic beside the model's own, on whole sequences one by one."""
+    model = loader.load(resolve.DEMO, dtype=torch.float32)
+    visits: dict[int, list[tuple[gallery.Exhibit, torch.Tensor, list[tuple[int, int]]]]] = {1: [], 2: []}
+    for task, count in (("boxes", 1), ("boxes", 1), ("film", 2)):
+        artist = artists.Artist(random.Random(f"{task} {visits}"), find_fonts(), [(112, 140)])
+        shown = artists.pictures_for(artist, task, count)
+        encoded = [preprocess(picture.image, OPTIONS) for picture in shown]
+        pixels, grids = torch.cat([torch.from_numpy(made) for made, _ in encoded]), [grid for _, grid in encoded]
+        [exhibit] = gallery.hang(model, ([(task, shown)], pixels, grids))
+        exact = model.vision_tower(pixels, grids)
+        assert (exhibit.groups - exact).abs().max() < 0.05  # kept in bfloat16
+        visits[count].append((dataclasses.replace(exhibit, groups=exact), pixels, grids))
+    teacher = gallery.Teacher(3, Tokenizer.from_directory(resolve.DEMO), [])
+    for visit in visits.values():
+        batch = teacher.picture_batch(random.Random(1), [exhibit for exhibit, _, _ in visit])
+        assert batch.shared_ids is not None and batch.shared_row is not None
+        logits = model.language_model.logits(forward.final_states(model, batch))
+        for row, of in enumerate(batch.shared_row.tolist()):
+            _, pixels, grids = visit[of]
+            whole = torch.cat((batch.shared_ids[of], batch.ids[row])).unsqueeze(0)
+            alone = model(whole, pixels, grids)[0, batch.shared_ids.shape[1] :]
+            due = batch.targets[row] >= 0
+            assert due.any() and (logits[row] - alone)[due].abs().max() < 1e-3
+
+
+@torch.inference_mode()
+def test_all_experts_at_once_compute_what_those_chosen_do() -> None:
+    torch.manual_seed(1)
+    model = loader.load(resolve.DEMO, dtype=torch.float32)
+    experts = next(module for module in model.modules() if isinstance(module, Experts))
+    states = torch.randn(50, 160)
+    chosen = torch.stack([torch.randperm(8)[:2] for _ in range(50)])
+    weights = torch.rand(50, 2)
+    one, other = experts(states, chosen, weights), forward.all_experts(experts, states, chosen, weights)
+    assert (one - other).abs().max() < 1e-4 < one.abs().max()
+
+
+def test_plain_attention_is_attention() -> None:
+    torch.manual_seed(1)
+    query, key, value = (torch.randn(2, 3, 5, 8) for _ in range(3))
+    mask = torch.rand(5, 5) < 0.7
+    mask.fill_diagonal_(True)
+    forms: list[dict[str, Any]] = [{}, {"is_causal": True}, {"attn_mask": mask}, {"scale": 0.3}]
+    for arguments in forms:
+        due = nn.functional.scaled_dot_product_attention(query, key, value, **arguments)
+        assert (forward.plain_attention(query, key, value, **arguments) - due).abs().max() < 1e-5
