@@ -37,11 +37,10 @@ PICTURE_TASKS = {
     "second_turn": 8,
     "box": 10,
     "boxes": 22,
-    "click": 10,
     "json": 8,
 }
-GROUP_TASKS = {"compare": 16, "film": 16, "pages": 14}
-"""Tasks of several pictures; a page of the sketchbook has one of these tasks, or any of those above."""
+GROUP_TASKS = {"compare": 16, "film": 16, "pages": 14, "click": 10}
+"""Tasks of several pictures, or with a system message of their own: a page of the sketchbook has one of these alone."""
 NARROW_TASKS = ("sum", "typed_sum", "object", "box")
 """Whose pictures may be banners or as small as frames."""
 TALKS = {
@@ -128,7 +127,7 @@ class Sketchbook(torch.utils.data.Dataset):
         size = pictures.wide_size(rng, longest) if narrow else artists.size_for(rng, group or "", longest)
         tasks = [group] if group else list(NARROW_TASKS if narrow else PICTURE_TASKS)
         shares = [1.0] if group else [float(PICTURE_TASKS[str(task)]) for task in tasks]
-        count = {None: 1, "compare": 2, "film": rng.randint(2, 5), "pages": rng.randint(2, 4)}[group]
+        count = {None: 1, "click": 1, "compare": 2, "film": rng.randint(2, 5), "pages": rng.randint(2, 4)}[group]
         of_one = math.ceil(size[0] / 28) * math.ceil(size[1] / 28) * 4 * count
         artist = artists.Artist(rng, self.fonts, [size], WIDE_SHARE)
         studies, pixels, grids = [], [], []
