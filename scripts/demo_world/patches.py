@@ -17,7 +17,7 @@ CLASSES = (len(pictures.KINDS), len(pictures.COLOURS), pictures.MAX_ORDER + 1)
 CLASS_WEIGHTS = (1.0, 0.5, 0.5)
 GROUND_WEIGHT = 0.2  # ground fills most patches: it counts less than what there is to see
 TENS, ONES = 11, 10  # digits of a hundredth from 0 to 100
-DIGIT_WEIGHT, VALUE_WEIGHT = 0.5, 20.0
+DIGIT_WEIGHT, VALUE_WEIGHT = 0.5, 40.0
 
 
 class PatchReader(nn.Module):
