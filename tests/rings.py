@@ -82,6 +82,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.workeroutput["nightly"] = dict(nightly)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """The first use on a machine compiles the native kernels, which no test of the fast ring may."""
+    if session.items and session.config.getoption("--ring") == "fast":
+        from kimi_vl.kernels.cpu import build
+
+        build.library()
+
+
 def _rank(path: Path) -> int:
     return next((rank for rank, folder in enumerate(FIRST) if folder in path.parts), len(FIRST))
 

@@ -43,6 +43,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return commands
 
 
+@pytest.mark.slow
 def test_a_library_is_compiled_once_and_again_for_other_sources_or_flags(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -58,6 +59,7 @@ def test_a_library_is_compiled_once_and_again_for_other_sources_or_flags(
     assert sorted(path.suffix for path in folder.iterdir()) == [".so"] * 3, "nothing else is left"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "altered", "empty"])
 def test_a_damaged_library_is_compiled_again(
     damage: str, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -91,6 +93,7 @@ def test_processes_may_compile_at_the_same_time(sources: Path, tmp_path: Path):
     assert [path.suffix for path in folder.iterdir()] == [".so"]
 
 
+@pytest.mark.slow
 def test_reasons_why_there_is_none(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def reason(features: frozenset[str] = FEATURES, folder: Path = tmp_path / "cache") -> str:
         with pytest.raises(build.Unavailable) as info:
@@ -135,6 +138,7 @@ def test_features_are_those_of_the_first_processor(tmp_path: Path):
     assert build.processor_features(tmp_path / "none") == frozenset()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not build.processor_features() >= FEATURES, reason="this processor has no native kernels")
 def test_kernels_share_the_runtime_of_openmp_with_torch():
     """Two would be two pools of threads, each with idle ones that spin on the other's cores."""
