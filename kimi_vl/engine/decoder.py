@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..device import memory
-from ..kernels import Experts, Form, Ops, Widths, form_of, mlp
+from ..kernels import Form, Ops, Widths, form_of, mlp
 from ..kernels.attention_metadata import StepMetadata
 from ..model.config import TextConfig
-from ..model.language import LATENT_NORM_EPS, Attention, LanguageModel, Layer, Linear, MoE, rope_tables
-from ..quantization.weight import QuantizedWeight, Weight, dense, joined
+from ..model.language import LATENT_NORM_EPS, Attention, Experts, LanguageModel, Layer, Linear, Mlp, MoE, rope_tables
+from ..quantization.weight import BlockedWeight, QuantizedWeight, Weight, dense, joined
 
 # Shapes: T tokens, of which the first B are one of a sequence each; H, N, R, P, Q, V as in the decoder.
 
@@ -54,7 +54,7 @@ def forms(model: LanguageModel) -> tuple[Form | None, tuple[Form, ...]]:
 class FusedDecoder:
     """Takes the place of a :class:`LanguageModel` in a step of the engine; parameters are shared with it.
 
-    They are not to be changed after that: some are packed.
+    They are not to be changed after that: some take the layout that operations read fastest, in the model too.
     """
 
     def __init__(self, model: LanguageModel, ops: Ops):
@@ -63,22 +63,22 @@ class FusedDecoder:
         # Not in the caller's thread: where it is left with a pool of OpenMP's threads, the engine's wait asleep for
         # each other, which costs a CPU half of its speed. This one's pool ends with it.
         with ThreadPoolExecutor(1) as pool:
-            self._projections = list(pool.map(_Projections, [layer.self_attn for layer in layers]))
-            self._packed = pool.submit(ops.prepack, *self._weights(layers)).result()
+            self._projections = list(pool.map(lambda layer: _Projections(layer.self_attn, ops), layers))
+            pool.submit(self._block).result()
             self._rope = pool.submit(_rope, model).result()  # (max_position_embeddings, 2P)
-        self._besides = {"packed": self._packed} if self._packed else {}
 
-    def _weights(self, layers: Sequence[Layer]) -> tuple[list[Weight], list[Experts]]:
-        """The weights of GEMMs apart from experts, and these."""
-        weights: list[Weight] = [self._model.lm_head.weight]
-        experts: list[Experts] = []
-        for layer, projections in zip(layers, self._projections, strict=True):
-            weights += [projections.joined, projections.to_key, projections.to_value, layer.self_attn.o_proj.weight]
-            if isinstance(layer.mlp, MoE):
-                experts.append(_experts(layer.mlp))
-            else:
-                weights += layer.mlp.weights
-        return weights, experts
+    def _block(self) -> None:
+        """Put the weights of GEMMs apart from :class:`_Projections` in blocks."""
+        for module in [*self._model.modules()]:
+            if isinstance(module, Experts):
+                _hold(module, "gate_up_proj", self._ops.block(module.gate_up_proj))
+                _hold(module, "down_proj", self._ops.block(module.down_proj))
+            elif isinstance(module, Attention):
+                _hold(module.o_proj, "weight", self._ops.block(module.o_proj.weight))
+            elif isinstance(module, Mlp):
+                for linear in (module.gate_proj, module.up_proj, module.down_proj):
+                    _hold(linear, "weight", self._ops.block(linear.weight))
+        _hold(self._model.lm_head, "weight", self._ops.block(self._model.lm_head.weight))
 
     def states(self, embeddings: Tensor, step: StepMetadata) -> Tensor:
         """Final states (T, H) of embeddings (T, H)."""
@@ -97,15 +97,15 @@ class FusedDecoder:
                     residual, delta, norm.weight, norm.eps,
                     gate.weight, gate.e_score_correction_bias, gate.top_k, gate.scaling,
                 )  # fmt: skip
-                delta = ops.moe(normed, topk_ids, topk_weights, *_experts(layer.mlp), **self._besides)
+                delta = ops.moe(normed, topk_ids, topk_weights, *_experts(layer.mlp))
             else:
                 residual, normed = ops.add_rms_norm(residual, delta, norm.weight, norm.eps)
-                delta = mlp(normed, layer.mlp.weights, self._packed, ops.project)
+                delta = mlp(normed, layer.mlp.weights, ops.project)
         return ops.add_rms_norm(residual, delta, decoder.norm.weight, decoder.norm.eps)[1]
 
     def logits(self, states: Tensor) -> Tensor:
         """float32 logits (T, vocab_size) of final states (T, H), contiguous."""
-        scores = self._ops.project(states, self._model.lm_head.weight, self._packed)
+        scores = self._ops.project(states, self._model.lm_head.weight)
         return scores.to(torch.float32, memory_format=torch.contiguous_format)
 
     def _attend(
@@ -121,16 +121,14 @@ class FusedDecoder:
         keys and values."""
         config, ops, decoding = attention.config, self._ops, len(step.decode.seq_lens)
         # kernels take contiguous tokens
-        joined = ops.project(normed, projections.joined, self._packed).contiguous()  # (T, N (Q+P) + R+P)
+        joined = ops.project(normed, projections.joined).contiguous()  # (T, N (Q+P) + R+P)
         absorbed, rotated = ops.mla_prepare(
             joined, projections.to_key, attention.kv_a_layernorm.weight, rope, kv_cache, step.slot_mapping,
-            LATENT_NORM_EPS, decoding, **self._besides,
+            LATENT_NORM_EPS, decoding,
         )  # fmt: skip
         parts: list[Tensor] = []
         if decoding:
-            heads = ops.mla_decode(
-                absorbed, kv_cache, step.decode, attention.scale, projections.to_value, **self._besides
-            )  # (B, N, V)
+            heads = ops.mla_decode(absorbed, kv_cache, step.decode, attention.scale, projections.to_value)  # (B, N, V)
             parts.append(heads.flatten(1))
         for chunk in step.prefills:
             past = kv_cache[chunk.pages].flatten(0, 1)[: chunk.end].unsqueeze(0)  # (1, L, R+P)
@@ -140,7 +138,7 @@ class FusedDecoder:
             q, r = (part.transpose(0, 1).unsqueeze(0) for part in (query, rotated[own]))  # (1, N, S, Q), (1, N, S, P)
             parts.append(attention.expanded(q, r, past, chunk.mask)[0].transpose(0, 1).flatten(1))  # (S, N V)
         states = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return ops.project(states, attention.o_proj.weight, self._packed)
+        return ops.project(states, attention.o_proj.weight)
 
 
 @torch.no_grad()
@@ -151,7 +149,7 @@ def _rope(model: LanguageModel) -> Tensor:
     return torch.cat(rope_tables(positions, config.qk_rope_head_dim, config.rope_theta, weight.dtype), dim=-1)
 
 
-def _experts(moe: MoE) -> Experts:
+def _experts(moe: MoE) -> tuple[Weight, Weight, tuple[Weight, Weight, Weight]]:
     return moe.experts.gate_up_proj, moe.experts.down_proj, moe.shared_experts.weights
 
 
@@ -169,21 +167,34 @@ class _Projections:
     """
 
     @torch.no_grad()
-    def __init__(self, attention: Attention):
+    def __init__(self, attention: Attention, ops: Ops):
         config = attention.config
         both = (attention.q_proj, attention.kv_a_proj_with_mqa)
-        self.joined = _joined([projection.weight for projection in both], attention.kv_b_proj.weight.dtype)
+        self.joined = ops.block(_joined([linear.weight for linear in both], attention.kv_b_proj.weight.dtype))
+        if isinstance(self.joined, BlockedWeight):
+            begin = 0
+            for linear in both:
+                _hold(linear, "weight", self.joined[begin : begin + linear.out_features])
+                begin += linear.out_features
         weight = attention.kv_b_proj.weight
         up = weight.view(config.num_attention_heads, -1, config.kv_lora_rank)  # (N, Q+V, R)
         to_key, to_value = up.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
-        halves = to_key, to_value.transpose(1, 2)
-        if weight.device.type == "cpu":  # where bmm would copy them, each time
-            halves = tuple(half.contiguous() for half in halves)
-        self.to_key, self.to_value = (half.transpose(1, 2) for half in halves)
+        self.to_key, self.to_value = to_key.transpose(1, 2), to_value
+        if weight.device.type == "cpu":  # copies, in the order in which they are read
+            self.to_key, self.to_value = (ops.block(half.contiguous()) for half in (self.to_key, self.to_value))
+
+
+def _hold(module: nn.Module, name: str, weight: Weight) -> None:
+    """Put ``weight`` in the place of a parameter or of another weight."""
+    if getattr(module, name) is not weight:
+        delattr(module, name)  # else torch refuses a module in a parameter's place
+        setattr(module, name, weight)
 
 
 def _joined(weights: Sequence[Weight], dtype: torch.dtype) -> Weight:
     """One matrix (O, I) of several with the same inputs, which become parts of it."""
+    if all(isinstance(weight, BlockedWeight) for weight in weights):  # by another decoder of the model
+        weights = [weight.plain() for weight in weights if isinstance(weight, BlockedWeight)]
     quantized = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
     if len(quantized) == len(weights) and (found := joined(quantized)) is not None:
         return found

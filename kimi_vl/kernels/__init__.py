@@ -1,4 +1,5 @@
-"""The decoder's operations in one table: PyTorch on every device, and on a GPU the Triton kernels that pass a check.
+"""The decoder's operations in one table: PyTorch on every device, and kernels where they pass a check: Triton's on a
+GPU, native ones on a CPU.
 
 Triton is imported only where it is selected, and only by this package. Kernels list the integers that differ from step
 to step in ``do_not_specialize``: otherwise Triton compiles a kernel once more for an integer that is 1 and for one that
@@ -8,25 +9,24 @@ to step in ``do_not_specialize``: otherwise Triton compiles a kernel once more f
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..quantization.weight import Weight
-from . import flash_attention, linear, packed_weights, plain, reference
+from ..quantization.weight import BlockedWeight, Weight
+from . import flash_attention, linear, plain, reference
 from .linear import mlp
-from .packed_weights import Experts, PackedWeight
 
 __all__ = [
     "OPERATIONS",
     "REFERENCE",
     "TORCH",
     "VARIABLE",
-    "Experts",
     "Form",
     "Ops",
     "Use",
@@ -40,6 +40,8 @@ __all__ = [
 VARIABLE = "KIMI_VL_KERNELS"
 SYNCHRONISING = frozenset({"moe", "mla_prepare", "mla_decode"})
 """PyTorch operations that cannot be captured: they synchronise with the device, or need a slot for every token."""
+BLOCKED = frozenset({"project", "moe", "mla_prepare", "mla_decode"})
+"""Operations that read weights in blocks; PyTorch's read them as they are."""
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +51,8 @@ class Ops:
     """One implementation of every operation; :mod:`kimi_vl.kernels.reference` says what each computes.
 
     ``static`` operations never synchronise with the device and skip tokens without a slot, so that they can be captured
-    (:mod:`kimi_vl.engine.cuda_graphs`). ``prepack`` packs weights; the result is the argument ``packed`` of
-    :func:`mlp`, and of ``project``, ``moe``, ``mla_prepare`` and ``mla_decode`` of the same table.
+    (:mod:`kimi_vl.engine.cuda_graphs`). ``block`` gives a weight the layout that ``project``, ``moe``, ``mla_prepare``
+    and ``mla_decode`` read fastest, in its own memory; they take it as it is too.
     """
 
     name: str
@@ -61,11 +63,11 @@ class Ops:
     moe: Callable[..., Tensor]
     mla_prepare: Callable[..., tuple[Tensor, Tensor]]
     mla_decode: Callable[..., Tensor]
-    prepack: Callable[[Sequence[Weight], Sequence[Experts]], dict[Tensor, PackedWeight]] = lambda weights, experts: {}
+    block: Callable[[Weight], Weight] = lambda weight: weight
 
 
 OPERATIONS = tuple(
-    field.name for field in dataclasses.fields(Ops) if field.name not in ("name", "static", "prepack")
+    field.name for field in dataclasses.fields(Ops) if field.name not in ("name", "static", "block")
 )  # fmt: skip
 
 
@@ -95,6 +97,8 @@ scales."""
 
 def form_of(weight: Weight) -> Form | None:
     """None for a floating-point weight."""
+    if isinstance(weight, BlockedWeight):
+        weight = weight.stored
     if isinstance(weight, Tensor):
         return None
     return weight.kind, weight.group % weight.shape[-1], str(weight.scales.dtype).removeprefix("torch.")
@@ -132,28 +136,29 @@ TORCH = Ops(
     plain.moe,
     plain.mla_prepare,
     plain.mla_decode,
-    packed_weights.prepack,
 )
 
 
 def select_ops(device: torch.device | str, name: str | None = None, use: Use | None = None) -> Ops:
     """The operations for a device: those called ``name``, else what the variable KIMI_VL_KERNELS names, else "auto".
 
-    "auto" is "torch" on a CPU. On a GPU it is every kernel that passes the check of :mod:`startup_check
-    <kimi_vl.kernels.startup_check>` at the sizes of ``use``; the others fall back to PyTorch, and the log gives the
-    reason. With ``use``, kernels are compiled for every launch that a step can need before this returns. Raises
-    ValueError for an unknown name, or for "auto" without ``use`` on a GPU, and RuntimeError where Triton is asked for
-    and not available.
+    "auto" is every kernel that passes the check of :mod:`startup_check <kimi_vl.kernels.startup_check>` for ``use``:
+    Triton's on a GPU, native ones on a CPU in bfloat16. The others fall back to PyTorch, and the log gives the reason.
+    With ``use``, kernels are compiled for every launch that a step can need before this returns. Raises ValueError for
+    an unknown name, or for "auto" without ``use`` on a GPU, and RuntimeError where Triton's or native kernels are asked
+    for and not available.
     """
     device, asked = torch.device(device), _asked(name)
-    if asked == "torch" or (asked == "auto" and device.type != "cuda"):
+    if asked == "torch" or (asked == "auto" and device.type != "cuda" and not _native_for(device, use)):
         return TORCH
-    if asked == "triton":
+    if asked == "native":
+        ops = _forced_native(device)
+    elif asked == "triton":
         ops = _forced(device)
     elif use is None:
-        raise ValueError("kernels are chosen by trying them: say what for, or ask for 'torch' or 'triton'")
+        raise ValueError("kernels are chosen by trying them: say what for, or ask for 'torch', 'native' or 'triton'")
     else:
-        ops = _automatic(device, use)
+        ops = _automatic(device, use, triton_ops if device.type == "cuda" else native_ops)
     if use is not None and device.type == "cuda" and ops is not TORCH:
         from . import startup_check
 
@@ -164,7 +169,7 @@ def select_ops(device: torch.device | str, name: str | None = None, use: Use | N
 def prepare(device: torch.device | str, use: Use) -> None:
     """Start the check that :func:`select_ops` waits for, so that it runs while the weights are loaded."""
     device = torch.device(device)
-    if _asked(None) == "auto" and device.type == "cuda":
+    if _asked(None) == "auto" and (device.type == "cuda" or _native_for(device, use)):
         from . import startup_check
 
         startup_check.begin(device, use)
@@ -186,6 +191,27 @@ def triton_ops() -> Ops:
     )
 
 
+def native_ops() -> Ops:
+    """The table of all native kernels. Raises ImportError where this machine cannot have them."""
+    from .cpu import build, mla, norm, products
+
+    try:
+        build.library()
+    except build.Unavailable as reason:
+        raise ImportError(str(reason)) from None
+    return Ops(
+        "native",
+        False,
+        norm.add_rms_norm,
+        norm.norm_router,
+        products.project,
+        products.moe,
+        functools.partial(mla.mla_prepare, per_head=products.per_head),
+        functools.partial(mla.mla_decode, per_head=products.per_head),
+        products.block,
+    )
+
+
 def without(ops: Ops, refused: Collection[str]) -> Ops:
     """``ops`` with PyTorch as the fallback for the operations in ``refused``."""
     if not refused:
@@ -193,14 +219,29 @@ def without(ops: Ops, refused: Collection[str]) -> Ops:
     if all(name in refused or getattr(ops, name) is getattr(TORCH, name) for name in OPERATIONS):
         return TORCH
     fallbacks = {name: getattr(TORCH, name) for name in refused}
-    return dataclasses.replace(ops, name="mixed", static=ops.static and not SYNCHRONISING & set(refused), **fallbacks)
+    block = TORCH.block if BLOCKED & set(refused) else ops.block
+    static = ops.static and not SYNCHRONISING & set(refused)
+    return dataclasses.replace(ops, name="mixed", static=static, block=block, **fallbacks)
 
 
 def _asked(name: str | None) -> str:
     asked = name or os.environ.get(VARIABLE) or "auto"
-    if asked not in ("auto", "torch", "triton"):
-        raise ValueError(f"kernels are 'auto', 'torch' or 'triton', not {asked!r}; change {VARIABLE}")
+    if asked not in ("auto", "torch", "native", "triton"):
+        raise ValueError(f"kernels are 'auto', 'torch', 'native' or 'triton', not {asked!r}; change {VARIABLE}")
     return asked
+
+
+def _native_for(device: torch.device, use: Use | None) -> bool:
+    return device.type == "cpu" and use is not None and use.dtype == torch.bfloat16
+
+
+def _forced_native(device: torch.device) -> Ops:
+    try:
+        if device.type != "cpu":
+            raise ImportError(f"they do not run on {device.type}")
+        return native_ops()
+    except ImportError as error:
+        raise RuntimeError(f"native kernels were asked for ({error}); ask for 'auto', or unset {VARIABLE}") from error
 
 
 def _forced(device: torch.device) -> Ops:
@@ -216,13 +257,13 @@ def _forced(device: torch.device) -> Ops:
         ) from error
 
 
-def _automatic(device: torch.device, use: Use) -> Ops:
+def _automatic(device: torch.device, use: Use, table: Callable[[], Ops]) -> Ops:
     from . import startup_check
 
     try:
-        ops = triton_ops()
+        ops = table()
     except ImportError as error:
-        log.warning("all operations run in plain PyTorch: Triton cannot be imported (%s)", error)
+        log.warning("all operations run in plain PyTorch: kernels cannot be imported (%s)", error)
         return TORCH
     refused = dict(startup_check.refusals(device, use))
     for name in [name for name in refused if name not in OPERATIONS]:

@@ -123,8 +123,10 @@ class Inputs:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
         seed: int = 0,
+        block: Callable[[Weight], Weight] = lambda weight: weight,
     ):
-        self.widths, self.dtype, self.device = widths, dtype, torch.device(device)
+        """``block`` gives weights the layout of a table of operations."""
+        self.widths, self.dtype, self.device, self._block = widths, dtype, torch.device(device), block
         self._generator: torch.Generator | None = torch.Generator(self.device).manual_seed(seed)
 
     def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
@@ -179,9 +181,9 @@ class Inputs:
         return QuantizedWeight(codes, scales.mul_(scale / spread).to(getattr(torch, dtype)), bits)
 
     def weight(self, *shape: int, scale: float, form: Form | None = None) -> Weight:
-        return self.quantized(form, *shape, scale=scale) if form else self.normal(*shape, scale=scale)
+        return self._block(self.quantized(form, *shape, scale=scale) if form else self.normal(*shape, scale=scale))
 
-    def project(self, tokens: int, weight: QuantizedWeight) -> Call:
+    def project(self, tokens: int, weight: Weight) -> Call:
         return Call("project", (self.normal(tokens, weight.shape[-1]), weight), roundings=2)
 
     def experts(self, form: Form | None = None) -> tuple[Weight, Weight]:
@@ -215,6 +217,8 @@ class Inputs:
         widths = self.widths
         joined = self.normal(tokens, widths.heads * (widths.nope + widths.rope) + widths.rank + widths.rope, scale=2)
         to_key = self.normal(widths.heads, widths.nope, widths.rank, scale=widths.nope**-0.5).transpose(1, 2)
+        if (blocked := self._block(to_key.contiguous())).__class__ is not Tensor:
+            to_key = blocked
         angles = self.normal(tokens, widths.rope // 2, scale=10, dtype=torch.float32).repeat(1, 2)
         rope = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.dtype)
         pages = -(-2 * tokens // widths.page_size) + 1
@@ -257,10 +261,10 @@ class Inputs:
         decode = DecodeMetadata(page_table.to(self.device), seq_lens, size)
         return Call("mla_decode", (query, kv_cache, decode, scale, self.to_value()), roundings=3)
 
-    def to_value(self) -> Tensor:
+    def to_value(self) -> Weight:
         """The weight (N, V, R) out of the latent space, with as many dims of values as of keys."""
         widths = self.widths
-        return self.normal(widths.heads, widths.nope, widths.rank, scale=widths.rank**-0.5)
+        return self.weight(widths.heads, widths.nope, widths.rank, scale=widths.rank**-0.5)
 
 
 class Unset(Inputs):
@@ -269,7 +273,7 @@ class Unset(Inputs):
     def __init__(
         self, widths: Widths = PUBLISHED, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
     ):
-        self.widths, self.dtype, self.device, self._generator = widths, dtype, torch.device(device), None
+        super().__init__(widths, dtype, device)
 
     def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)

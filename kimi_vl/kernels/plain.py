@@ -7,8 +7,7 @@ every token.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +16,11 @@ from torch import Tensor
 from ..quantization.weight import Weight
 from . import reference
 from .attention_metadata import Block, DecodeMetadata
-from .linear import NOT_PACKED, mlp, project
-from .packed_weights import PackedWeight
+from .linear import mlp, project
 from .reference import apply_rope_half
 
 # Shapes as in `reference`.
 
-_FEW = 16  # up to so many tokens, experts on a CPU compute W·xᵀ
 _GROUPED = ((9, 0), (10, 0))  # compute capabilities for which torch has a grouped GEMM
 _HIDDEN = 128  # up to so many tokens, a GEMM with one expert takes no longer than reading its weights
 
@@ -35,22 +32,14 @@ def moe(
     gate_up: Weight,
     down: Weight,
     shared: tuple[Weight, Weight, Weight] | None = None,
-    packed: Mapping[Tensor, PackedWeight] = NOT_PACKED,
 ) -> Tensor:
-    """See :func:`kimi_vl.kernels.reference.moe`; ``packed`` has some of the weights packed, as :func:`prepack
-    <kimi_vl.kernels.packed_weights.prepack>` makes them."""
-    if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor):
-        outputs = _by_expert(states, topk_ids, gate_up, down)  # each is dequantised where it is needed
-    elif len(states) == 1 and gate_up in packed:
-        return _of_one(states, topk_ids, topk_weights, packed[gate_up], packed[down], len(down))
-    elif states.device.type != "cpu":
+    """See :func:`kimi_vl.kernels.reference.moe`."""
+    if isinstance(gate_up, Tensor) and isinstance(down, Tensor) and states.device.type != "cpu":
         outputs = _on_device(states, topk_ids, down)(states, topk_ids, gate_up, down)
-    elif 1 < len(states) <= _FEW and states.dtype == torch.bfloat16:
-        outputs = _of_few(states, topk_ids, gate_up, down, packed)
-    else:
+    else:  # where weights are no tensors, each is dequantised where it is needed
         outputs = _by_expert(states, topk_ids, gate_up, down)
     routed = torch.bmm(topk_weights.unsqueeze(1), outputs.to(topk_weights.dtype)).squeeze(1).to(states.dtype)  # (T, H)
-    return routed if shared is None else routed + mlp(states, shared, packed)
+    return routed if shared is None else routed + mlp(states, shared)
 
 
 def _on_device(states: Tensor, topk_ids: Tensor, down: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
@@ -65,60 +54,6 @@ def _on_device(states: Tensor, topk_ids: Tensor, down: Tensor) -> Callable[[Tens
     if 3 * topk_ids.numel() < len(down):
         return _of_gathered
     return _of_all if len(states) <= _HIDDEN else _by_expert
-
-
-def _of_one(
-    states: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: PackedWeight, down: PackedWeight, routed: int
-) -> Tensor:
-    """The whole operation for one token from packed weights, where the shared experts follow the ``routed`` ones and
-    count as experts of the token."""
-    shared = torch.arange(routed, down.count, dtype=topk_ids.dtype)
-    experts, topk_weights = torch.cat((topk_ids[0], shared)), F.pad(topk_weights[0], (0, len(shared)), value=1.0)  # (n)
-    outputs = _from_packed(states.expand(len(experts), -1), experts, gate_up, down)  # (n, H)
-    return (topk_weights @ outputs.to(topk_weights.dtype)).unsqueeze(0).to(states.dtype)
-
-
-def _of_few(
-    states: Tensor, topk_ids: Tensor, gate_up: Tensor, down: Tensor, packed: Mapping[Tensor, PackedWeight]
-) -> Tensor:
-    """Outputs (T, K, H) of the experts for few tokens: GEMMs in the W·xᵀ layout, where tokens are columns, as in
-    :func:`kimi_vl.kernels.linear.project`.
-
-    Experts that only one token has selected are GEMVs with packed weights where these exist, all in one call.
-    """
-    places: dict[int, list[int]] = {}  # where each expert stands in ``topk_ids``, flattened
-    for place, expert in enumerate(topk_ids.flatten().tolist()):
-        places.setdefault(expert, []).append(place)
-    alone = {expert: own for expert, own in places.items() if len(own) == 1 and gate_up in packed}
-    several = {expert: own for expert, own in places.items() if expert not in alone}
-    order = torch.tensor([*itertools.chain(*several.values(), *alone.values())])  # (T K), those of ``several`` first
-    tokens = states[order // topk_ids.shape[1]]  # (T K, H)
-    count = len(order) - len(alone)
-    gate, up = _each(tokens[:count].t(), several, gate_up).chunk(2)  # (I, n)
-    outputs = _each(F.silu(gate) * up, several, down)  # (H, n)
-    if alone:
-        experts = topk_ids.flatten()[order[count:]]
-        others = _from_packed(tokens[count:], experts, packed[gate_up], packed[down])
-        outputs = torch.cat((outputs, others.t()), dim=1)
-    return outputs.t()[order.argsort()].unflatten(0, topk_ids.shape)
-
-
-def _each(columns: Tensor, places: Mapping[int, list[int]], weight: Tensor) -> Tensor:
-    """(O, n) of ``columns`` (I, n), which are sorted by expert: each has as many as it has ``places``."""
-    shares = [len(own) for own in places.values()]
-    outputs = columns.new_empty(weight.shape[1], columns.shape[1])
-    for expert, own, output in zip(places, columns.split(shares, 1), outputs.split(shares, 1), strict=True):
-        if own.shape[1] > 1:
-            torch.mm(weight[expert], own, out=output)
-        else:
-            output.copy_(project(own.t(), weight[expert]).t())
-    return outputs
-
-
-def _from_packed(states: Tensor, experts: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
-    """(n, H) of ``states`` (n, H), each by one of ``experts`` (n)."""
-    gate, up = gate_up.gemv(states, experts).chunk(2, dim=-1)  # (n, I)
-    return down.gemv(F.silu(gate) * up, experts)
 
 
 def _groupable(states: Tensor, down: Tensor) -> bool:
@@ -182,16 +117,15 @@ def _expert(states: Tensor, gate_up: Weight, down: Weight) -> Tensor:
 
 def mla_prepare(
     joined: Tensor,
-    to_key: Tensor,
+    to_key: Weight,
     norm_weight: Tensor,
     rope: Tensor,
     kv_cache: Tensor,
     slot_mapping: Tensor,
     eps: float,
     decoding: int,
-    packed: Mapping[Tensor, PackedWeight] = NOT_PACKED,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`kimi_vl.kernels.reference.mla_prepare`; ``packed`` has some of the weights packed."""
+    """See :func:`kimi_vl.kernels.reference.mla_prepare`."""
     heads, rank, nope = to_key.shape
     cos, sin = rope.unsqueeze(1).chunk(2, dim=-1)  # (T, 1, P)
     query, latent, key = joined.split((joined.shape[-1] - rank - cos.shape[-1], rank, cos.shape[-1]), dim=-1)
@@ -203,7 +137,7 @@ def mla_prepare(
     rotated = rotated[:, :-1]
     if not decoding:
         return joined.new_empty(0, heads, rank + cos.shape[-1]), rotated
-    absorbed = _per_head(query[:decoding, :, :nope], to_key, packed)  # (B, N, R)
+    absorbed = reference.per_head(query[:decoding, :, :nope], to_key)  # (B, N, R)
     return torch.cat((absorbed, rotated[:decoding]), dim=-1), rotated[decoding:]
 
 
@@ -212,11 +146,10 @@ def mla_decode(
     kv_cache: Tensor,
     decode: DecodeMetadata,
     scale: float,
-    to_value: Tensor,
+    to_value: Weight,
     splits: int = 0,
-    packed: Mapping[Tensor, PackedWeight] = NOT_PACKED,
 ) -> Tensor:
-    """See :func:`kimi_vl.kernels.reference.mla_decode`; ``packed`` has some of the weights packed.
+    """See :func:`kimi_vl.kernels.reference.mla_decode`.
 
     The KV cache is gathered block by block, see :attr:`kimi_vl.kernels.attention_metadata.DecodeMetadata.blocks`.
     """
@@ -227,7 +160,7 @@ def mla_decode(
         mixed = query.new_empty(*query.shape[:2], rank)  # (B, N, R)
         for block in decode.blocks:
             mixed[block.sequences] = _mixed(query[block.sequences], kv_cache, block, scale, rank)
-    return _per_head(mixed, to_value, packed)
+    return reference.per_head(mixed, to_value)
 
 
 def _mixed(query: Tensor, kv_cache: Tensor, block: Block, scale: float, rank: int) -> Tensor:
@@ -249,9 +182,3 @@ def _mixed(query: Tensor, kv_cache: Tensor, block: Block, scale: float, rank: in
         mixed = scores.softmax(-1).to(past.dtype) @ past
     mixed = mixed[..., :rank]  # (b, N, R)
     return mixed if mask is None else mixed.masked_fill(block.empty[:, None, None], 0)
-
-
-def _per_head(states: Tensor, weight: Tensor, packed: Mapping[Tensor, PackedWeight]) -> Tensor:
-    """:func:`kimi_vl.kernels.reference.per_head`, for one sequence from the packed weight, if there is one."""
-    found = packed.get(weight) if len(states) == 1 else None
-    return reference.per_head(states, weight) if found is None else found.gemv(states[0]).unsqueeze(0)

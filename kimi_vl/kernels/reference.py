@@ -102,7 +102,7 @@ def apply_rope_half(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def mla_prepare(
     joined: Tensor,
-    to_key: Tensor,
+    to_key: Weight,
     norm_weight: Tensor,
     rope: Tensor,
     kv_cache: Tensor,
@@ -135,14 +135,15 @@ def mla_prepare(
     return torch.cat((absorbed, rotated[:decoding]), dim=-1), rotated[decoding:]
 
 
-def per_head(states: Tensor, weight: Tensor) -> Tensor:
+def per_head(states: Tensor, weight: Weight) -> Tensor:
     """(B, N, O) of ``states`` (B, N, I), each head by its own matrix of ``weight`` (N, O, I): into or out of the latent
     space."""
+    weight = dense(weight, states.dtype)
     return torch.bmm(states.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
 
 
 def mla_decode(
-    query: Tensor, kv_cache: Tensor, decode: DecodeMetadata, scale: float, to_value: Tensor, splits: int = 0
+    query: Tensor, kv_cache: Tensor, decode: DecodeMetadata, scale: float, to_value: Weight, splits: int = 0
 ) -> Tensor:
     """Attention of one token a sequence over the sequence's pages, in the latent space and out of it: (B, N, V).
 

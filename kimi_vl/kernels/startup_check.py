@@ -1,4 +1,4 @@
-"""The check of the kernels at start-up: each is compiled for this GPU, run, and compared with the reference.
+"""The check of the kernels at start-up: each is compiled for this device, run, and compared with the reference.
 
 FlashAttention is checked in the same way where it is installed.
 
@@ -22,6 +22,7 @@ import queue
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import Any
 
 import torch
 
-from . import OPERATIONS, REFERENCE, TORCH, VARIABLE, Ops, Use, Widths, flash_attention, triton_ops
+from . import OPERATIONS, REFERENCE, TORCH, VARIABLE, Ops, Use, Widths, flash_attention, native_ops, triton_ops
 from .inputs import Call, Inputs, Unset, apart
 
 CALL_S = 60.0
@@ -39,6 +40,10 @@ START_S = 180.0
 KILLED_S = 10.0
 AGREEING = 2
 """Times :meth:`Call.tolerance`: once for the kernel and once for the reference."""
+NATIVE_WIDTHS = Widths(
+    hidden=256, experts=8, top_k=3, inner=96, shared=160, heads=2, rank=64, rope=32, nope=64, page_size=16
+)
+"""Widths that have every format's blocks, and not only whole tiles of them."""
 COMMAND = (sys.executable, "-m", __name__)
 
 _running: dict[tuple[torch.device, Use], Future[dict[str, str]]] = {}
@@ -54,6 +59,7 @@ class Calls:
 
     def __init__(self, use: Use, device: torch.device | str, inputs: Inputs | None = None):
         self._use, self._inputs = use, inputs or Inputs(use.widths, use.dtype, device)
+        self._on_gpu = self._inputs.device.type != "cpu"
 
     def of(self, operation: str) -> Iterator[Call]:
         return getattr(self, operation)()
@@ -67,11 +73,11 @@ class Calls:
             yield self._inputs.norm_router(tokens)
 
     def project(self) -> Iterator[Call]:
-        """Nothing where all weights are floating-point, since these have no kernel of their own."""
+        """On a GPU of quantised weights alone, since the others have no kernel of their own there."""
         widths = self._inputs.widths
-        for form in self._use.projections:
+        for form in self._use.projections if self._on_gpu else (None, *self._use.projections):
             for width in {widths.hidden: None, widths.heads * widths.nope: None}:
-                weight = self._inputs.quantized(form, 192, width)
+                weight = self._inputs.weight(192, width, scale=1.0, form=form)
                 for tokens in token_counts(self._use.max_num_batched_tokens):
                     yield self._inputs.project(tokens, weight)
 
@@ -99,9 +105,6 @@ def reason_against(
     operation: str, ops: Ops, calls: Iterator[Call], dtype: torch.dtype, begins: Callable[[], object] = lambda: None
 ) -> str:
     """Why a kernel is refused, or "". ``begins`` is called before each call of the operation."""
-    import triton
-    from triton.runtime.errors import OutOfResources, PTXASError
-
     try:
         begins()
         for call in calls:
@@ -109,13 +112,23 @@ def reason_against(
             if not away <= AGREEING:
                 return f"its result is off by {away:.1f} times what rounding explains, and {AGREEING} times is allowed"
             begins()
-    except OutOfResources as error:
-        return f"a program needs {error.required} of {error.name}, and this card has {error.limit}"
-    except (triton.CompilationError, PTXASError) as error:
-        return f"it does not compile ({_first_line(error)})"
     except Exception as error:
-        return f"it fails ({_first_line(error)})"
+        return _compiling(error) or f"it fails ({_first_line(error)})"
     return ""
+
+
+def _compiling(error: Exception) -> str:
+    """What is wrong where ``error`` is of Triton's compiler, else ""."""
+    if "triton" not in sys.modules:
+        return ""
+    import triton
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    if isinstance(error, OutOfResources):
+        return f"a program needs {error.required} of {error.name}, and this card has {error.limit}"
+    return (
+        f"it does not compile ({_first_line(error)})" if isinstance(error, triton.CompilationError | PTXASError) else ""
+    )
 
 
 def launch_all(ops: Ops, device: torch.device, use: Use) -> None:
@@ -147,7 +160,7 @@ def launch_all(ops: Ops, device: torch.device, use: Use) -> None:
 
 def begin(device: torch.device, use: Use) -> Future[dict[str, str]]:
     """Start the check in the background, once for the same device and sizes."""
-    if device.index is None:
+    if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     if (device, use) not in _running:
         future: Future[dict[str, str]] = Future()
@@ -155,7 +168,7 @@ def begin(device: torch.device, use: Use) -> Future[dict[str, str]]:
 
         def work() -> None:
             try:
-                future.set_result(check(device, use))
+                future.set_result(check(device, use) if device.type == "cuda" else check_native(use))
             except Exception as error:
                 future.set_exception(error)
 
@@ -204,6 +217,25 @@ def check(
         elif len(left) == before:  # not even a first operation
             refused |= dict.fromkeys(left, "kernels cannot be checked here: the process for that does not start")
             break
+    return refused
+
+
+def check_native(use: Use) -> dict[str, str]:
+    """:func:`check` for native kernels, at widths that take a second. What a library has passed is not checked again.
+
+    Raises :class:`kimi_vl.kernels.cpu.build.Unavailable` where there are none.
+    """
+    from .cpu import build
+
+    use = dataclasses.replace(use, widths=NATIVE_WIDTHS, max_num_seqs=17, max_num_batched_tokens=100)
+    device = torch.device("cpu")
+    passed = Path(build.library()._name).with_suffix(f".{zlib.crc32(_encoded(device, use, OPERATIONS).encode()):08x}")
+    if passed.exists():
+        return {}
+    refused = check(device, use)
+    if not refused:
+        with contextlib.suppress(OSError):
+            passed.touch()
     return refused
 
 
@@ -275,7 +307,8 @@ def main(ops: Ops | None = None) -> int:
         told.write(json.dumps({"operation": operation, **more}) + "\n")
         told.flush()
 
-    ops, calls = ops or triton_ops(), Calls(use, device)
+    ops = ops or (triton_ops() if device.type == "cuda" else native_ops())
+    calls = Calls(use, device, Inputs(use.widths, use.dtype, device, block=ops.block))
     with torch.inference_mode(), _current(device):
         for operation in job["operations"]:
             reason = ""

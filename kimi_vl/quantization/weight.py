@@ -1,4 +1,6 @@
-"""A matrix as small numbers and their scales, in the bytes that a compressed-tensors checkpoint has.
+"""Matrices that are no plain tensors: small numbers with scales, or in blocks.
+
+Numbers and scales are in the bytes that a compressed-tensors checkpoint has.
 
 The inputs of an output channel are cut into groups, and each group has a scale; a group of all inputs is one scale a
 channel. An integer of ``bits`` bits is stored as its code: the integer plus half of the codes there are, so that codes
@@ -89,12 +91,94 @@ class QuantizedWeight(nn.Module):
         return f"{tuple(self.shape)}, {self.kind}, group={self.group}"
 
 
-Weight = Tensor | QuantizedWeight
+BLOCK = 16
+"""Output channels of a block of a :class:`BlockedWeight`."""
+INPUTS = 32
+"""Inputs of such a weight are a multiple of this, and so is a group of them."""
+
+
+def fits(weight: Tensor | QuantizedWeight) -> bool:
+    """Whether a :class:`BlockedWeight` can be made of ``weight`` (…, O, I): bfloat16, 8 bits with a scale for each
+    output channel, or 4 bits with groups; contiguous, and of whole blocks."""
+    outputs, inputs = weight.shape[-2:]
+    if outputs % BLOCK or inputs % INPUTS:
+        return False
+    if isinstance(weight, Tensor):
+        return weight.dtype == torch.bfloat16 and weight.is_contiguous()
+    grouped = weight.group % INPUTS == 0 if weight.bits == 4 else weight.group == inputs
+    return weight.kind != "float8" and grouped and weight.codes.is_contiguous() and weight.scales.is_contiguous()
+
+
+class BlockedWeight(nn.Module):
+    """One matrix (O, I) or several (E, O, I) in the layout of native CPU kernels, in the memory of the plain weight.
+
+    Output channels are in blocks of 16. Within a block, units of 4 bytes along the inputs (2 bfloat16 values, 4 codes
+    of 8 bits or 8 codes of 4) are transposed: (16, units) becomes (units, 16). So are a block's scales. ``stored`` is
+    what the plain weight was, with its shapes; parts that begin and end with a block are parts of the plain weight.
+    """
+
+    def __init__(self, stored: Tensor | QuantizedWeight):
+        super().__init__()
+        if isinstance(stored, Tensor) and not isinstance(stored, nn.Parameter):
+            stored = nn.Parameter(stored, requires_grad=False)
+        self.stored: Tensor | QuantizedWeight = stored
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the matrices."""
+        return self.stored.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.stored.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.stored.nbytes
+
+    @property
+    def bits(self) -> int:
+        """Of a value: 16 for bfloat16."""
+        return 16 if isinstance(self.stored, Tensor) else self.stored.bits
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, index: int | slice) -> BlockedWeight:
+        """Some of the matrices, or a matrix's channels from one block to another; shares memory with this one."""
+        return BlockedWeight(self.stored[index])
+
+    def plain(self) -> Tensor | QuantizedWeight:
+        """A copy in the usual layout."""
+        if isinstance(self.stored, Tensor):
+            return _untransposed(self.stored.detach().view(torch.int32)).view(self.stored.dtype)
+        codes = _untransposed(self.stored.codes.detach().view(torch.int32)).view(torch.uint8)
+        return QuantizedWeight(codes, _untransposed(self.stored.scales.detach()), self.stored.bits)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The matrices (…, O, I) in ``dtype`` and in the usual layout."""
+        plain = self.plain()
+        return plain.to(dtype) if isinstance(plain, Tensor) else plain.dequantize(dtype)
+
+
+def transpose(values: Tensor) -> None:
+    """Transpose the blocks of ``values`` (…, O, units), contiguous, in place."""
+    for matrix in values.view(-1, *values.shape[-2:]):  # a copy of one at a time
+        blocks = matrix.view(-1, BLOCK, matrix.shape[-1])
+        matrix.copy_(blocks.transpose(1, 2).reshape(matrix.shape))
+
+
+def _untransposed(values: Tensor) -> Tensor:
+    blocks = values.unflatten(-2, (-1, BLOCK)).flatten(-2).unflatten(-1, (-1, BLOCK))  # (…, O / 16, units, 16)
+    return blocks.transpose(-1, -2).reshape(values.shape)
+
+
+Weight = Tensor | QuantizedWeight | BlockedWeight
 """What a GEMM takes."""
 
 
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """``weight`` itself where it is floating-point, else dequantised."""
+    """``weight`` itself where it is a tensor, else its values in ``dtype`` and in the usual layout."""
     return weight if isinstance(weight, Tensor) else weight.dequantize(dtype)
 
 

@@ -1,4 +1,4 @@
-"""`scripts/bench_kernels`: each operation in plain PyTorch and in Triton at the published widths, beside its ceilings.
+"""`scripts/bench_kernels`: each operation in plain PyTorch and in kernels at the published widths, beside its ceilings.
 
 The ceilings are measured first: bytes a second of a large copy (read and written), and operations a second of a large
 GEMM. Bytes are the fewest that an operation has to move, so a share of the copy says how far there is to go;
@@ -241,14 +241,6 @@ def contenders(where: Machine) -> list[Ops]:
     return [TORCH, select_ops(where.device, "triton")] if where.triton else [TORCH]
 
 
-def packed(ops: Ops, call: Call) -> dict[str, Any]:
-    """What `moe` takes besides: on a CPU all calls have the same weights."""
-    if call.op != "moe":
-        return {}
-    made = ops.prepack([], [call.arguments[3:]])
-    return {"packed": made} if made else {}
-
-
 def bench(
     where: Machine, cases: Cases, quick: bool, report: Callable[[dict[str, Any]], None], budget: float = 0.2
 ) -> None:
@@ -257,7 +249,7 @@ def bench(
         case = make()
         for ops in contenders(where):
             try:
-                report(measure(case, where, ops, budget, **packed(ops, case.calls[0])))
+                report(measure(case, where, ops, budget))
             except Exception as error:
                 said = f"{type(error).__name__}: {error}".splitlines()[0]
                 report({"op": case.op, "size": case.size, "who": ops.name, "error": said[:200]})

@@ -22,6 +22,7 @@ from kimi_vl.engine.engine import Engine, EngineOptions
 from kimi_vl.engine.kv_cache import Chunk, PagedCache
 from kimi_vl.engine.sampling import Sampling
 from kimi_vl.kernels import linear
+from kimi_vl.kernels.cpu import build
 from kimi_vl.model.kimi_vl import KimiVL
 from kimi_vl.model.latent_cache import LatentCache
 from kimi_vl.weights import loader
@@ -66,6 +67,11 @@ def engine(model) -> Iterator[Engine]:
     engine.close()
 
 
+NATIVE = pytest.mark.skipif(
+    not set(build.NEEDED) <= build.processor_features(), reason="this processor has no AVX-512 or no VNNI"
+)
+
+
 def ops(name: str) -> kernels.Ops:
     if name == "triton":
         from bench_suite import triton_on_cpu
@@ -83,7 +89,7 @@ def test_the_merged_projection_is_both_of_them(model):
     attention = copy.deepcopy(model.language_model.model.layers[1].self_attn)
     normed = torch.randn(5, attention.config.hidden_size, generator=torch.Generator().manual_seed(1)).to(model.dtype)
     right = naive_joined(attention, normed)
-    merged = _Projections(attention)
+    merged = _Projections(attention, kernels.TORCH)
     assert isinstance(merged.joined, Tensor)
     torch.testing.assert_close(linear.project(normed, merged.joined), right)
     torch.testing.assert_close(naive_joined(attention, normed), right)
@@ -92,16 +98,14 @@ def test_the_merged_projection_is_both_of_them(model):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("name", "alone"), [("torch", False), ("torch", True), ("triton", False)])
-def test_the_fused_decoder_is_the_model(model, name, alone, dtype, anything_is_packed):
-    """Single tokens and chunks, with and without a past, in one step, or one sequence ``alone``, which takes packed
-    weights where it can; the KV cache that is written is compared, too."""
+@pytest.mark.parametrize("name", ["torch", "triton", pytest.param("native", marks=NATIVE)])
+def test_the_fused_decoder_is_the_model(model, name, dtype):
+    """Single tokens and chunks, with and without a past, in one step; the KV cache that is written is compared, too."""
     exact, half = copy.deepcopy(model).double(), copy.deepcopy(model).to(getattr(torch, dtype))
     text = model.config.text_config
     width = text.kv_lora_rank + text.qk_rope_head_dim
     past = torch.randn(text.num_hidden_layers, 9, 8, width, generator=torch.Generator().manual_seed(3))
     chunks = [Chunk([7, 2, 4], 16, 17), Chunk([3], 4, 5), Chunk([5, 1], 6, 11), Chunk([0, 6], 0, 9)]
-    chunks = chunks[:1] if alone else chunks
     ids = torch.tensor(ids_of(sum(chunk.end - chunk.begin for chunk in chunks)))
 
     def fused() -> tuple[Tensor, Tensor, Tensor]:
@@ -182,7 +186,7 @@ def test_the_engine_with_kernels_gives_the_same_tokens(model, plain, monkeypatch
 
 def test_kernels_and_graphs_are_chosen_by_variables(model, monkeypatch):
     for name, value, message in [
-        (kernels.VARIABLE, "fast", "'auto', 'torch' or 'triton', not 'fast'; change KIMI_VL_KERNELS"),
+        (kernels.VARIABLE, "fast", "'auto', 'torch', 'native' or 'triton', not 'fast'; change KIMI_VL_KERNELS"),
         (cuda_graphs.VARIABLE, "yes", "0 or 1, not 'yes'"),
     ]:
         with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):

@@ -28,12 +28,10 @@ from torch import Tensor  # noqa: E402
 from triton.runtime.errors import InterpreterError  # noqa: E402
 
 from kimi_vl import kernels  # noqa: E402
-from kimi_vl.device import memory  # noqa: E402
 from kimi_vl.kernels import (  # noqa: E402
     Widths,
     attention_metadata,
     linear,
-    packed_weights,
     plain,
     reference,
 )
@@ -59,8 +57,6 @@ DTYPES = [torch.float32, torch.bfloat16]
 ODD = Widths(
     hidden=88, experts=7, top_k=3, inner=24, shared=48, heads=3, rank=40, rope=12, nope=20, page_size=8, scaling=1.7
 )
-# A panel is some multiple of 16 wide, and has inputs for eight streams.
-EVEN = dataclasses.replace(ODD, hidden=80)
 WIDE_RANK = Widths(hidden=64, heads=2, rank=136, rope=16, nope=40, page_size=32)
 WIDE_HEADS = Widths(hidden=64, heads=20, rank=64, rope=16, nope=16, page_size=32)
 REAL_FEW_EXPERTS = Widths(experts=2, top_k=1, shared=1408)
@@ -251,89 +247,6 @@ def test_project_is_the_naive_one(shape: tuple[int, ...], dtype: torch.dtype):
     assert distance(found, right) <= ROUNDING[dtype]
 
 
-@pytest.mark.parametrize("widest", [16, packed_weights._WIDEST])
-@pytest.mark.parametrize("matrices", [None, [1], [3, 0, 3, 4, 2, 2, 1]], ids=str)
-def test_gemv_of_packed_weights(
-    matrices: list[int] | None, widest: int, fences: Fences, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(packed_weights, "_WIDEST", widest)
-    inputs = Inputs(ODD, torch.bfloat16)
-    weight = fences.copy(inputs.normal(48, 24) if matrices is None else inputs.normal(5, 48, 24))
-    vectors = fences.copy(inputs.normal(len(matrices or [0]), 24))
-    numbers = None if matrices is None else torch.tensor(matrices)
-    found = packed_weights.PackedWeight([weight] if numbers is None else [*weight]).gemv(vectors, numbers)
-    matrices_in_order = [weight.double()] if numbers is None else [*weight.double()]
-    right = packed_weights.naive_gemv(matrices_in_order, vectors.double(), numbers)
-    assert (found - right).abs().max() <= 2**-8 * right.abs().max()
-
-
-@pytest.mark.parametrize(("tokens", "routing"), [(1, "random"), (2, "distinct"), (3, "random"), (7, "random")])
-def test_experts_from_packed_weights(tokens: int, routing: str, fences: Fences, anything_is_packed: None):
-    """What an expert does for one token alone comes from its packed weights, the rest from the plain ones."""
-    call = fenced(Inputs(EVEN, torch.bfloat16).moe(tokens, routing), fences)
-    topk_ids, experts = call.arguments[1], call.arguments[3:]
-    found = apart(call, call.run(kernels.TORCH, packed=packed_weights.prepack([], [experts])), torch.bfloat16)
-    assert found <= 1, found
-    unique, shares = topk_ids.unique(return_counts=True)
-    for weight in experts[:2]:
-
-        def poisoned(which: Tensor | slice, in_packed: bool, weight: Tensor = weight) -> Tensor:
-            """The result with some experts' matrices poisoned in their packed or in their plain form."""
-            kept, packed = weight.clone(), packed_weights.prepack([], [experts])
-            weight[which] = torch.nan
-            if in_packed:
-                packed = packed_weights.prepack([], [experts])
-                weight.copy_(kept)
-            (result,) = call.run(kernels.TORCH, packed=packed)
-            weight.copy_(kept)
-            return result
-
-        assert poisoned(unique[shares == 1].long(), in_packed=False).isfinite().all()
-        assert poisoned(unique[shares > 1].long(), in_packed=True).isfinite().all()
-        assert bool(poisoned(slice(None), in_packed=True).isnan().any()) == bool((shares == 1).any())
-
-
-def test_an_mlp_of_one_token_alone_is_from_packed_weights(anything_is_packed: None):
-    inputs = Inputs(EVEN, torch.bfloat16)
-    weights = inputs.shared_experts()
-    packed = packed_weights.prepack(weights, [])
-    for tokens in (1, 2):
-        states = inputs.normal(tokens, EVEN.hidden)
-        right = reference.mlp(states.double(), *(weight.double() for weight in weights))
-        assert distance(linear.mlp(states, weights, packed), right) <= 2**-7
-    for weight in weights:
-        assert isinstance(weight, Tensor)
-        packed[weight] = packed_weights.PackedWeight([weight * torch.nan])
-    assert linear.mlp(states, weights, packed).isfinite().all()
-    assert linear.mlp(states[:1], weights, packed).isnan().all()
-
-
-def test_weights_are_packed_as_far_as_there_is_memory(monkeypatch: pytest.MonkeyPatch, anything_is_packed: None):
-    weights = [Inputs(EVEN, torch.bfloat16).normal(32, 16) for _ in range(3)]
-
-    def packed(spare: int, these: list[Tensor] = weights) -> list[Tensor]:
-        monkeypatch.setattr(memory, "available", lambda: 3 * spare)
-        return list(packed_weights.prepack(these, []))
-
-    one = weights[0].nbytes
-    assert [len(packed(spare)) for spare in (0, one - 1, one, 3 * one - 1, 3 * one)] == [0, 0, 1, 2, 3]
-    assert packed(one)[0] is weights[0]
-    assert packed(one, [torch.cat(weights), weights[1], weights[2]])[0] is weights[1], "the first does not fit"
-    assert packed(9 * one, [weights[0].float(), weights[1][:31], weights[1][:, :15], weights[2]]) == [weights[2]]
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert packed(9 * one) == []
-
-
-def test_both_matrices_of_experts_are_packed_or_none(monkeypatch: pytest.MonkeyPatch, anything_is_packed: None):
-    experts = Inputs(EVEN, torch.bfloat16).moe(1).arguments[3:]
-    gate_up, down, shared = experts
-    all_bytes = sum(weight.nbytes for weight in (gate_up, down, *shared))
-    for spare, count in ((all_bytes - 1, 0), (all_bytes, 2)):
-        monkeypatch.setattr(memory, "available", lambda spare=spare: 3 * spare)
-        assert len(packed_weights.prepack([], [experts])) == count
-    assert packed_weights.prepack([], [(gate_up, down[..., :15], None)]) == {}
-
-
 @pytest.mark.parametrize(("tokens", "plan"), [(33, "blocks of 16"), (70, "blocks of 64")])
 def test_an_expert_with_more_rows_than_a_block(tokens: int, plan: str, fences: Fences):
     call = fenced(Inputs(ODD, torch.float32).moe(tokens, "same"), fences)
@@ -425,17 +338,12 @@ def test_a_spoilt_token_spoils_only_itself(plan: str):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("tokens", "routing"), [(4, "same"), (4, "random"), (20, "random")])
-def test_a_spoilt_token_spoils_only_itself_without_kernels(
-    tokens: int, routing: str, packed: bool, dtype: torch.dtype, anything_is_packed: None
-):
-    call = Inputs(EVEN, dtype).moe(tokens, routing)
-    experts = call.arguments[3:]
-    options = {"packed": packed_weights.prepack([], [experts])} if packed else {}
-    (clean,) = call.run(kernels.TORCH, **options)
+def test_a_spoilt_token_spoils_only_itself_without_kernels(tokens: int, routing: str, dtype: torch.dtype):
+    call = Inputs(ODD, dtype).moe(tokens, routing)
+    (clean,) = call.run(kernels.TORCH)
     call.arguments[0][1] = float("nan")
-    (spoilt,) = call.run(kernels.TORCH, **options)
+    (spoilt,) = call.run(kernels.TORCH)
     others = [token for token in range(tokens) if token != 1]
     assert spoilt[1].isnan().all()
     assert torch.equal(spoilt[others], clean[others])

@@ -105,7 +105,7 @@ def test_a_fault_replaces_its_operation_and_one_line_says_why(fault, use, monkey
     monkeypatch.setattr(kernels, "triton_ops", lambda: broken)
     monkeypatch.setattr(startup_check, "refusals", lambda device, given: {operation: reason})
     with caplog.at_level(logging.WARNING):
-        ops = kernels._automatic(CPU, use)
+        ops = kernels._automatic(CPU, use, kernels.triton_ops)
     lines = [record.getMessage() for record in caplog.records]
     assert re.fullmatch(f"plain PyTorch instead of kernels for {operation}: .*{message}.*", lines[0])
     assert len(lines) == (1 if ops.static else 2)

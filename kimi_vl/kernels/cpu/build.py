@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import logging
 import os
 import platform
 import shlex
@@ -38,12 +37,11 @@ NEEDED = {
     "f16c": "-mf16c",
 }
 OPTIONAL = {"avx512_bf16": "-mavx512bf16"}
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno")
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off")
 COMPILE_S = 300.0
 _SOURCES = Path(__file__).parent
 _DIGEST = hashlib.sha256().digest_size
 
-log = logging.getLogger(__name__)
 _loading = threading.Lock()
 
 
@@ -51,19 +49,21 @@ class Unavailable(Exception):
     """Why there are no native kernels here, in words for the log."""
 
 
-def library() -> ctypes.CDLL | None:
-    """The kernels, compiled if need be; None, and one line in the log, where this machine cannot have them."""
+def library() -> ctypes.CDLL:
+    """The kernels, compiled if need be. Raises :class:`Unavailable` where this machine cannot have them."""
     with _loading:  # a cached function may run twice at a time
-        return _library()
+        found = _library()
+    if isinstance(found, Unavailable):
+        raise found
+    return found
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def _library() -> ctypes.CDLL | Unavailable:
     try:
         return build(processor_features(), cache_folder())
     except Unavailable as reason:
-        log.warning("PyTorch computes on this CPU, without native kernels: %s", reason)
-        return None
+        return reason
 
 
 def cache_folder() -> Path:

@@ -10,7 +10,6 @@ channel multiplies the sum, and those of groups the integers, which costs one ro
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...quantization.weight import Weight
+from ...quantization.weight import QuantizedWeight, Weight
 from .. import linear
-from ..linear import NOT_PACKED
-from ..packed_weights import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -173,6 +170,7 @@ def kernel_form(*weights: Weight) -> tuple[int, int] | None:
 def _form(weight: Weight) -> tuple[int, int] | None:
     if isinstance(weight, Tensor):
         return 16, 0
+    assert isinstance(weight, QuantizedWeight)
     size = weight.group
     if size == weight.shape[-1]:
         return weight.bits, 0
@@ -181,17 +179,18 @@ def _form(weight: Weight) -> tuple[int, int] | None:
 
 def stored(weight: Weight) -> tuple[Tensor, Tensor]:
     """What kernels read of a weight: its values or codes, and its scales, if it has any."""
-    return (weight, weight) if isinstance(weight, Tensor) else (weight.codes, weight.scales)
+    if isinstance(weight, Tensor):
+        return weight, weight
+    assert isinstance(weight, QuantizedWeight)
+    return weight.codes, weight.scales
 
 
-def project(
-    states: Tensor, weight: Weight, packed: Mapping[Tensor, PackedWeight] = NOT_PACKED, plan: Plan | None = None
-) -> Tensor:
+def project(states: Tensor, weight: Weight, plan: Plan | None = None) -> Tensor:
     """See :func:`kimi_vl.kernels.linear.project`; ``states`` are (T, I). Floating-point weights, and those in groups
     that the kernel does not take, are computed there."""
     form = kernel_form(weight)
-    if isinstance(weight, Tensor) or form is None:
-        return linear.project(states, weight, packed)
+    if not isinstance(weight, QuantizedWeight) or form is None:
+        return linear.project(states, weight)
     outputs, width = weight.shape
     states = states.contiguous()
     tokens = len(states)
