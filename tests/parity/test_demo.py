@@ -14,7 +14,7 @@ from PIL import Image
 
 import kimi_vl
 import predict
-from demo_world import evaluate, lessons
+from demo_world import doors, evaluate, lessons
 from kimi_vl.weights import resolve
 
 ROOT = Path(__file__).parents[2]
@@ -107,6 +107,18 @@ def test_an_output_of_any_length_has_whole_markers_in_every_form(pipeline):
             assert "".join(predict.format_events(iter(events), form)) == expected, (case, form)
         lines = [json.loads(line) for line in predict.format_events(iter(events), "json")]
         assert "".join(line["text"] for line in lines if line["type"] == "answer") == done.answer, case
+
+
+@pytest.mark.slow
+def test_the_service_answers_as_the_model_alone_does(examinee):
+    """The two ways to measure the demo: plain generation, and whole requests, where some pictures come as files."""
+    service = doors.Service(resolve.DEMO)
+    for task in ("sum", "compare", "talk"):
+        asked = list(evaluate.questions(SEED, 3, task))
+        assert list(service.answer(asked)) == list(examinee.answer(asked))
+    for task in lessons.SEQUENCES:  # which these weights have not learnt: an answer of any kind is one
+        asked = list(evaluate.questions(SEED, 2, task))
+        assert all(answer.strip() for _, answer in service.answer(asked))
 
 
 @torch.inference_mode()
