@@ -153,6 +153,21 @@ def test_a_cached_value_that_is_not_finite(dtype: torch.dtype, column: int, valu
     assert distance(found[kept], right[kept]) <= 3 * ROUNDING[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_stretch_of_scores_of_minus_infinity(dtype: torch.dtype):
+    """The weights there are 0, although no score of the stretch is finite; all of them without any is NaN."""
+    call = Inputs(ODD, dtype).mla_decode([70, 9])
+    query, kv_cache, decode = call.arguments[:3]
+    query[0, :, -1], query[1, :, -1] = torch.tensor([1.0, -1.0, -2.0]), 1.0
+    kv_cache[decode.page_table[0, :5].long(), :, -1] = -torch.inf  # 40 of 70 cached tokens
+    kv_cache[decode.page_table[1, :2].long(), :, -1] = -torch.inf  # all 9
+    (found,), (right,) = call.run(NATIVE), call.twin()
+    assert torch.equal(found.isfinite(), right.isfinite())
+    assert found[:, 0].isfinite().all(-1).tolist() == [True, False]
+    kept = right.isfinite()
+    assert distance(found[kept], right[kept]) <= 3 * ROUNDING[dtype]
+
+
 # Alone and in any batch
 
 
