@@ -124,6 +124,26 @@ def test_what_is_not_finite_stays_in_its_token(dtype: torch.dtype):
         assert len(set(topk_ids[token].tolist()) & set(range(ODD.experts))) == ODD.top_k, "ids that exist, each once"
 
 
+def test_a_bias_of_the_models_dtype(monkeypatch: pytest.MonkeyPatch):
+    """A checkpoint's bias may be bfloat16; that is no reason to leave the router to PyTorch."""
+    call = Inputs(ODD, torch.bfloat16).norm_router(5)
+    call = with_arguments(call, lambda values: values.__setitem__(5, values[5].bfloat16()))
+    monkeypatch.setattr(reference, "add_rms_norm", None)
+    found = call.run(NATIVE)
+    monkeypatch.undo()
+    assert apart(call, found, torch.bfloat16) <= 1
+
+
+def test_a_score_that_is_not_a_number_is_the_greatest():
+    """As torch has it: a broken weight shows in what is computed with it."""
+    call = Inputs(ODD, torch.float32).norm_router(4)
+    call.arguments[4][5, 3] = torch.nan
+    _, _, topk_ids, topk_weights = call.run(NATIVE)
+    assert torch.equal(topk_ids, call.run(TORCH)[2])
+    assert topk_ids[:, 0].tolist() == [5] * 4
+    assert topk_weights.isnan().all()
+
+
 def test_equal_scores_take_the_first_experts():
     inputs = Inputs(ODD, torch.float32)
     call = inputs.norm_router(3)

@@ -33,7 +33,8 @@ def mla_prepare(
     if not takes(joined, norm_weight, rope, kv_cache) or not kv_cache.is_contiguous():
         return plain.mla_prepare(joined, to_key, norm_weight, rope, kv_cache, slot_mapping, eps, decoding)
     joined, rope = joined.contiguous(), rope.contiguous()
-    tokens, rotary, (heads, rank, nope) = len(joined), rope.shape[-1] // 2, to_key.shape
+    (tokens, both), (heads, rank, nope) = rope.shape, to_key.shape
+    rotary = both // 2
     query = torch.empty(decoding, heads, rank + rotary, dtype=joined.dtype)
     rotated = torch.empty(tokens - decoding, heads, rotary, dtype=joined.dtype)
     kernel("mla_prepare", joined.dtype, "pppfpiiiiiippp")(

@@ -39,10 +39,10 @@ def norm_router(
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`kimi_vl.kernels.reference.norm_router`."""
-    if not takes(residual, delta, norm_weight, weight) or bias.dtype != torch.float32:
+    if not takes(residual, delta, norm_weight, weight):
         return reference.norm_router(residual, delta, norm_weight, eps, weight, bias, top_k, scaling)
-    residual, delta, weight = residual.contiguous(), delta.contiguous(), weight.contiguous()
-    (tokens, width), experts = residual.shape, len(weight)
+    residual, delta, weight, bias = residual.contiguous(), delta.contiguous(), weight.contiguous(), bias.float()
+    tokens, (experts, width) = residual.shape[0], weight.shape
     total, normed = torch.empty_like(residual), torch.empty_like(residual)
     topk_ids = torch.empty(tokens, top_k, dtype=torch.int32)
     topk_weights = torch.empty(tokens, top_k, dtype=torch.float32)
