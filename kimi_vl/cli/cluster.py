@@ -8,15 +8,20 @@ import importlib.util
 import os
 import signal
 import sys
+import tempfile
 import threading
+from pathlib import Path
 from typing import Any
 
+from ..cluster import environment
+from ..cluster import run as cluster
+from ..cluster.options import ClusterOptions
 from ..errors import UserError
-from ..serving import cluster, options
+from ..serving import options
 from .serve import ready, settled
 
 NEEDED = ("ray", "starlette", "uvicorn", "httptools")
-DEFAULTS = cluster.ClusterOptions()
+DEFAULTS = ClusterOptions()
 FLAGS = {
     "replicas": "engines, or the fewest of them where --max-replicas is given",
     "max_replicas": "add replicas while requests wait, up to this many",
@@ -45,12 +50,13 @@ def run(arguments: argparse.Namespace) -> int:
         if given.model == "demo":
             chosen.setdefault("gpus_per_replica", 0.0)
             os.environ.setdefault("OMP_NUM_THREADS", "1")
-        wanted = cluster.ClusterOptions(**chosen, dashboard=arguments.dashboard)
+        wanted = ClusterOptions(**chosen, dashboard=arguments.dashboard)
         given = _with_a_free_port(given)
         _fetch(given.model)
-        for name, value in cluster.environment(given).items():
-            os.environ.setdefault(name, value)
-        return cluster.serve(given, wanted, ready, _signals)
+        with tempfile.TemporaryDirectory(prefix="kimi-vl-", dir="/tmp") as folder:
+            told = environment.everywhere(given) | environment.one_machine(given, Path(folder))
+            os.environ |= told | os.environ
+            return cluster.serve(given, wanted, ready, _signals)
     except options.OptionError as error:
         raise UserError("E_PARAMETER", str(error)) from None
 

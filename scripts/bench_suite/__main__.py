@@ -9,6 +9,7 @@ import sys
 
 # Each is a module of this package and a function in it, `(arguments: list[str]) -> int`; imported only when called.
 COMMANDS = {
+    "cluster": ("cluster", "main", "the OpenAI-compatible server behind Ray Serve, beside the same server alone"),
     "cog": ("cog", "main", "the concurrent predictor through Cog, beside its engine by plain threads"),
     "fleet": ("fleet", "main", "a trace of traffic against n replicas, simulated with the engine's scheduler"),
     "grammar": ("grammar", "main", "microseconds of a grammar's mask, at the size of the published vocabulary"),

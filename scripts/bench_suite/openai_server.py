@@ -1,4 +1,4 @@
-"""Starts and stops `kimi-vl serve`, and looks at its process."""
+"""Starts and stops `kimi-vl serve`, or a cluster of it, and looks at its process."""
 
 from __future__ import annotations
 
@@ -18,15 +18,24 @@ DRAIN_SECONDS = 60.0
 
 
 class OpenAIServer:
-    """A running server, as a context manager: ready on entry, gone on exit. ``flags`` are those of `kimi-vl serve`."""
+    """A running server, as a context manager: ready on entry, gone on exit. ``flags`` are those of `kimi-vl serve`.
 
-    def __init__(self, *flags: str, environment: Mapping[str, str] | None = None):
+    ``command`` is another one of `kimi-vl`, and ``python`` another interpreter than this one.
+    """
+
+    def __init__(
+        self,
+        *flags: str,
+        environment: Mapping[str, str] | None = None,
+        command: str = "serve",
+        python: str = sys.executable,
+    ):
         self.lines: deque[str] = deque(maxlen=2000)
         """The last lines of its log."""
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         given = {**(os.environ if environment is None else environment), "PYTHONPATH": os.pathsep.join(paths)}
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "kimi_vl.cli", "serve", "--port", "0", *flags],
+            [python, "-P", "-m", "kimi_vl.cli", command, "--port", "0", *flags],
             env=given,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

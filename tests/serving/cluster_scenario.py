@@ -1,68 +1,90 @@
-"""What a cluster of two replicas goes through, run in a network namespace of its own: prints what happened as JSON.
+"""What a cluster of two replicas goes through: prints what happened as JSON.
 
-python cluster_scenario.py MODEL HOST, with the Python of an environment that has Ray.
+python cluster_scenario.py MODEL PORT, with the Python of an environment that has Ray.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-PATIENCE_S = 240
-PORT = 8123
+PATIENCE_S = 300
+PORT = int(sys.argv[2])
 SEQUENCES, WAITING = 8, 4
+LOOPBACK = ("0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000")
+"""As /proc/net shows 127.0.0.1, the same as an IPv6 address, and ::1."""
 URL = f"http://127.0.0.1:{PORT}"
 
 
-def loopback_up() -> None:
-    """Set IFF_UP and IFF_RUNNING on lo, which is down in a new namespace."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh", b"lo", 0x41))
-
-
 class Cluster:
-    def __init__(self, model: str, host: str):
+    def __init__(self, model: str):
         bounds = [f"--max-num-seqs={SEQUENCES}", f"--max-waiting={WAITING}", "--drain-delay-s=1"]
         command = [sys.executable, "-m", "kimi_vl.cli", "cluster", "--model", model, "--gpus-per-replica=0"]
         began = time.monotonic()
         self.log = Path("log").open("w")  # noqa: SIM115 (as long as the cluster)
         self.process = subprocess.Popen(
-            [*command, "--replicas=2", f"--host={host}", f"--port={PORT}", *bounds], stdout=self.log, stderr=self.log
+            [*command, "--replicas=2", f"--port={PORT}", *bounds], stdout=self.log, stderr=self.log
         )
         until(lambda: self.process.poll() is not None or "\nready: " in Path("log").read_text())
         assert self.process.poll() is None, Path("log").read_text()[-3000:]
         self.ready_s = time.monotonic() - began
 
     def replica_pids(self) -> set[int]:
-        titles = {path.parent.name: title(path) for path in Path("/proc").glob("[0-9]*/cmdline")}
-        own = {pid for pid, text in titles.items() if text.startswith("ray::ServeReplica")}
-        return {int(pid) for pid in own if net(pid) == net("self")}
+        return {pid for pid in family(self.process.pid) if title(pid).startswith("ray::ServeReplica")}
 
 
-def title(path: Path) -> str:
+def family(pid: int) -> list[int]:
+    """A process and those that it and they started: all of Ray's."""
+    children = defaultdict(list)
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            children[int(path.read_text().rpartition(")")[2].split()[1])].append(int(path.parent.name))
+    found = [pid]
+    for each in found:
+        found += children[each]
+    return found
+
+
+def title(pid: int) -> str:
     with contextlib.suppress(OSError):
-        return path.read_text()
+        return Path(f"/proc/{pid}/cmdline").read_text()
     return ""
 
 
-def net(pid: str) -> str:
-    with contextlib.suppress(OSError):
-        return os.readlink(f"/proc/{pid}/ns/net")
-    return ""
+def listens_elsewhere(pids: list[int]) -> list[str]:
+    """Addresses other than loopback on which these processes listen, with their ports."""
+    sockets = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for path in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    sockets.add(os.readlink(path).removeprefix("socket:[").removesuffix("]"))
+    found, seen = [], 0
+    for name in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] != "0A" or fields[9] not in sockets:
+                continue
+            seen += 1
+            host, _, port = fields[1].partition(":")
+            if host not in LOOPBACK:
+                found.append(f"{host}:{int(port, 16)}")
+    assert seen >= 8, "of Ray, HAProxy and the replicas"
+    return found
 
 
 def until(condition: Any) -> float:
@@ -70,7 +92,7 @@ def until(condition: Any) -> float:
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < PATIENCE_S, Path("log").read_text()[-3000:]
-        time.sleep(0.02)
+        time.sleep(0.1)
     return time.monotonic() - began
 
 
@@ -92,7 +114,7 @@ def figures(session: str) -> tuple[str, dict[str, float]]:
 
 def replicas() -> set[str]:
     found = set()
-    for number in range(24):
+    for number in range(12):
         with contextlib.suppress(httpx.HTTPError, IndexError):
             found.add(figures(f"look-{number}")[0])
     return found
@@ -129,12 +151,33 @@ class Stream(threading.Thread):
 def streams(count: int, tokens: int) -> list[Stream]:
     """Streams of as many sessions, which one replica could run together; each has begun."""
     assert count <= SEQUENCES
-    until(lambda: all(figures(f"stream-{number}")[1]["kimi_vl_requests_running"] == 0 for number in range(count)))
-    begun = []
-    for number in range(count):
-        begun.append(Stream(f"stream-{number}", tokens))
-        until(lambda: begun[-1].chunks > 1 or not begun[-1].is_alive())
+    begun = [Stream(f"stream-{number}", tokens) for number in range(count)]
+    until(lambda: all(each.chunks > 1 or not each.is_alive() for each in begun))
     return begun
+
+
+class Load(threading.Thread):
+    """Asks with a new session each time until it is told to stop."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.over = threading.Event()
+        self.statuses: list[int] = []
+        self.start()
+
+    def run(self) -> None:
+        while not self.over.is_set():
+            try:
+                self.statuses.append(ask(f"load-{len(self.statuses)}").status_code)
+            except httpx.HTTPError:
+                self.statuses.append(0)
+            time.sleep(0.05)
+
+    def counts(self) -> dict[str, Any]:
+        self.over.set()
+        self.join(PATIENCE_S)
+        other = sorted(status for status in self.statuses if status != 200)
+        return {"asked": len(self.statuses), "answered": self.statuses.count(200), "other": other}
 
 
 def lost(begun: list[Stream]) -> list[str]:
@@ -149,24 +192,29 @@ def joined(begun: list[Stream]) -> list[Stream]:
 
 
 def sessions_stay() -> dict[str, Any]:
+    """200 requests of 8 sessions, whose prompts grow."""
     text = "Say something about a number. " * 30
-    places: dict[str, set[str]] = {}
-    prompt = cached = answered = 0
-    for session in (f"session-{number}" for number in range(8)):
+
+    def converse(session: str) -> dict[str, Any]:
+        places, prompt, cached, answered = set(), 0, 0, 0
         for turn in range(25):
             got = ask(session, f"{session}. {text}{'And one more. ' * turn}")
-            answered += got.status_code == 200
+            assert got.status_code == 200, (turn, got.status_code, got.text)
+            answered += 1
             if turn:
                 usage = got.json()["usage"]
                 prompt += usage["prompt_tokens"]
                 cached += usage["prompt_tokens_details"]["cached_tokens"]
             if turn % 8 == 0:
-                places.setdefault(session, set()).add(figures(session)[0])
+                places.add(figures(session)[0])
+        return {"places": places, "answered": answered, "hit ratio": round(cached / prompt, 3)}
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(converse, (f"session-{number}" for number in range(8))))
     return {
-        "answered": answered,
-        "replicas a session": [len(found) for found in places.values()],
-        "replicas": len(set().union(*places.values())),
-        "hit ratio": round(cached / prompt, 3),
+        "answered": sum(each["answered"] for each in found),
+        "replicas a session": [len(each["places"]) for each in found],
+        "hit ratios": [each["hit ratio"] for each in found],
     }
 
 
@@ -178,7 +226,10 @@ def client_leaves() -> dict[str, Any]:
         for _ in range(6):
             next(lines)
         running = figures(session)[1]["kimi_vl_requests_running"]
-    seconds = until(lambda: figures(session)[1]["kimi_vl_requests_running"] == 0)
+    left = time.monotonic()
+    while figures(session)[1]["kimi_vl_requests_running"]:
+        assert time.monotonic() - left < PATIENCE_S
+    seconds = time.monotonic() - left
     return {"running": running, "seconds": round(seconds, 3), "held": figures(session)[1]["kimi_vl_cache_usage_ratio"]}
 
 
@@ -203,60 +254,106 @@ def too_many() -> dict[str, Any]:
 
 
 def replica_dies(cluster: Cluster) -> dict[str, Any]:
-    before = cluster.replica_pids()
-    begun = streams(8, 2500)
+    there = replicas()
+    at = {figures(session)[0]: session for session in (f"whole-{number}" for number in range(24))}
+    begun, waits = streams(6, 4000), [Whole(session, 4000) for session in at.values()]
+    until(lambda: sum(figures(session)[1]["kimi_vl_requests_running"] for session in at.values()) == 8)
     places = {stream.session: figures(stream.session)[0] for stream in begun}
-    pid = min(before)
+    pid, load = min(cluster.replica_pids()), Load()
+    until(lambda: len(load.statuses) > 4)
     os.kill(pid, signal.SIGKILL)
     killed = time.monotonic()
-    until(lambda: pid not in cluster.replica_pids())
-    after = []
-    for number in range(30):  # none of these reached it
-        try:
-            after.append(ask(f"after-{number}").status_code)
-        except httpx.HTTPError:
-            after.append(0)
-    until(lambda: len(replicas()) == 2 and len(cluster.replica_pids() - {pid}) == 2)
+    until(lambda: len(cluster.replica_pids() - {pid}) == 2 and len(replicas() - there) == 1)
     serves_s = time.monotonic() - killed
     joined(begun)
+    for each in waits:
+        each.join(PATIENCE_S)
     return {
         "failed at": sorted({places[stream.session] for stream in begun if not stream.done}),
         "finished at": sorted({places[stream.session] for stream in begun if stream.done}),
         "failed": sum(not stream.done for stream in begun),
         "finished": sum(stream.done for stream in begun),
-        "asked after": len(after),
-        "answered after": after.count(200),
-        "statuses after": sorted(set(after)),
+        "not begun": sorted((each.status, each.told) for each in waits),
+        "meanwhile": load.counts(),
         "lost": lost(begun),
         "new replica s": round(serves_s, 1),
     }
 
 
-def fewer_replicas(cluster: Cluster, model: str) -> dict[str, Any]:
-    import ray  # pyright: ignore[reportMissingImports]
+class Whole(threading.Thread):
+    """A request without a stream: what its client is told."""
+
+    def __init__(self, session: str, tokens: int):
+        super().__init__(daemon=True)
+        self.session, self.tokens = session, tokens
+        self.status, self.told = 0, ""
+        self.start()
+
+    def run(self) -> None:
+        answer = ask(self.session, tokens=self.tokens)
+        code = answer.json().get("error", {}).get("code", "")
+        self.status, self.told = answer.status_code, f"{code} {answer.headers.get('x-should-retry', '')}".strip()
+
+
+def deploy(model: str, cluster: dict[str, Any], **more: Any) -> None:
+    """Other replicas, or another number of them, by way of the running Ray."""
     from ray import serve  # pyright: ignore[reportMissingImports]
 
-    from kimi_vl.serving import cluster as clusters
+    from kimi_vl.cluster.deployment import deployment
+    from kimi_vl.cluster.options import ClusterOptions
+    from kimi_vl.cluster.run import NAME
     from kimi_vl.serving.options import ServerOptions
 
-    ray.init(address="auto", logging_level="ERROR", log_to_driver=False)
-    begun = streams(8, 2000)
-    options = ServerOptions(
-        model=model, port=PORT, max_num_seqs=SEQUENCES, max_waiting=WAITING, drain_delay_s=1.0, host=sys.argv[2]
-    )
-    one = clusters.ClusterOptions(replicas=1, gpus_per_replica=0)
-    serve.run(clusters.deployment(options, one), name=clusters.NAME)
-    during = [ask(f"during-{number}").status_code for number in range(20)]
+    bounds = {"max_num_seqs": SEQUENCES, "max_waiting": WAITING, "drain_delay_s": 1.0}
+    options = ServerOptions(model=model, port=PORT, **bounds, **more)
+    serve.run(deployment(options, ClusterOptions(gpus_per_replica=0, **cluster)), name=NAME)
+
+
+def other_replicas(cluster: Cluster, model: str) -> dict[str, Any]:
+    """Each replica is replaced, since an option has changed."""
+    before = replicas()
+    begun, load = streams(8, 2000), Load()
+    deploy(model, {"replicas": 2}, lenient=True)
+    until(lambda: len(cluster.replica_pids()) == 2 and not replicas() & before)
     joined(begun)
+    return {"streams": len(begun), "finished": sum(each.done for each in begun), "lost": lost(begun), **load.counts()}
+
+
+def cannot_load(cluster: Cluster) -> dict[str, Any]:
+    """The next version has no weights: the one that is there goes on."""
+    from ray import serve  # pyright: ignore[reportMissingImports]
+
+    from kimi_vl.cluster.run import NAME
+
+    load, said = Load(), ""
+    try:
+        deploy("/nothing/is/here", {"replicas": 2})
+    except RuntimeError:
+        said = serve.status().applications[NAME].deployments["server"].message
+    until(lambda: len(load.statuses) > 20)
+    return {"said": said, **load.counts()}
+
+
+def as_many_as_needed(cluster: Cluster, model: str) -> dict[str, Any]:
+    """A replica goes while few requests are there, and one comes while requests wait."""
+    begun, load = streams(3, 4000), Load()
+    scaling = {"replicas": 1, "max_replicas": 2, "target_ongoing": 6.0}
+    deploy(model, {**scaling, "upscale_delay_s": 1.0, "downscale_delay_s": 2.0}, lenient=True)
     until(lambda: len(cluster.replica_pids()) == 1)
-    ray.shutdown()
-    return {
-        "streams": len(begun),
-        "finished": sum(stream.done for stream in begun),
-        "lost": lost(begun),
-        "asked during": len(during),
-        "answered during": during.count(200),
-    }
+    joined(begun)
+    fewer = {"streams": len(begun), "finished": sum(each.done for each in begun), "lost": lost(begun), **load.counts()}
+    crowd = []
+    for number in range(SEQUENCES + WAITING):
+        crowd.append(Stream(f"crowd-{number}", 100_000))
+        until(
+            lambda: sum(figures("any")[1][f"kimi_vl_requests_{name}"] for name in ("running", "waiting")) == len(crowd)
+        )
+    began = time.monotonic()
+    until(lambda: len(replicas()) == 2)
+    seconds = time.monotonic() - began
+    for each in crowd:
+        each.leave.set()
+    return {"fewer": fewer, "waiting": WAITING, "replicas": len(cluster.replica_pids()), "seconds": round(seconds, 1)}
 
 
 def ends(cluster: Cluster) -> dict[str, Any]:
@@ -267,23 +364,35 @@ def ends(cluster: Cluster) -> dict[str, Any]:
 
 
 def main() -> None:
-    loopback_up()
-    model, host = sys.argv[1:]
-    cluster = Cluster(model, host)
+    import ray  # pyright: ignore[reportMissingImports]
+
+    model = sys.argv[1]
+    cluster = Cluster(model)
     try:
         until(lambda: len(replicas()) == 2)  # HAProxy hears of the second one a little later
         one = Stream("one", 40)
         one.join(PATIENCE_S)
         found = {
             "ready s": round(cluster.ready_s, 1),
+            "listens elsewhere": listens_elsewhere(family(cluster.process.pid)),
             "stream": {"chunks": one.chunks, "done": one.done, "status": one.status},
-            "sessions": sessions_stay(),
-            "client leaves": client_leaves(),
-            "too many": too_many(),
-            "replica dies": replica_dies(cluster),
-            "fewer replicas": fewer_replicas(cluster, model),
-            "ends": ends(cluster),
         }
+
+        def does(name: str, part: Callable[..., dict[str, Any]], *given: Any) -> None:
+            began = time.monotonic()
+            found[name] = part(*given)
+            print(name, found[name], f"{time.monotonic() - began:.1f} s", flush=True)
+
+        does("sessions", sessions_stay)
+        does("client leaves", client_leaves)
+        does("too many", too_many)
+        does("replica dies", replica_dies, cluster)
+        ray.init(address="auto", logging_level="ERROR", log_to_driver=False)
+        does("other replicas", other_replicas, cluster, model)
+        does("cannot load", cannot_load, cluster)
+        does("as many as needed", as_many_as_needed, cluster, model)
+        ray.shutdown()
+        does("ends", ends, cluster)
         print(json.dumps(found), flush=True)
     finally:
         cluster.process.terminate()

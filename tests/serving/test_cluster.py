@@ -1,13 +1,14 @@
-"""`kimi-vl cluster` with two replicas on the CPU, in a network namespace: what it survives, with counts.
+"""`kimi-vl cluster` with two replicas on the CPU: what it survives, with counts.
 
-Ray is in an environment of its own (`kimi_vl_cluster` in scripts/environment.sh; RAY_PYTHON names another one).
+It runs in a network namespace where there may be one, and otherwise on loopback, where all of it listens. Ray is in an
+environment of its own (`kimi_vl_cluster` in scripts/environment.sh; RAY_PYTHON names another one).
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,6 @@ pytestmark = pytest.mark.nightly
 
 @pytest.fixture(scope="module")
 def python() -> str:
-    if subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("needs network namespaces: Ray's ports would be open to others")
     if found := os.environ.get("RAY_PYTHON"):
         return found
     made = subprocess.run(
@@ -39,30 +38,35 @@ def python() -> str:
     return made.stdout.strip()
 
 
-def in_namespace(command: list[str], home: Path) -> subprocess.CompletedProcess[str]:
-    """A command whose home, where Ray keeps its token, is its own."""
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def isolated(command: list[str], home: Path) -> subprocess.CompletedProcess[str]:
+    """A command whose home, where Ray keeps its token, is its own, and whose network is where that is allowed."""
     environment = {**os.environ, "HOME": str(home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    try:
+        alone = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+        subprocess.run([*alone, "true"], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        alone = []
     return subprocess.run(
-        ["unshare", "-rn", *command],
-        cwd=home,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
+        [*alone, *command], cwd=home, env=environment, capture_output=True, text=True, timeout=1800, check=False
     )
 
 
-@pytest.fixture(scope="module", params=["127.0.0.1", "0.0.0.0"], ids=["Ray's proxy", "HAProxy"])
-def found(
-    request: pytest.FixtureRequest, python: str, endless_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def found(python: str, endless_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What happened."""
-    home = tmp_path_factory.mktemp("cluster")
-    ended = in_namespace([python, str(SCENARIO), str(endless_model), request.param], home)
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    ended = isolated([python, str(SCENARIO), str(endless_model), str(free_port())], tmp_path_factory.mktemp("cluster"))
+    assert ended.returncode == 0, ended.stdout + ended.stderr[-3000:]
     print(ended.stdout)
-    return {**json.loads(ended.stdout.splitlines()[-1]), "host": request.param}
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def test_nothing_listens_beside_loopback(found: dict[str, Any]) -> None:
+    assert found["listens elsewhere"] == []
 
 
 def test_a_stream_comes_whole(found: dict[str, Any]) -> None:
@@ -71,10 +75,8 @@ def test_a_stream_comes_whole(found: dict[str, Any]) -> None:
 
 def test_sessions_stay_on_their_replicas_and_hit_their_prefixes(found: dict[str, Any]) -> None:
     assert found["sessions"]["answered"] == 200
-    places = found["sessions"]["replicas a session"]
-    # Ray's proxy goes to the next replica where one does not say in time whether it is free: a machine may be busy
-    assert len(places) == 8 and places.count(1) >= 6 and found["sessions"]["replicas"] == 2
-    assert found["sessions"]["hit ratio"] > 0.9
+    assert found["sessions"]["replicas a session"] == [1] * 8
+    assert min(found["sessions"]["hit ratios"]) > 0.9
 
 
 def test_a_client_that_leaves_frees_its_pages(found: dict[str, Any]) -> None:
@@ -88,17 +90,30 @@ def test_the_refusal_of_a_full_replica_passes(found: dict[str, Any]) -> None:
 
 
 def test_only_what_runs_on_a_replica_dies_with_it(found: dict[str, Any]) -> None:
-    """HAProxy may give a dead replica one or two requests more, which end with a closed connection."""
+    """What its client has seen nothing of yet is answered with an error that asks for another try."""
     dies = found["replica dies"]
-    assert len(dies["failed at"]) == 1 and not set(dies["failed at"]) & set(dies["finished at"])
-    assert dies["failed"] + dies["finished"] == 8
-    assert set(dies["statuses after"]) <= {0, 200}
-    assert dies["asked after"] - dies["answered after"] <= (2 if found["host"] == "0.0.0.0" else 0)
+    assert len(dies["failed at"]) <= 1 and not set(dies["failed at"]) & set(dies["finished at"])
+    assert dies["failed"] + dies["finished"] == 6
+    assert dies["not begun"] == [[200, ""], [503, "service_unavailable true"]]
+    # one client asks at a time: it may have met the replica's end
+    assert dies["meanwhile"]["other"] in ([], [503])
+    assert dies["meanwhile"]["answered"] >= dies["meanwhile"]["asked"] - 1
 
 
-def test_fewer_replicas_lose_nothing(found: dict[str, Any]) -> None:
-    fewer = found["fewer replicas"]
-    assert fewer["finished"] == fewer["streams"] and fewer["answered during"] == fewer["asked during"]
+@pytest.mark.parametrize("change", ["other replicas", "fewer"])
+def test_a_change_of_replicas_loses_nothing(found: dict[str, Any], change: str) -> None:
+    changed = found["as many as needed"]["fewer"] if change == "fewer" else found[change]
+    assert changed["finished"] == changed["streams"] > 0 and not changed["lost"]
+    assert changed["answered"] == changed["asked"] > 0
+
+
+def test_a_version_that_cannot_load_is_said_and_does_not_replace_what_serves(found: dict[str, Any]) -> None:
+    assert "kimi-vl cannot load: model '/nothing/is/here'" in found["cannot load"]["said"]
+    assert found["cannot load"]["answered"] == found["cannot load"]["asked"] > 20
+
+
+def test_a_replica_comes_while_requests_wait(found: dict[str, Any]) -> None:
+    assert found["as many as needed"]["waiting"] > 0 and found["as many as needed"]["replicas"] == 2
 
 
 def test_the_end_waits_for_streams(found: dict[str, Any]) -> None:
@@ -114,10 +129,7 @@ def test_the_end_waits_for_streams(found: dict[str, Any]) -> None:
     ],
 )
 def test_what_cannot_start_is_said_in_a_line(python: str, tmp_path: Path, flags: list[str], said: str) -> None:
-    command = " ".join([f"ip link set lo up; {python} -m kimi_vl.cli cluster --port 0", *flags])
-    if shutil.which("ip") is None:
-        pytest.skip("needs ip(8)")
-    ended = in_namespace(["bash", "-c", command], tmp_path)
+    ended = isolated([python, "-m", "kimi_vl.cli", "cluster", "--port", "0", *flags], tmp_path)
     assert ended.returncode == 1
     lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and said in lines[0] and "Traceback" not in ended.stderr

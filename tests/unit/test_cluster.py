@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import yaml
 
 from kimi_vl.cli import cluster as command
 from kimi_vl.cli import main
+from kimi_vl.cluster import deployment, environment, run
+from kimi_vl.cluster.options import ClusterOptions
 from kimi_vl.errors import UserError
-from kimi_vl.serving import cluster, options
-from kimi_vl.serving.cluster import ClusterOptions
+from kimi_vl.serving import options
 from kimi_vl.serving.metrics import Metrics
 from kimi_vl.serving.options import OptionError, ServerOptions
 
@@ -43,19 +45,24 @@ def test_options_that_can_be_are_taken(right: dict[str, Any]) -> None:
     ClusterOptions(**right)
 
 
-def test_on_loopback_ray_uses_the_proxy_that_stays_there() -> None:
-    told = cluster.environment(ServerOptions())
-    assert told["RAY_USAGE_STATS_ENABLED"] == "0" and told["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
-    assert "RAY_AUTH_MODE" not in told
-
-
 def test_haproxy_keeps_sessions_and_streams() -> None:
-    told = cluster.environment(ServerOptions(host="0.0.0.0", port=8123, deadline_s=100.0, drain_delay_s=5.0))
-    assert told["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    told = environment.everywhere(ServerOptions(deadline_s=100.0, drain_delay_s=5.0))
+    assert told["RAY_SERVE_ENABLE_HA_PROXY"] == "1" and told["RAY_USAGE_STATS_ENABLED"] == "0"
     assert told["RAY_SERVE_HAPROXY_BALANCE_ALGORITHM"] == "hdr(x-session-id)"
     for name in ("HARD_STOP_AFTER_S", "TIMEOUT_SERVER_S", "TIMEOUT_CLIENT_S"):
         assert told[f"RAY_SERVE_HAPROXY_{name}"] == "105"
-    assert "8123" in told["RAY_SERVE_HAPROXY_SOCKET_PATH"], "two clusters on one machine"
+    assert "RAY_AUTH_MODE" not in told
+
+
+def test_on_one_machine_ray_stays_on_loopback_and_its_files_in_a_folder(tmp_path: Path) -> None:
+    told = environment.one_machine(ServerOptions(host="0.0.0.0"), tmp_path)
+    assert told["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+    paths = {name: value for name, value in told.items() if value.startswith("/")}
+    assert len(paths) == 6 and all(Path(value).is_relative_to(tmp_path) for value in paths.values())
+    assert "0.0.0.0" in Path(told["RAY_SERVE_HAPROXY_BINARY_PATH"]).read_text()
+    head, _, body = (tmp_path / "unavailable.http").read_bytes().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 ") and f"Content-Length: {len(body)}".encode() in head
+    assert b"Retry-After: 1" in head and json.loads(body)["error"]["code"] == "service_unavailable"
 
 
 def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,10 +74,10 @@ def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_replica_that_cannot_load_is_said_in_a_line() -> None:
     raised = "RuntimeError: Deploying application kimi-vl failed: ... \x1b[36mray::...\nRuntimeError: "
-    assert cluster._reason(f"{raised}kimi-vl cannot load: no config.json in the folder\n\nmore") == (
+    assert run.reason(f"{raised}kimi-vl cannot load: no config.json in the folder\n\nmore") == (
         "no config.json in the folder"
     )
-    assert "\n" not in cluster._reason("something\nelse")
+    assert "\n" not in run.reason("something\nelse")
 
 
 def test_figures_of_a_replica_carry_its_label() -> None:
@@ -95,26 +102,30 @@ def applications() -> list[dict[str, Any]]:
     return [application for file in files for application in file["applications"]]
 
 
+def test_kuberay_serves_what_the_file_serves() -> None:
+    [manifest] = yaml.safe_load_all((RAY / "kuberay.yaml").read_text())
+    assert yaml.safe_load(manifest["spec"]["serveConfigV2"]) == yaml.safe_load((RAY / "serve.yaml").read_text())
+
+
 def test_files_for_ray_fit_the_application() -> None:
     found = applications()
     assert len(found) == 2
     for application in found:
         module, _, name = application["import_path"].partition(":")
-        assert (module, name) == ("kimi_vl.serving.cluster", "application") and callable(cluster.application)
+        assert (module, name) == ("kimi_vl.cluster.deployment", "application") and callable(deployment.application)
         given = ServerOptions(**options.checked(application["args"], "args"))
-        [deployment] = application["deployments"]
-        assert deployment["name"] == "server"
-        assert deployment["max_ongoing_requests"] == given.max_num_seqs + given.max_waiting + cluster.BESIDE
-        assert deployment["graceful_shutdown_timeout_s"] >= given.deadline_s
-        scaling = deployment["autoscaling_config"]
+        [server] = application["deployments"]
+        assert server["name"] == "server"
+        assert server["max_ongoing_requests"] == given.max_num_seqs + given.max_waiting + deployment.BESIDE
+        assert server["graceful_shutdown_timeout_s"] >= given.deadline_s
+        scaling = server["autoscaling_config"]
         assert 1 <= scaling["min_replicas"] <= scaling["max_replicas"]
         assert scaling["target_ongoing_requests"] < given.max_num_seqs + given.max_waiting
 
 
 def test_files_for_ray_set_what_the_command_sets() -> None:
-    """All processes of the nodes have the variables, but for places of files, which are the nodes' own."""
-    told = cluster.environment(ServerOptions(host="0.0.0.0"))
-    wanted = {name: value for name, value in told.items() if "8000" not in value}
+    """All processes of the nodes have the variables."""
+    wanted = environment.everywhere(ServerOptions())
     [manifest] = yaml.safe_load_all((RAY / "kuberay.yaml").read_text())
     cluster_spec = manifest["spec"]["rayClusterConfig"]
     groups = [cluster_spec["headGroupSpec"], *cluster_spec["workerGroupSpecs"]]

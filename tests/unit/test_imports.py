@@ -54,10 +54,12 @@ ALLOWED = {
     "cog_streaming": set(),
     "serving": {"__init__", "engine", "errors", "event_loop", "events", "media", "parameters", "pipeline", "text"},
     "batch": {"__init__", "errors", "events", "pipeline", "serving", "text"},
+    "cluster": {"errors", "serving"},
     "cli": {
         "annotate",
         "__init__",
         "batch",
+        "cluster",
         "device",
         "engine",
         "errors",
@@ -144,6 +146,7 @@ def test_directions(module):
     assert "cog" not in foreign
     assert "transformers" not in foreign or room(module) == "hf"
     assert "mindspore" not in foreign or room(module) == "mindspore"
+    assert "ray" not in foreign or room(module) == "cluster"
     if module in WITHOUT_TORCH or room(module) in WITHOUT_TORCH:
         assert "torch" not in foreign
 

@@ -1,0 +1,1 @@
+"""The application of ``kimi-vl serve`` in replicas on Ray Serve: one engine each."""
