@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -66,6 +67,7 @@ def exhibits() -> list[gallery.Exhibit]:
     return made
 
 
+@pytest.mark.slow  # starts processes
 def test_batches_begin_anywhere_and_share_what_comes_before_the_questions() -> None:
     tokenizer = Tokenizer.from_directory(resolve.DEMO)
     whole = list(itertools.islice(gallery.Teacher(5, tokenizer, exhibits(), 700).batches(2), 24))
