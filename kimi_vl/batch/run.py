@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from .. import __version__
 from ..errors import UserError
 from ..events import Done
 from ..pipeline import Pipeline
@@ -21,6 +20,7 @@ from ..serving import responses
 from ..serving.errors import ApiError, from_exception
 from ..serving.options import ServerOptions
 from ..serving.protocol import ChatRequest, read_chat
+from ..serving.service import fingerprint
 from .files import Files
 from .lines import Line, LineError, digest
 from .progress import Progress
@@ -50,6 +50,7 @@ class Batch:
     ):
         self._pipeline, self._options, self._files = pipeline, options, files
         self._lines, self._results, self._progress, self._ordered = lines, results, progress, ordered
+        self._fingerprint = fingerprint(pipeline)
         engine = pipeline.engine.options
         at_once = engine.max_num_seqs + min(BESIDE, engine.max_waiting)
         self._sequences = asyncio.Semaphore(at_once)
@@ -146,7 +147,7 @@ class Batch:
             f"chatcmpl-{name}",
             int(time.time()),
             model,
-            f"fp_{__version__}",
+            self._fingerprint,
             request.reasoning,
             self._options.reasoning_field,
             request.grounding,

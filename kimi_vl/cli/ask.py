@@ -77,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_LogToStatus(status)])
     model = arguments.model or os.environ.get("KIMI_VL_MODEL") or "auto"
     parts = [{"type": _kind(file)} for file in files]
+    _check_reading(arguments, {part["type"] for part in parts})
     chat = [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
     beside = {
         f"{kind}s": [file for file, part in zip(files, parts, strict=True) if part["type"] == kind]
@@ -125,6 +126,15 @@ def _check(arguments: argparse.Namespace) -> None:
     Sampling(arguments.temperature, arguments.top_p, arguments.top_k, arguments.seed or 0)
     parameters.token_limits(arguments.max_tokens, arguments.thinking_budget)
     StopSequences(arguments.stop)
+
+
+def _check_reading(arguments: argparse.Namespace, kinds: set[str]) -> None:
+    """Raise :class:`UserError` where it is said how a kind of files is read and there is none of them."""
+    for kind, names in {"video": ("fps", "max_frames", "start", "end"), "document": ("pages",)}.items():
+        for name in names if kind not in kinds else ():
+            if getattr(arguments, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise UserError("E_PARAMETER", f"{option} is for a {kind}; name one after the question.")
 
 
 def _kind(file: Path) -> str:

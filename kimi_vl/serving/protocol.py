@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from .. import parameters
@@ -296,7 +296,8 @@ def _stops(fields: Fields) -> tuple[str, ...]:
 
 def _grammar(fields: Fields) -> Grammar | None:
     """What the answer may look like, by OpenAI's field or by vLLM's."""
-    found = [each for each in (_response_format(fields), _structured_outputs(fields)) if each is not None]
+    asked = {"response_format": _response_format(fields), "structured_outputs": _structured_outputs(fields)}
+    found = [replace(each, parameter=name) for name, each in asked.items() if each is not None]
     if len(found) > 1:
         raise fields.refuse("structured_outputs", "and response_format both give the answer a form; keep one.")
     return found[0] if found else None

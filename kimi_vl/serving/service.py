@@ -76,7 +76,7 @@ class Service:
             self.loaded(pipeline)
 
     def loaded(self, pipeline: Pipeline) -> None:
-        self.fingerprint = f"fp_{__version__}_{_digest(pipeline)}"
+        self.fingerprint = fingerprint(pipeline)
         self.pipeline = pipeline
 
     def available(self) -> Pipeline:
@@ -147,8 +147,8 @@ def _is_url(part: Part) -> TypeGuard[ImagePart]:
     )
 
 
-def _digest(pipeline: Pipeline) -> str:
-    """Tells checkpoints apart: a digest of one value of every parameter."""
+def fingerprint(pipeline: Pipeline) -> str:
+    """The ``system_fingerprint`` of answers: it tells checkpoints apart by one value of every parameter."""
     with torch.inference_mode():
         values = torch.stack([parameter.reshape(-1)[-1].float() for parameter in pipeline.model.parameters()])
-    return hashlib.sha256(values.cpu().numpy().tobytes()).hexdigest()[:12]
+    return f"fp_{__version__}_{hashlib.sha256(values.cpu().numpy().tobytes()).hexdigest()[:12]}"

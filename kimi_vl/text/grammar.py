@@ -12,7 +12,7 @@ import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Literal
 
@@ -40,10 +40,14 @@ _NAMED = {"oneOf constraints": "oneOf", "Unknown format": "format", "Invalid typ
 
 @dataclass(frozen=True)
 class Grammar:
-    """What an answer may look like; ``source`` is what the functions of this module make of a caller's value."""
+    """What an answer may look like; ``source`` is what the functions of this module make of a caller's value.
+
+    ``parameter`` is the caller's own name for it, which refusals carry.
+    """
 
     kind: Literal["json_schema", "regex", "choice"]
     source: str
+    parameter: str | None = field(default=None, compare=False)
 
 
 def json_schema(schema: Mapping[str, Any] | bool | str) -> Grammar:
@@ -144,6 +148,12 @@ class GrammarCompiler:
 
         Raises :class:`~kimi_vl.errors.UserError` (E_GRAMMAR), also where llguidance is not installed.
         """
+        try:
+            return Matcher(self._inner(grammar, prefill), grammar.parameter)
+        except UserError as error:
+            raise UserError(error.code, error.message, grammar.parameter) from None
+
+    def _inner(self, grammar: Grammar, prefill: str) -> Any:
         library = _library()
         make = library.LLMatcher
         if grammar.kind == "json_schema":
@@ -162,7 +172,7 @@ class GrammarCompiler:
             raise UserError(
                 "E_GRAMMAR", "the last message does not begin an answer that fits the grammar; change one of them."
             )
-        return Matcher(inner)
+        return inner
 
     def _tokenizer_of(self, library: ModuleType) -> Any:
         with self._lock:
@@ -181,8 +191,8 @@ class Matcher:
 
     _executor: Any = None  # of all matchers, made where several masks are filled at once
 
-    def __init__(self, inner: Any):
-        self._inner = inner
+    def __init__(self, inner: Any, parameter: str | None = None):
+        self._inner, self._parameter = inner, parameter
 
     def consume(self, token: int) -> None:
         """Go on by a token that the mask allows."""
@@ -211,7 +221,8 @@ class Matcher:
     def _check(self) -> None:
         """A matcher that has failed lets an answer end anywhere."""
         if self._inner.is_error():
-            raise UserError("E_GRAMMAR", "no answer fits the grammar, or it became too complex; simplify it.")
+            sentence = "no answer fits the grammar, or it became too complex; simplify it."
+            raise UserError("E_GRAMMAR", sentence, self._parameter)
 
 
 class _Vocabulary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,8 @@ from kimi_vl.cli import ask
 from kimi_vl.errors import UserError
 from kimi_vl.parameters import MAX_LENGTH_TOKENS, MAX_SEED, MAX_TOP_K
 from kimi_vl.text.stop_sequences import MAX_CHARACTERS, MAX_SEQUENCES
+
+PICTURE = str(Path(__file__).parents[2] / "images" / "math_problem.png")
 
 
 class Loaded(Exception):
@@ -46,6 +49,12 @@ def run(*arguments: str) -> int:
         ["--seed", str(MAX_SEED + 1)],
         ["--stop", "x" * (MAX_CHARACTERS + 1)],
         [f"--stop={number}" for number in range(MAX_SEQUENCES + 1)],
+        ["--fps", "2"],
+        ["--max-frames", "2"],
+        ["--start", "0"],
+        ["--end", "1"],
+        ["--pages", "1"],
+        ["--pages", "1", PICTURE],
     ],
     ids=lambda arguments: arguments[0][:20],
 )

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from kimi_vl.batch.files import Files
 from kimi_vl.batch.lines import MAX_CUSTOM_ID, FileLines, FolderLines
@@ -34,6 +35,7 @@ class Scripted:
 
     def __init__(self, delay: Callable[[str], int] = lambda text: 0):
         self.engine = SimpleNamespace(options=SimpleNamespace(max_num_seqs=AT_ONCE, max_waiting=0))
+        self.model = torch.nn.Linear(2, 2)
         self.delay = delay
         self.asked: list[str] = []
         self.sources: list[Any] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -217,6 +218,16 @@ def test_hostile_grammars_end(monkeypatch: pytest.MonkeyPatch) -> None:
                 matcher.consume(going_on[0])
         except UserError as error:
             assert error.code == "E_GRAMMAR"
+
+
+def test_a_refusal_names_what_the_caller_calls_it() -> None:
+    for name in ("response_format", "structured_outputs", None):
+        with pytest.raises(UserError) as caught:
+            COMPILER.matcher(dataclasses.replace(grammar.regex("(?=a)b"), parameter=name))
+        assert (caught.value.code, caught.value.parameter) == ("E_GRAMMAR", name)
+        with pytest.raises(UserError) as caught:
+            COMPILER.matcher(dataclasses.replace(grammar.json_object(), parameter=name)).consume(*TOKENIZER.encode("x"))
+        assert (caught.value.code, caught.value.parameter) == ("E_GRAMMAR", name)
 
 
 def test_without_the_library_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

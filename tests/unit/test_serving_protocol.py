@@ -294,6 +294,8 @@ def test_forms_of_an_answer():
         ["a", "b"]
     )
     assert grammar_of(structured_outputs={"json_object": True}) == grammar.json_object()
+    assert grammar_of(structured_outputs={"regex": "a+"}).parameter == "structured_outputs"
+    assert grammar_of(response_format={"type": "json_object"}).parameter == "response_format"
 
 
 @pytest.mark.parametrize(
