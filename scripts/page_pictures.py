@@ -1,7 +1,8 @@
 """Takes the pictures of the chat page in docs/images, with the demo model: python scripts/page_pictures.py
 
-A browser is needed, as for tests/page. In a font that Debian packages, where it can be fetched, so that pictures taken
-on machines with few fonts look alike.
+The places in one of them are the true ones of its picture, in an answer that is written here. A browser is needed, as
+for tests/page. In a font that Debian packages, where it can be fetched, so that pictures taken on machines with few
+fonts look alike.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from playwright.sync_api import Browser, Page, ViewportSize
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
+from kimi_vl.text.grounding import grounding  # noqa: E402
 from tests.page import browser  # noqa: E402
 from tests.page.reading import ask, is_done, last_answer  # noqa: E402
+from tests.page.scripted import Answer, Details, ScriptedServer, Thinking  # noqa: E402
 from tests.serving.conftest import ServerProcess  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
@@ -82,12 +85,35 @@ def dark(page: Page) -> None:
     page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
 
 
+PLACES = """```json
+[
+  {"bbox_2d": [0.07, 0.13, 0.31, 0.46], "label": "red circle"},
+  {"bbox_2d": [0.67, 0.16, 0.93, 0.5], "label": "blue star"},
+  {"bbox_2d": [0.39, 0.5, 0.62, 0.8], "label": "green triangle"}
+]
+```"""
+
+
+def places(page: Page) -> None:
+    page.locator("#files").set_input_files(ROOT / "images" / "demo1.jpeg")
+    page.get_by_label("Ask for").select_option("detect")
+    ask(page, "shape")
+    is_done(page)
+    last_answer(page).locator(".places").get_by_role("button").nth(1).click()
+    last_answer(page).locator(".figures").evaluate("(node) => node.remove()")  # nothing was computed
+
+
 def main() -> None:
+    with Image.open(ROOT / "images" / "demo1.jpeg") as picture:
+        found = grounding(PLACES, picture.size).to_dict()
     with (
         tempfile.TemporaryDirectory() as folder,
         ServerProcess() as server,
+        ScriptedServer() as scripted,
         browser.launched(fonts(Path(folder))) as running,
     ):
+        scripted.scripts.append([Thinking("Three shapes."), Answer(PLACES), Details({"grounding": found})])
+        take(running, scripted.url, "page_places", (900, 840), "light", places)
         take(running, server.url, "page_light", (900, 840), "light", conversation)
         take(running, server.url, "page_dark", (900, 840), "dark", dark)
         take(running, server.url, "page_phone", (390, 780), "light", conversation)
