@@ -190,9 +190,7 @@ def _found(text: str, begin: int) -> list[_Raw]:
     fences = [match.span(1) for match in _FENCE.finditer(text, begin)]
     for value in values(text, begin):
         fenced = any(start <= value.begin < end for start, end in fences)
-        places = list(_of_json(value, None, None))
-        only_numbers = value.fields is None and all(place.label is None and not place.thousandths for place in places)
-        (bare if only_numbers and not fenced else clear).extend(places)
+        (clear if fenced or value.has_fields else bare).extend(_of_json(value, None, None))
     for places in (_of_calls(text, begin), _of_tags(text, begin)):
         covered = sorted(place.span for place in clear)
         clear.extend(place for place in places if not _inside_one(place.span[0], covered))

@@ -39,6 +39,11 @@ class Value:
     scalar: str | float | bool | None = None
     whole: bool = field(default=True, repr=False)
 
+    @property
+    def has_fields(self) -> bool:
+        """Whether it is an object, or an array with one anywhere inside."""
+        return self.fields is not None or any(item.has_fields for item in self.items or ())
+
 
 def values(text: str, begin: int = 0, end: int | None = None) -> Iterator[Value]:
     """The arrays and objects in ``text[begin:end]``, outermost first seen, left to right."""

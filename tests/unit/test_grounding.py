@@ -235,6 +235,15 @@ def test_one_unit_for_an_answer() -> None:
     assert found("[0, 0, 1, 1] and [100, 100, 500, 250]") == [((0.0, 0.0, 1.0, 1.0),), (HALF,)]
 
 
+def test_objects_without_a_label_count_beside_a_call() -> None:
+    box = '{"bbox": [0.1, 0.2, 0.5, 0.5]}'
+    for written in (box, f"[{box}]", f"[[{box}]]"):
+        result = grounding(f"{written} and click(0.3, 0.4)", SIZE)
+        assert [(each.box is not None, each.action) for each in result.findings] == [(True, None), (False, "click")]
+    only_call = grounding("[[0.1, 0.2, 0.5, 0.5]] and click(0.3, 0.4)", SIZE)
+    assert [each.action for each in only_call.findings] == ["click"]
+
+
 def test_which_picture() -> None:
     sizes = [(100, 100), (200, 400)]
     box = '"bbox": [0, 0, 0.5, 0.5]'
