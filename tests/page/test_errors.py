@@ -14,7 +14,7 @@ from .scripted import Answer, Break, Pause, Raw, Refusal, ScriptedServer
 REFUSALS = {
     "The server did not accept this.": Refusal(400, "e_image_format", "an image is not a PNG file; convert it first."),
     "The conversation is too long": Refusal(400, "context_length_exceeded", "the prompt takes 9000 tokens of 8192."),
-    "The message is too large.": Refusal(413, "request_too_large", "too large."),
+    "The message is too large.": Refusal(413, "request_too_large", "a body may have 9 MiB."),
     "This model is not served here.": Refusal(404, "model_not_found", "there is no model x."),
     "Something went wrong on the server.": Refusal(500, "internal_error", "x", {"x-request-id": "req-17"}),
     "The server is busy.": Refusal(429, "overloaded", "too many requests wait."),
@@ -47,6 +47,9 @@ def test_the_server_says_what_to_do_and_the_page_repeats_it(page: Page, server: 
     server.scripts.append(REFUSALS["The server did not accept this."])
     ask(page, "?")
     expect(said(page, "An image is not a PNG file; convert it first.")).to_be_visible()
+    server.scripts.append(REFUSALS["The message is too large."])
+    ask(page, "?")
+    expect(said(page, "A body may have 9 MiB. Take a file out or make it smaller")).to_be_visible()
     server.scripts.append(REFUSALS["Something went wrong on the server."])
     ask(page, "?")
     expect(said(page, "req-17")).to_be_visible()

@@ -54,7 +54,7 @@ export class FileError extends Error {
  * `preview` is an address for this page, null where no browser shows such files. Raises FileError.
  */
 export async function read(file) {
-  const name = (file.name || "picture").replace(/[\0-\x1f\x7f\u202a-\u202e\u2066-\u2069]/g, "");
+  const name = (file.name || "file").replace(/[\0-\x1f\x7f\u202a-\u202e\u2066-\u2069]/g, "");
   const begin = new Uint8Array(await file.slice(0, HEAD).arrayBuffer().catch(() => new ArrayBuffer(0)));
   const format = formatOf(begin);
   if (!format) {

@@ -103,6 +103,7 @@ export class Composer {
     place.hidden = !(text || problem || ask);
     place.classList.toggle("problem", Boolean(problem));
     place.replaceChildren(text || problem);
+    if (problem) announce(problem);
     if (ask) place.append(link("Count the tokens", ask));
     for (const [file, { told }] of this.#cards) told.textContent = size(file.blob.size);
     for (const [file, use] of ofFiles(media, this.files)) {

@@ -29,7 +29,8 @@ export function explain(error) {
   }
   if (status === 404) return one("Nothing answers here.", "The server has no chat at this address.");
   if (status === 413) {
-    return one("The message is too large.", "Take a file out or make it smaller, then send it again.", { retry: false });
+    const advice = "Take a file out or make it smaller, then send it again.";
+    return one("The message is too large.", `${said} ${advice}`.trim(), { retry: false });
   }
   if (status === 429) {
     return one("The server is busy.", retryAfter === null ? "Try again in a moment." : "", { wait: retryAfter });
