@@ -20,6 +20,7 @@ from demo_world.places import GUI_SYSTEM
 from demo_world.printing import dark, draw_typed_sum, find_fonts
 from demo_world.scenes import draw_scene
 from kimi_vl import attachments
+from kimi_vl.media import sandbox
 from kimi_vl.media.images import ImageOptions, plan
 from kimi_vl.text import chat, messages, prompts
 from kimi_vl.text.grounding import grounding
@@ -261,8 +262,10 @@ def test_documents_say_what_is_on_which_page() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["film", "pages"])
-def test_the_service_sees_frames_and_pages_as_the_lessons_show_them(task: str) -> None:
+def test_the_service_sees_frames_and_pages_as_the_lessons_show_them(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through real files: the same labels and ids as in the lesson, and pictures of the same size and look."""
+    monkeypatch.setattr(sandbox, "WALL_S", 900.0)  # however loaded the machine is
+    monkeypatch.setattr(sandbox, "WAIT_S", 900.0)
     options, tokenizer = ImageOptions.from_directory(resolve.DEMO), Tokenizer.from_directory(resolve.DEMO)
     for talk, shown in talks(task, 6):
         asked, params = doors.request(talk, shown)
