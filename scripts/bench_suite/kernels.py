@@ -15,20 +15,21 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from kimi_vl.kernels import TORCH, Ops, Widths, select_ops
+from kimi_vl.kernels import TORCH, Ops, Widths, native_ops, select_ops
 from kimi_vl.kernels.attention_metadata import DecodeMetadata
-from kimi_vl.kernels.inputs import PUBLISHED, Call, Inputs
+from kimi_vl.kernels.inputs import PUBLISHED, Call, Inputs, with_arguments
 
 from . import conditions
 
 COLD_BYTES = 256 << 20  # several times the caches of anything we know
 MOST_SETS = 512
-# what plain PyTorch does without asking the host anything
+WEIGHTS = {"moe": (3, 4, 5), "mla_prepare": (1,), "mla_decode": (4,)}
+"""The arguments of operations that are weights of GEMMs."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,8 @@ def sizes(cases: Cases, cuda: bool, quick: bool) -> list[Callable[[], Case]]:
     """What is measured, smallest first: decoding by sequences, and a chunk of a prefill."""
     tokens = [1, 3] if quick else [1, 4, 32, 128] if cuda else [1, 4, 16]
     long = [] if quick or not cuda else [1024, 4096]
-    contexts = [(1, 40), (2, 40)] if quick else [(1, 2048), (32, 2048), (128, 2048)] if cuda else [(1, 2048), (16, 512)]
+    contexts = [(1, 2048), (32, 2048), (128, 2048)] if cuda else [(1, 140), (4, 140), (16, 140), (1, 2000), (16, 1000)]
+    contexts = [(1, 40), (2, 40)] if quick else contexts
     made: list[Callable[[], Case]] = []
     for count in tokens:
         made.append(lambda count=count: cases.add_rms_norm(count))
@@ -238,7 +240,32 @@ def sizes(cases: Cases, cuda: bool, quick: bool) -> list[Callable[[], Case]]:
 
 def contenders(where: Machine) -> list[Ops]:
     """Who computes an operation."""
-    return [TORCH, select_ops(where.device, "triton")] if where.triton else [TORCH]
+    if where.triton:
+        return [TORCH, select_ops(where.device, "triton")]
+    try:
+        return [TORCH, native_ops()]
+    except ImportError:  # this machine cannot have them
+        return [TORCH]
+
+
+def in_blocks(case: Case, ops: Ops) -> Case:
+    """``case`` with copies of its weights in the layout that ``ops`` reads fastest, one for each weight."""
+    made: dict[int, Any] = {}
+
+    def blocked(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(blocked, value))
+        if value is not None and id(value) not in made:
+            made[id(value)] = ops.block(value.clone(memory_format=torch.contiguous_format))
+        return made.get(id(value))
+
+    def change(values: list[Any]) -> None:
+        for place in WEIGHTS.get(case.op, ()):
+            values[place] = blocked(values[place])
+
+    return (
+        case if ops.block is TORCH.block else replace(case, calls=[with_arguments(each, change) for each in case.calls])
+    )
 
 
 def bench(
@@ -249,7 +276,7 @@ def bench(
         case = make()
         for ops in contenders(where):
             try:
-                report(measure(case, where, ops, budget))
+                report(measure(in_blocks(case, ops), where, ops, budget))
             except Exception as error:
                 said = f"{type(error).__name__}: {error}".splitlines()[0]
                 report({"op": case.op, "size": case.size, "who": ops.name, "error": said[:200]})
@@ -338,7 +365,7 @@ def main(arguments: list[str]) -> int:
     device = torch.device(args.device)
     widths = PUBLISHED if not args.experts else Widths(experts=args.experts, top_k=min(6, args.experts))
     if device.type != "cuda":
-        print("no GPU is used: plain PyTorch alone is measured", flush=True)
+        print("no GPU is used: native kernels are measured, where this machine has them, and PyTorch", flush=True)
     where = machine(device)
     print(
         f"{where.name}: copy {where.bytes_per_second / 1e9:.1f} GB/s, "

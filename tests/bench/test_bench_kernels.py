@@ -76,7 +76,7 @@ def test_the_table_is_complete(capsys: pytest.CaptureFixture[str]):
     assert {row["op"] for row in report["results"]} == {
         "add_rms_norm", "norm_router", "moe", "mla_prepare", "mla_decode",
     }  # fmt: skip
-    assert {row["who"] for row in report["results"]} == {"torch"}
+    assert {row["who"] for row in report["results"]} - {"native"} == {"torch"}
     assert len([line for line in lines if line.startswith("|")]) == 2 + len(report["results"])
     for row in report["results"]:
         assert row["microseconds"] > 0
