@@ -74,7 +74,8 @@ class FusedDecoder:
                 _hold(module, "gate_up_proj", self._ops.block(module.gate_up_proj))
                 _hold(module, "down_proj", self._ops.block(module.down_proj))
             elif isinstance(module, Attention):
-                _hold(module.o_proj, "weight", self._ops.block(module.o_proj.weight))
+                for linear in (module.o_proj, module.kv_b_proj):
+                    _hold(linear, "weight", self._ops.block(linear.weight))
             elif isinstance(module, Mlp):
                 for linear in (module.gate_proj, module.up_proj, module.down_proj):
                     _hold(linear, "weight", self._ops.block(linear.weight))
@@ -136,7 +137,9 @@ class FusedDecoder:
             query = joined[chunk.tokens, : config.num_attention_heads * config.qk_head_dim]
             query = query.unflatten(-1, (config.num_attention_heads, -1))[..., : config.qk_nope_head_dim]  # (S, N, Q)
             q, r = (part.transpose(0, 1).unsqueeze(0) for part in (query, rotated[own]))  # (1, N, S, Q), (1, N, S, P)
-            parts.append(attention.expanded(q, r, past, chunk.mask)[0].transpose(0, 1).flatten(1))  # (S, N V)
+            parts.append(
+                attention.expanded(q, r, past, chunk.mask, ops.project)[0].transpose(0, 1).flatten(1)
+            )  # (S, N V)
         states = parts[0] if len(parts) == 1 else torch.cat(parts)
         return ops.project(states, attention.o_proj.weight)
 
@@ -170,18 +173,21 @@ class _Projections:
     def __init__(self, attention: Attention, ops: Ops):
         config = attention.config
         both = (attention.q_proj, attention.kv_a_proj_with_mqa)
-        self.joined = ops.block(_joined([linear.weight for linear in both], attention.kv_b_proj.weight.dtype))
+        self.joined = ops.block(_joined([linear.weight for linear in both], attention.kv_a_layernorm.weight.dtype))
         if isinstance(self.joined, BlockedWeight):
             begin = 0
             for linear in both:
                 _hold(linear, "weight", self.joined[begin : begin + linear.out_features])
                 begin += linear.out_features
-        weight = attention.kv_b_proj.weight
+        weight = dense(attention.kv_b_proj.weight, attention.kv_a_layernorm.weight.dtype)
         up = weight.view(config.num_attention_heads, -1, config.kv_lora_rank)  # (N, Q+V, R)
         to_key, to_value = up.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
         self.to_key, self.to_value = to_key.transpose(1, 2), to_value
         if weight.device.type == "cpu":  # copies, in the order in which they are read
-            self.to_key, self.to_value = (ops.block(half.contiguous()) for half in (self.to_key, self.to_value))
+            halves = self.to_key, self.to_value
+            self.to_key, self.to_value = (
+                ops.block(half.clone(memory_format=torch.contiguous_format)) for half in halves
+            )
 
 
 def _hold(module: nn.Module, name: str, weight: Weight) -> None:

@@ -29,6 +29,10 @@ inline __m512i four_bytes(const u8* from) {  // in all lanes
     return _mm512_set1_epi32(value);
 }
 
+// Reading waits where nothing is asked for beforehand: a processor follows few streams by itself.
+constexpr int AHEAD = 2048;  // bytes
+inline void ask_for(const u8* from) { _mm_prefetch((const char*)from, _MM_HINT_T0); }
+
 inline float number(const u8* from) {
     float value;
     memcpy(&value, from, 4);
@@ -94,7 +98,7 @@ struct Rows {  // of one matrix, from a channel on
 struct Bf16 {
     static constexpr int most = 12;  // vectors of a tile
     static constexpr bool by_value = true;  // values of a vector are prepared one by one
-    static constexpr int blocks(int M) { return M == 1 ? 8 : M <= 5 ? 4 : 2; }  // of a tile
+    static constexpr int blocks(int M) { return M == 1 ? 8 : M <= 6 ? 4 : 2; }  // of a tile
 
 #ifdef __AVX512BF16__
     static constexpr int value = 2;
@@ -138,7 +142,10 @@ struct Bf16 {
     template <int R, int M>
     static void tile(__m512 (&sums)[R][M], const Block* w, const u8* const* x, const Shape& shape) {
         UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) sums[r][m] = _mm512_setzero_ps();
-        for (int j = 0; j < shape.inputs / 2; j++) add<R, M>(sums, w, x, j);
+        for (int j = 0; j < shape.inputs / 2; j++) {
+            UNROLL for (int r = 0; r < R; r++) ask_for(w[r].values + size_t(j) * 64 + AHEAD);
+            add<R, M>(sums, w, x, j);
+        }
     }
 };
 
@@ -175,7 +182,10 @@ struct Int8 {  // vectors of 16 bits with one scale, in two parts: 256 high + lo
         }
         for (size_t i = 0; i < inputs; i += 4) {
             __m512i v[R];
-            UNROLL for (int r = 0; r < R; r++) v[r] = _mm512_loadu_si512(w[r].values + i * 16);
+            UNROLL for (int r = 0; r < R; r++) {
+                ask_for(w[r].values + i * 16 + AHEAD);
+                v[r] = _mm512_loadu_si512(w[r].values + i * 16);
+            }
             UNROLL for (int m = 0; m < M; m++) {
                 __m512i above = four_bytes(x[m] + i), below = four_bytes(x[m] + inputs + i);
                 UNROLL for (int r = 0; r < R; r++) dot(high[r][m], v[r], above), dot(low[r][m], v[r], below);
@@ -190,11 +200,10 @@ struct Int8 {  // vectors of 16 bits with one scale, in two parts: 256 high + lo
 };
 
 struct Int4 {  // vectors of 8 bits with a scale for 32 values
-    static constexpr int most = 8;
+    static constexpr int most = 12;
     static constexpr bool by_value = false;
-    static constexpr int blocks(int M) { return M == 1 ? 4 : M <= 4 ? 2 : 1; }
+    static constexpr int blocks(int M) { return M <= 2 ? 4 : M <= 4 ? 2 : 1; }
     static size_t vector(int inputs) { return size_t(inputs) / 4 * 5 + 64; }  // then, for each group, scale and begin
-    static constexpr int ahead = 1024;  // bytes: reading waits where nothing is asked for beforehand
 
     static void prepare(const float* x, u8* vector, int inputs) {
         const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);  // as halves of codes
@@ -214,25 +223,27 @@ struct Int4 {  // vectors of 8 bits with a scale for 32 values
     static void tile(__m512 (&y)[R][M], const Block* w, const u8* const* x, const Shape& shape) {
         const __m512i half = _mm512_set1_epi8(15);
         UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) y[r][m] = _mm512_setzero_ps();
-        for (int i = 0; i < shape.inputs; i += 32) {
+        int group = -1;
+        for (int i = 0, end = 0; i < shape.inputs; i += 32) {
+            if (i == end) group++, end += shape.group;
             UNROLL for (int r = 0; r < R; r++) {
                 const u8* from = w[r].values + size_t(i) * 8;
                 __m512i v[8];
                 UNROLL for (int k = 0; k < 4; k++) {
-                    _mm_prefetch(from + ahead + 64 * k, _MM_HINT_T0);
+                    ask_for(from + 64 * k + AHEAD);
                     __m512i codes = _mm512_loadu_si512(from + 64 * k);
                     v[2 * k] = _mm512_and_si512(codes, half);
                     v[2 * k + 1] = _mm512_and_si512(_mm512_srli_epi16(codes, 4), half);
                 }
-                __m512 scales = shape.scales(w[r].scales, i / shape.group);
+                __m512 scales = shape.scales(w[r].scales, group);
                 UNROLL for (int m = 0; m < M; m++) {
                     const u8* own = x[m] + shape.inputs + i / 4;
                     __m512i sum = four_bytes(own + 4), other = _mm512_setzero_si512();
                     UNROLL for (int k = 0; k < 8; k += 2) {
                         dot(sum, v[k], four_bytes(x[m] + i + 4 * k));
-                        dot(other, v[k + 1], four_bytes(x[m] + i + 4 * k + 4));
+                        dot(R > 1 ? sum : other, v[k + 1], four_bytes(x[m] + i + 4 * k + 4));
                     }
-                    __m512 value = _mm512_cvtepi32_ps(_mm512_add_epi32(sum, other));
+                    __m512 value = _mm512_cvtepi32_ps(R > 1 ? sum : _mm512_add_epi32(sum, other));
                     y[r][m] = _mm512_fmadd_ps(value, _mm512_mul_ps(scales, _mm512_set1_ps(number(own))), y[r][m]);
                 }
             }
