@@ -71,8 +71,9 @@ class FusedDecoder:
         """Put the weights of GEMMs apart from :class:`_Projections` in blocks."""
         for module in [*self._model.modules()]:
             if isinstance(module, Experts):
-                _hold(module, "gate_up_proj", self._ops.block(module.gate_up_proj))
                 _hold(module, "down_proj", self._ops.block(module.down_proj))
+                if isinstance(module.down_proj, BlockedWeight):  # one alone would be computed in PyTorch
+                    _hold(module, "gate_up_proj", self._ops.block(module.gate_up_proj))
             elif isinstance(module, Attention):
                 for linear in (module.o_proj, module.kv_b_proj):
                     _hold(linear, "weight", self._ops.block(linear.weight))

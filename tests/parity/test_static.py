@@ -25,6 +25,7 @@ from kimi_vl.kernels import linear
 from kimi_vl.kernels.cpu import build
 from kimi_vl.model.kimi_vl import KimiVL
 from kimi_vl.model.latent_cache import LatentCache
+from kimi_vl.quantization.weight import BlockedWeight
 from kimi_vl.weights import loader
 from tests.parity.test_engine import (
     CHECKPOINT,
@@ -134,6 +135,38 @@ def test_the_fused_decoder_is_the_model(model, name, dtype):
         away, allowed = (found - right).norm() / right.norm(), (plainly - right).norm() / right.norm()
         assert away <= 1.5 * allowed + 1e-6, (away, allowed)
         assert allowed > 1e-9  # float64 against itself would show nothing
+
+
+@NATIVE
+@torch.inference_mode()
+def test_weights_in_blocks_serve_the_model_and_another_decoder(model):
+    text, ids = replace(model.config.text_config, moe_intermediate_size=64), torch.tensor(ids_of(9))
+    torch.manual_seed(0)
+    half = KimiVL(replace(model.config, text_config=text)).bfloat16().eval()
+    positions = torch.arange(9).unsqueeze(0)
+
+    def of_model() -> Tensor:
+        return half.language_model(half.embed(ids.unsqueeze(0)), positions, None)[0]
+
+    def of_decoder() -> Tensor:
+        cache = PagedCache(text, 9, 8, dtype=half.dtype)
+        return FusedDecoder(half.language_model, ops("native")).states(
+            half.embed(ids), cache.step([Chunk([0, 3], 0, 9)])
+        )
+
+    before, nbytes = of_model(), sum(each.nbytes for each in half.parameters())
+    first = of_decoder()
+    blocked = {name for name, module in half.named_modules() if isinstance(module, BlockedWeight)}
+    assert {name.rpartition("layers.1.")[2] for name in blocked if "layers.1." in name} == {
+        "self_attn.q_proj.weight", "self_attn.kv_a_proj_with_mqa.weight", "self_attn.kv_b_proj.weight",
+        "self_attn.o_proj.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj",
+        *(f"mlp.shared_experts.{name}_proj.weight" for name in ("gate", "up", "down")),
+    }  # fmt: skip
+    assert sum(each.nbytes for each in half.parameters()) == nbytes
+    assert torch.equal(of_model(), before)
+    assert torch.equal(of_decoder(), first)
+    assert torch.equal(of_model(), before)
+    assert (first - before).norm() <= 0.03 * before.norm()
 
 
 def test_projections_are_joined_without_a_copy(model):
