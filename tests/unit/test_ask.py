@@ -54,9 +54,9 @@ def run(*arguments: str) -> int:
         ["--start", "0"],
         ["--end", "1"],
         ["--pages", "1"],
-        ["--pages", "1", PICTURE],
+        [PICTURE, "--pages", "1"],
     ],
-    ids=lambda arguments: arguments[0][:20],
+    ids=lambda arguments: Path(arguments[0]).name[:20],
 )
 def test_what_no_model_takes_is_refused_before_one_is_loaded(arguments):
     with pytest.raises(UserError) as refused:

@@ -35,7 +35,7 @@ class Scripted:
 
     def __init__(self, delay: Callable[[str], int] = lambda text: 0):
         self.engine = SimpleNamespace(options=SimpleNamespace(max_num_seqs=AT_ONCE, max_waiting=0))
-        self.model = torch.nn.Linear(2, 2)
+        self.model = torch.nn.ParameterList([torch.ones(2)])
         self.delay = delay
         self.asked: list[str] = []
         self.sources: list[Any] = []
