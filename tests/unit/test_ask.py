@@ -30,7 +30,7 @@ def no_model(monkeypatch):
 def run(*arguments: str) -> int:
     parser = argparse.ArgumentParser()
     ask.add_arguments(parser)
-    return ask.run(parser.parse_args(["What is this?", *arguments]))
+    return ask.run(parser.parse_intermixed_args(["What is this?", *arguments]))  # as the command does
 
 
 @pytest.mark.parametrize(
