@@ -21,6 +21,7 @@ BLOCK = 32  # weights that share a scale in q4_0 and q8_0
 TYPES = {None: "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 """What a form of the checkpoint becomes."""
 _FILE_TYPES = {"BF16": 32, "Q8_0": 7, "Q4_0": 2}  # as llama.cpp numbers them
+_ALL, _ROWS = slice(None), 8192
 _KINDS = {"F32": "<f4", "BF16": "<u2", "I32": "<i4", "I64": "<i8"}
 _LAYER = "language_model.model.layers"
 # In a layer, by llama.cpp's names. Norms and the router stay floating-point.
@@ -74,22 +75,22 @@ class Source:
         path, kind, shape, begin = self._tensors[name]
         return np.memmap(path, _KINDS[kind], "r", begin, shape)
 
-    def floating(self, name: str) -> NDArray[np.float32]:
+    def floating(self, name: str, rows: slice = _ALL) -> NDArray[np.float32]:
         if f"{name}_packed" in self._tensors:
-            integers, scales = self.integers(name)
+            integers, scales = self.integers(name, rows)
             groups = integers.reshape(*scales.shape, -1) * scales[..., None]
-            return groups.reshape(integers.shape).astype(np.float32)
-        return _widened(self._raw(name))
+            return groups.reshape(integers.shape)
+        return _widened(self._raw(name)[rows])
 
-    def integers(self, name: str) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    def integers(self, name: str, rows: slice = _ALL) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
         """(O, I) and their scales (O, G)."""
-        outputs, inputs = self.shape(name)
-        codes = self._raw(f"{name}_packed").view(np.uint8)  # (O, I * bits / 8)
+        inputs = self.shape(name)[1]
+        codes = self._raw(f"{name}_packed").view(np.uint8)[rows]  # (O, I * bits / 8)
         if codes.shape[1] == inputs:
             integers = (codes ^ 128).view(np.int8)
         else:
-            integers = np.stack((codes & 15, codes >> 4), -1).reshape(outputs, inputs).view(np.int8) - np.int8(8)
-        return integers, _widened(self._raw(f"{name}_scale"))
+            integers = np.stack((codes & 15, codes >> 4), -1).reshape(-1, inputs).view(np.int8) - np.int8(8)
+        return integers, _widened(self._raw(f"{name}_scale")[rows])
 
     def bits(self, name: str) -> int:
         """Of its integers; 16 where it has none."""
@@ -103,7 +104,8 @@ class Source:
             return np.ascontiguousarray(self._raw(name)).view(np.uint8).reshape(-1)
         if (kind, self.bits(name)) in (("Q4_0", 4), ("Q8_0", 8)):
             return moved(*self.integers(name), kind)
-        return quantize(self.floating(name), kind)
+        rows = range(0, self.shape(name)[0], _ROWS)  # of a vocabulary all in float32 are 1.3 GB
+        return np.concatenate([quantize(self.floating(name, slice(at, at + _ROWS)), kind) for at in rows])
 
 
 def _widened(values: NDArray[Any]) -> NDArray[np.float32]:

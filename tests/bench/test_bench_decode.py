@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import statistics
 import subprocess
@@ -131,6 +132,14 @@ def test_sequences_begin_to_count_at_different_ids_below_the_special_ones():
     assert len({prompt[-1] for prompt in ids}) == 64
     assert max(map(max, ids)) < 256
     assert ids == decode.prompts(64, 3, 512) != decode.prompts(64, 4, 512)
+
+
+def test_each_round_but_the_warm_up_begins_when_a_line_comes(monkeypatch):
+    lines = io.StringIO("\n\n\n")
+    monkeypatch.setattr("sys.stdin", lines)
+    began: list[int] = []
+    Contest({}, wait=True).ask([], 2, lambda: began.append(lines.tell()))
+    assert began == [0, 1, 2]
 
 
 @pytest.mark.parametrize("apart", [True, False])
