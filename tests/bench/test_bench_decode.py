@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -195,6 +197,26 @@ def test_a_processor_is_named_with_what_kernels_need(tmp_path):
     (tmp_path / "plain").write_text("model name : Old\ncpu family : 5\nmodel : 4\nflags : fpu\n")
     assert conditions.processor(tmp_path / "plain").startswith("Old (family 5, model 4; none of avx2 ")
     assert conditions.processor(tmp_path / "missing")
+
+
+def test_a_stopped_contestant_ends_with_its_benchmark(tmp_path):
+    """Whoever starts one and is killed while it has not the turn."""
+    code = f"""
+import pathlib, signal, os, sys
+from bench_suite.contestants import Process
+from bench_suite import checkpoint
+folder = checkpoint.with_layers(pathlib.Path({str(tmp_path)!r}), 2, divisor=16, vocabulary=512).folder
+one = Process("kimi_vl", folder, device="cpu", dtype="bfloat16", sequences=1, threads=1)
+print(one.group, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'scripts'}:{ROOT}"}
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    stat, deadline = Path(f"/proc/{int(process.stdout)}/stat"), time.monotonic() + 60
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":  # nobody may wait for it
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_contestant_that_ends_is_named():
