@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -62,12 +61,6 @@ def place(
     else:
         spare = max(0, int(free * _CPU_SHARE) - weights)
     return Placement(form, weights, options.pages_in(spare, text, dtype) * options.page_size)
-
-
-def placements(config: Config, dtype: torch.dtype, kind: str, free: int) -> Iterator[Placement]:
-    """Every form that ``auto`` chooses from, the most exact first."""
-    for form in _AUTOMATIC:
-        yield place(config, dtype, form, kind, free)
 
 
 def choose(

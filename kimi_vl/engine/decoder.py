@@ -43,12 +43,13 @@ def widths(config: TextConfig, page_size: int) -> Widths:
     )
 
 
-def forms(model: LanguageModel) -> tuple[Form | None, tuple[Form, ...]]:
-    """How the weights of experts and of projections are quantised, each form once."""
+def forms(model: LanguageModel) -> tuple[Form | None, tuple[Form, ...], Form | None]:
+    """How the weights of experts, of projections (each form once), and of ``kv_b_proj`` are quantised."""
     layers = [layer for layer in model.model.layers if isinstance(layer, Layer)]
     experts = next((form_of(layer.mlp.experts.gate_up_proj) for layer in layers if isinstance(layer.mlp, MoE)), None)
     linear = [module.weight for module in model.modules() if isinstance(module, Linear)]
-    return experts, tuple(sorted({form for weight in linear if (form := form_of(weight)) is not None}))
+    projections = tuple(sorted({form for weight in linear if (form := form_of(weight)) is not None}))
+    return experts, projections, form_of(layers[0].self_attn.kv_b_proj.weight)
 
 
 class FusedDecoder:
@@ -167,20 +168,27 @@ class _Projections:
 
     ``joined`` (N (Q+P) + R+P, H) is those of queries and of latents and rotary keys, which read the same input; the
     model's own weights become parts of it, so that it takes no memory of its own. ``to_key`` (N, R, Q) and ``to_value``
-    (N, V, R) are the halves of ``kv_b_proj``, head by head, the first of them transposed.
+    (N, V, R) are the halves of ``kv_b_proj``, head by head, the first of them transposed; where they are quantised they
+    are (N, Q, R) and (N, V, R).
     """
 
     @torch.no_grad()
     def __init__(self, attention: Attention, ops: Ops):
         config = attention.config
         both = (attention.q_proj, attention.kv_a_proj_with_mqa)
-        self.joined = ops.block(_joined([linear.weight for linear in both], attention.kv_a_layernorm.weight.dtype))
+        dtype = attention.kv_a_layernorm.weight.dtype
+        self.joined = ops.block(_joined([linear.weight for linear in both], dtype))
         if isinstance(self.joined, BlockedWeight):
             begin = 0
             for linear in both:
                 _hold(linear, "weight", self.joined[begin : begin + linear.out_features])
                 begin += linear.out_features
-        weight = dense(attention.kv_b_proj.weight, attention.kv_a_layernorm.weight.dtype)
+        stored = attention.kv_b_proj.weight
+        if isinstance(stored, QuantizedWeight) and stored.device.type != "cpu":  # where it would cost each step much
+            up = stored.by_head(config.num_attention_heads)  # (N, Q+V, R)
+            self.to_key, self.to_value = up[:, : config.qk_nope_head_dim], up[:, config.qk_nope_head_dim :]
+            return
+        weight = dense(stored, dtype)
         up = weight.view(config.num_attention_heads, -1, config.kv_lora_rank)  # (N, Q+V, R)
         to_key, to_value = up.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
         self.to_key, self.to_value = to_key.transpose(1, 2), to_value

@@ -68,8 +68,8 @@ class EngineOptions:
     def use(self, model: KimiVL) -> kernels.Use:
         """What this asks of the operations of ``model``'s decoder, which need not have memory yet."""
         sizes = widths(model.config.text_config, self.page_size)
-        experts, projections = forms(model.language_model)
-        return kernels.Use(sizes, model.dtype, self.max_num_seqs, self.max_num_batched_tokens, experts, projections)
+        own = forms(model.language_model)
+        return kernels.Use(sizes, model.dtype, self.max_num_seqs, self.max_num_batched_tokens, *own)
 
     def page_count(self, device: torch.device, config: TextConfig, dtype: torch.dtype, weights: int = 0) -> int:
         """How many pages the KV cache gets of the memory that there is.

@@ -107,7 +107,7 @@ def form_of(weight: Weight) -> Form | None:
 @dataclass(frozen=True)
 class Use:
     """What an engine will call the operations with: the widths of its model, the sizes of its largest step, and how the
-    weights of experts and of projections are quantised."""
+    weights of experts, of projections, and into and out of the latent space are quantised."""
 
     widths: Widths
     dtype: torch.dtype
@@ -115,6 +115,7 @@ class Use:
     max_num_batched_tokens: int
     experts: Form | None = None
     projections: tuple[Form, ...] = ()
+    latent: Form | None = None
 
 
 REFERENCE = Ops(

@@ -211,14 +211,20 @@ class Inputs:
         arguments = (states, *self.choices(tokens, routing), *routed, always if shared else None)
         return Call("moe", arguments, roundings=3 if isinstance(routed[0], Tensor) else 4)  # that of the scaled weight
 
-    def mla_prepare(self, tokens: int, decoding: int | None = None, unwritten: int = 0) -> Call:
+    def mla_prepare(
+        self, tokens: int, decoding: int | None = None, unwritten: int = 0, form: Form | None = None
+    ) -> Call:
         """The first ``decoding`` of ``tokens`` (None: all) decode; the last ``unwritten`` have no slot. ``to_key`` has
-        the strides of the checkpoint's weight."""
+        the strides of the checkpoint's weight, or is quantised in a ``form``."""
         widths = self.widths
         joined = self.normal(tokens, widths.heads * (widths.nope + widths.rope) + widths.rank + widths.rope, scale=2)
-        to_key = self.normal(widths.heads, widths.nope, widths.rank, scale=widths.nope**-0.5).transpose(1, 2)
-        if (blocked := self._block(to_key.contiguous())).__class__ is not Tensor:
-            to_key = blocked
+        shape, scale = (widths.heads, widths.nope, widths.rank), widths.nope**-0.5
+        if form:
+            to_key: Weight = self.quantized(form, *shape, scale=scale)
+        else:
+            to_key = self.normal(*shape, scale=scale).transpose(1, 2)
+            if not isinstance(blocked := self._block(to_key.contiguous()), Tensor):
+                to_key = blocked
         angles = self.normal(tokens, widths.rope // 2, scale=10, dtype=torch.float32).repeat(1, 2)
         rope = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.dtype)
         pages = -(-2 * tokens // widths.page_size) + 1
@@ -230,9 +236,16 @@ class Inputs:
             joined, to_key, weight, rope, kv_cache, slot_mapping, widths.latent_eps,
             tokens if decoding is None else decoding,
         )  # fmt: skip
-        return Call("mla_prepare", arguments, roundings=2, written=4)
+        return Call("mla_prepare", arguments, roundings=3 if form else 2, written=4)  # that of the scaled weight
 
-    def mla_decode(self, lengths: Sequence[int], table_pages: int = 0, spare: int = 2, common: int = 0) -> Call:
+    def mla_decode(
+        self,
+        lengths: Sequence[int],
+        table_pages: int = 0,
+        spare: int = 2,
+        common: int = 0,
+        form: Form | None = None,
+    ) -> Call:
         """Sequences of these lengths with shuffled pages; the first ``common`` pages of each are shared.
 
         Slots past a sequence's end and the ``spare`` unused pages are NaN; the page table is padded with -1.
@@ -259,12 +272,12 @@ class Inputs:
         )  # scores have a standard deviation of about 2, so some tokens dominate
         seq_lens = torch.tensor(lengths, dtype=torch.int32, device=self.device)
         decode = DecodeMetadata(page_table.to(self.device), seq_lens, size)
-        return Call("mla_decode", (query, kv_cache, decode, scale, self.to_value()), roundings=3)
+        return Call("mla_decode", (query, kv_cache, decode, scale, self.to_value(form)), roundings=4 if form else 3)
 
-    def to_value(self) -> Weight:
+    def to_value(self, form: Form | None = None) -> Weight:
         """The weight (N, V, R) out of the latent space, with as many dims of values as of keys."""
         widths = self.widths
-        return self.weight(widths.heads, widths.nope, widths.rank, scale=widths.rank**-0.5)
+        return self.weight(widths.heads, widths.nope, widths.rank, scale=widths.rank**-0.5, form=form)
 
 
 class Unset(Inputs):

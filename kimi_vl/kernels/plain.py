@@ -126,6 +126,7 @@ def mla_prepare(
     decoding: int,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kimi_vl.kernels.reference.mla_prepare`."""
+    to_key = reference.from_key(to_key, joined.dtype)
     heads, rank, nope = to_key.shape
     cos, sin = rope.unsqueeze(1).chunk(2, dim=-1)  # (T, 1, P)
     query, latent, key = joined.split((joined.shape[-1] - rank - cos.shape[-1], rank, cos.shape[-1]), dim=-1)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..quantization.weight import Weight, dense
+from ..quantization.weight import QuantizedWeight, Weight, dense
 from .attention_metadata import DecodeMetadata
 
 # Shapes: T tokens, H hidden_size, E routed experts, K experts a token, I expert width, W shared experts' width,
@@ -118,9 +118,10 @@ def mla_prepare(
     layer; a slot is page * page_size + offset, and tokens with a negative one are not written.
 
     Returns the absorbed queries (B, N, R+P) of the first B = ``decoding`` tokens, moved into the latent space by
-    ``to_key`` (N, R, Q), with the rotated part; and the rotated part (T-B, N, P) of the other tokens' queries
-    (DeepSeek-V2 report, sections 2.1.2 and 2.1.3).
+    ``to_key`` (N, R, Q), or (N, Q, R) where it is quantised, with the rotated part; and the rotated part (T-B, N, P) of
+    the other tokens' queries (DeepSeek-V2 report, sections 2.1.2 and 2.1.3).
     """
+    to_key = from_key(to_key, joined.dtype)
     heads, rank, nope = to_key.shape
     cos, sin = rope.chunk(2, dim=-1)  # (T, P)
     query, latent, key = joined.split((joined.shape[-1] - rank - cos.shape[-1], rank, cos.shape[-1]), dim=-1)
@@ -133,6 +134,11 @@ def mla_prepare(
     rotated = apply_rope_half(query[..., nope:], cos.unsqueeze(1), sin.unsqueeze(1))  # (T, N, P)
     absorbed = per_head(query[:decoding, :, :nope], to_key)  # (B, N, R)
     return torch.cat((absorbed, rotated[:decoding]), dim=-1), rotated[decoding:]
+
+
+def from_key(to_key: Weight, dtype: torch.dtype) -> Weight:
+    """``to_key`` as (N, R, Q); where it is quantised it is (N, Q, R), since an output channel has a scale."""
+    return to_key.dequantize(dtype).transpose(1, 2) if isinstance(to_key, QuantizedWeight) else to_key
 
 
 def per_head(states: Tensor, weight: Weight) -> Tensor:

@@ -88,16 +88,18 @@ class Calls:
             yield inputs.moe(tokens, shared=inputs.widths.shared > 0, weights=weights)
 
     def mla_prepare(self) -> Iterator[Call]:
-        yield self._inputs.mla_prepare(1)
+        yield self._inputs.mla_prepare(1, form=self._use.latent)
         decoding = min(self._use.max_num_seqs, self._use.max_num_batched_tokens - 1)
-        yield self._inputs.mla_prepare(self._use.max_num_batched_tokens, decoding, unwritten=1)
+        yield self._inputs.mla_prepare(self._use.max_num_batched_tokens, decoding, unwritten=1, form=self._use.latent)
 
     def mla_decode(self) -> Iterator[Call]:
         """Short contexts, which are one split, and longer ones with several."""
         for count in token_counts(self._use.max_num_seqs):
-            yield self._inputs.mla_decode([3] * count)
+            yield self._inputs.mla_decode([3] * count, form=self._use.latent)
             yield self._inputs.mla_decode(
-                [700, *[1, 64, 33][: count - 1]] + [5] * (count - 4), 1024 // self._use.widths.page_size
+                [700, *[1, 64, 33][: count - 1]] + [5] * (count - 4),
+                1024 // self._use.widths.page_size,
+                form=self._use.latent,
             )
 
 
@@ -298,6 +300,7 @@ def main(ops: Ops | None = None) -> int:
         "dtype": getattr(torch, values["dtype"]),
         "experts": values["experts"] and tuple(values["experts"]),
         "projections": tuple(map(tuple, values["projections"])),
+        "latent": values["latent"] and tuple(values["latent"]),
     }
     use = Use(**values | decoded)
     told = os.fdopen(os.dup(1), "w")

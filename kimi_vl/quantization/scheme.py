@@ -160,14 +160,14 @@ def _size(value: Any, full: str) -> int:
 
 # The forms that this package writes
 
-HEAD = "re:.*lm_head$"
-# What stays floating-point: the router decides, and what is small or read once is not worth an error. kv_b_proj takes
-# queries into the latent space as a matrix of its own for each head, which leaves no inputs to group.
+# What has 8 bits in every form: the output head, and kv_b_proj, which takes queries into the latent space and is read
+# along its outputs there, where it has no groups.
+EXACT = ("re:.*lm_head$", "re:.*kv_b_proj$")
+# What stays floating-point: the router decides, and what is small or read once is not worth an error.
 KEPT = (
     "re:.*vision_tower.*",
     "re:.*multi_modal_projector.*",
     "re:.*mlp\\.gate$",
-    "re:.*kv_b_proj$",
     "re:.*embed_tokens$",
 )
 FORMS: dict[str, Scheme] = {
@@ -176,15 +176,15 @@ FORMS: dict[str, Scheme] = {
     "int4": Scheme(4, 32),
     "int4-g128": Scheme(4, 128),
 }
-"""By name, how the decoder's matrices are quantised. The output head has 8 bits in all of them."""
+"""By name, how the decoder's matrices are quantised; ``EXACT`` ones have 8 bits in all of them."""
 
 
 def form(name: str) -> Quantization:
     """A form by its name. Raises ValueError for another one."""
     if name not in FORMS:
         raise ValueError(f"weights are quantised as {', '.join(FORMS)}, not as {name!r}")
-    head = (((HEAD,), FORMS["int8"]),) if FORMS[name].bits != 8 else ()
-    return Quantization((*head, ((_LINEAR,), FORMS[name])), KEPT)
+    exact = ((EXACT, FORMS["int8"]),) if FORMS[name].bits != 8 else ()
+    return Quantization((*exact, ((_LINEAR,), FORMS[name])), KEPT)
 
 
 def to_config(quantization: Quantization) -> dict[str, Any]:

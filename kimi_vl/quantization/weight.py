@@ -80,6 +80,12 @@ class QuantizedWeight(nn.Module):
         """Some of the matrices, or of their output channels; shares memory with this one."""
         return QuantizedWeight(self.codes[index], self.scales[index], self.bits)
 
+    def by_head(self, count: int) -> QuantizedWeight:
+        """The ``count`` matrices (count, O / count, I) that one matrix (O, I) is, one below the other; shares memory
+        with it."""
+        codes, scales = (each.unflatten(0, (count, -1)) for each in (self.codes, self.scales))
+        return QuantizedWeight(codes, scales, self.bits)
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The matrices (…, O, I) in ``dtype``, each product of number and scale rounded once."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32

@@ -49,11 +49,6 @@ class Slot:
     index: tuple[int | slice, ...]
     shape: tuple[int, ...]
 
-    @property
-    def may_be_quantized(self) -> bool:
-        """Whether it is a matrix that the decoder computes with as it is stored."""
-        return self.parameter.startswith("language_model.") and "kv_b_proj" not in self.parameter
-
 
 def checkpoint_layout(config: Config) -> dict[str, Slot]:
     """Every tensor name of a checkpoint with ``config``, and its slot among the model's parameters."""
@@ -169,7 +164,6 @@ def save(model: KimiVL, path: str | Path, dtype: torch.dtype = torch.bfloat16) -
     save_file(tensors, str(path), metadata={"format": "pt"})
 
 
-# ---------------------------------------------------------------------------------------------
 # Quantised weights
 
 
@@ -183,13 +177,14 @@ class Plan:
 
     def __init__(self, model: KimiVL, source: Quantization | None, form: str | None, *, float8: bool = False):
         self.slots = _layout(model)
-        self.stored = self._schemes(model, source)
+        self._linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        self.stored = self._schemes(source)
         if source is None:
-            self.held = self._schemes(model, schemes.form(form)) if form else {}
+            self.held = self._schemes(schemes.form(form)) if form else {}
         else:
             kept = (pair for pair in self.stored.items() if float8 or form or not pair[1].floating)
             self.held = {name: replace(scheme, rows=1) for name, scheme in kept if self._computed_with(name, scheme)}
-            if form and self._schemes(model, schemes.form(form)) != self.stored:
+            if form and self._schemes(schemes.form(form)) != self.stored:
                 raise CheckpointError(f"the checkpoint is quantised already, and not as {form}; take the published one")
         for name, scheme in (self.stored | self.held).items():
             search.check_width(self.slots[name].shape[-1], scheme, name)
@@ -200,22 +195,29 @@ class Plan:
             else:
                 self.expected[name] = Expected(slot.shape)
 
-    def _schemes(self, model: KimiVL, given: Quantization | None) -> dict[str, Scheme]:
+    def _schemes(self, given: Quantization | None) -> dict[str, Scheme]:
         """By the names of weights. A module counts as linear where it is in the published model."""
         if given is None:
             return {}
-        linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         found = {}
         for name, slot in self.slots.items():
             module, _, kind = name.rpartition(".")
             if kind == "weight" and len(slot.shape) == 2:
-                scheme = given.scheme(module, linear=module in linear or ".experts." in module)
+                scheme = given.scheme(module, linear=self._is_linear(module))
                 found |= {name: scheme} if scheme else {}
         return found
 
     def _computed_with(self, name: str, scheme: Scheme) -> bool:
-        inputs = self.slots[name].shape[-1]
-        return self.slots[name].may_be_quantized and (scheme.rows == 1 or inputs % (scheme.group or inputs) == 0)
+        """Whether the decoder computes with the weight as it is stored."""
+        inputs, module = self.slots[name].shape[-1], name.removesuffix(".weight")
+        if module.endswith("kv_b_proj"):  # which is read along its outputs too
+            fits = scheme.bits == 8 and scheme.group in (0, inputs)
+        else:
+            fits = scheme.rows == 1 or inputs % (scheme.group or inputs) == 0
+        return fits and module.startswith("language_model.") and self._is_linear(module)
+
+    def _is_linear(self, module: str) -> bool:
+        return module in self._linear or ".experts." in module
 
     def hold_quantized(self, model: KimiVL, stored: Mapping[str, Stored]) -> None:
         """Quantised weights without memory in the place of parameters of ``model``."""
@@ -282,7 +284,6 @@ def read_tensor(file: io.FileIO, stored: Stored) -> Tensor:
     return values
 
 
-# ---------------------------------------------------------------------------------------------
 # Values
 
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "latency": ("traffic", "latency", "first token and tokens a second of one request, by context length"),
     "media": ("media", "main", "seconds from a film or a document to frames or pages"),
     "mixed": ("traffic", "mixed", "requests of all kinds at once, with pictures"),
+    "plan": ("plan", "main", "what each form of the weights takes: memory, bytes of a step, KV cache by card"),
     "text": ("text", "main", "microseconds a token between a sampled token and the text that leaves"),
     "throughput": ("traffic", "throughput", "tokens a second of many requests at once, all alike"),
     "vision": ("vision", "main", "milliseconds of a picture through the vision tower, by its size"),

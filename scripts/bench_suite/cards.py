@@ -117,8 +117,10 @@ def calls(options: EngineOptions | None = None, dtype: torch.dtype = torch.bfloa
     """Those of the published model in an engine with ``options``, its weights quantised as ``form``."""
     options = options or EngineOptions()
     sizes = widths(PUBLISHED_TEXT, options.page_size)
-    projections = tuple({form: None, INT8: None}) if form else ()
-    use = Use(sizes, dtype, options.max_num_seqs, options.max_num_batched_tokens, form, projections)
+    exact = form if form and form[0] != "int4" and not form[1] else INT8
+    projections = tuple({form: None, exact: None}) if form else ()
+    latent = exact if form else None
+    use = Use(sizes, dtype, options.max_num_seqs, options.max_num_batched_tokens, form, projections, latent)
     return Calls(use, "cpu", Unset(use.widths, dtype))
 
 

@@ -257,7 +257,8 @@ def _filled(config: Config, form: str | None) -> KimiVL:
     for name, parameter in model.named_parameters():
         flat = _values(parameter.data).view(-1)
         if name.endswith((".codes", ".scales")):
-            flat.fill_(0x55 if name.endswith(".codes") else 0.01)
+            codes = 1 if parameter.is_floating_point() else 0x55
+            flat.fill_(codes if name.endswith(".codes") else 0.01)
             continue
         for part in flat.split(len(pool)):
             part.copy_(pool[: len(part)])

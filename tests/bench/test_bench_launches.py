@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import types
+from typing import Any
 
 import numpy as np
 import pytest
-from bench_suite import launches  # before any kernel
+from bench_suite import launches, plan  # the first before any kernel
 
 import torch  # isort: skip
 
@@ -53,6 +54,21 @@ def test_a_sector_counts_once_a_launch():
     assert watch.written == {0}
     watch.expect([values])
     assert (watch.read, watch.wrote) == (0, 0)
+
+
+@pytest.mark.parametrize("form", ["float8", pytest.param("int8", marks=pytest.mark.nightly)])
+def test_a_step_with_quantised_weights_reads_fewer_bytes(form: str):
+    """By the kernels, which also enter and leave the latent space by them: about half of all matrices but one."""
+    values = launches.small(2)
+    values["text_config"] |= {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 64}
+    counts = [launches.count_bytes("kernels", 1, 2, context=40, values=values, form=each)[0] for each in (None, form)]
+    before, after = (each.bytes_read for each in counts)
+    matrices = loader_bytes(values, None) - loader_bytes(values, form)
+    assert 0.9 * matrices <= before - after <= 1.1 * matrices
+
+
+def loader_bytes(values: dict[str, Any], form: str | None) -> int:
+    return plan.bytes_a_step(launches.Config.from_dict(values), form)
 
 
 def test_bytes_of_a_step_of_plain_torch_and_the_report(capsys: pytest.CaptureFixture[str]):

@@ -204,12 +204,12 @@ def test_what_is_quantised_and_what_is_not(packed, demo):
     for name, value in read_independently(folder).items():
         error = relative(torch.from_numpy(value), demo[name])
         module = name.removesuffix(".weight")
-        kept = re.search(r"vision_tower|multi_modal_projector|norm|mlp\.gate\.|embed_tokens|kv_b_proj", name)
+        kept = re.search(r"vision_tower|multi_modal_projector|norm|mlp\.gate\.|embed_tokens", name)
         if kept:
             assert error == 0, name
         elif form == "float8":
             assert 0.02 < error < 0.03, name
-        elif form == "int8" or module.endswith("lm_head"):
+        elif form == "int8" or module.endswith(("lm_head", "kv_b_proj")):
             assert 0.003 < error < 0.01, name
         else:
             assert 0.05 < error < 0.12, name
@@ -272,7 +272,8 @@ def test_own_configurations_are_read_as_they_are_written():
         module = "language_model.model.layers.3.mlp.experts.7.down_proj"
         assert made.scheme(module, linear=True) == FORMS[name]
         assert made.scheme("language_model.lm_head", linear=True) == FORMS[name if name == "float8" else "int8"]
-        for kept in ("layers.1.self_attn.kv_b_proj", "layers.1.mlp.gate", "embed_tokens", "vision_tower.blocks.0.wo"):
+        assert made.scheme("layers.1.self_attn.kv_b_proj", linear=True) == made.scheme("lm_head", linear=True)
+        for kept in ("layers.1.mlp.gate", "embed_tokens", "vision_tower.blocks.0.wo"):
             assert made.scheme(kept, linear=True) is None
     with pytest.raises(ValueError, match="not as 'int3'"):
         schemes.form("int3")

@@ -265,15 +265,15 @@ LIES = {
         {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel"},
         rf"{O_PROJ}_scale has shape \(160, 5\); \(160, 1\)",
     ),
-    "integers that are not packed": ("config_groups.group_0.format", "int-quantized", rf"missing tensor {HEAD}"),
+    "integers that are not packed": ("config_groups.group_0.format", "int-quantized", rf"{HEAD}_packed; "),
     "unknown scheme": (f"{GROUP}.format", "nvfp4-pack-quantized", r"group_1\.format is 'nvfp4-pack-quantized'"),
     "ignored, but quantised": (
         "ignore", [*schemes.KEPT, "re:.*lm_head$"], rf"unexpected tensor {HEAD}_packed.*missing tensor {HEAD}$",
     ),
     "not ignored, and floating-point": (
         "ignore",
-        [name for name in schemes.KEPT if "kv_b_proj" not in name],
-        r"unexpected tensor \S+kv_b_proj\.weight.* more problems",
+        [name for name in schemes.KEPT if "vision_tower" not in name],
+        r"unexpected tensor vision_tower\S+\.weight.* more problems",
     ),
     "targets of nothing": (f"{GROUP}.targets", ["re:nothing"], r"unexpected tensor \S+_packed.* more problems"),
 }  # fmt: skip

@@ -84,6 +84,23 @@ def test_shared_experts_may_be_of_another_form(tokens: int):
         assert apart(call, call.run(kernels.TORCH), torch.float32) <= 1
 
 
+LATENT = ["int8", "float8"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", LATENT)
+def test_the_latent_space_is_entered_and_left_by_quantised_weights(form: str, dtype: torch.dtype):
+    """By one sequence and by more than a program combines, of tokens that decode and others."""
+    inputs = Inputs(ODD, dtype)
+    for call in (
+        inputs.mla_prepare(5, 3, form=FORMS[form]),
+        inputs.mla_decode([40], form=FORMS[form]),
+        inputs.mla_decode([9, 1, 0, 8, 70, 7], 16, form=FORMS[form]),
+    ):
+        assert apart(call, call.run(TRITON), dtype) <= 1
+        assert apart(call, call.run(kernels.TORCH), dtype) <= 1
+
+
 def test_groups_that_the_kernels_do_not_take_are_computed_without():
     inputs = Inputs(ODD, torch.float32)
     for form in (("int4", 8, "bfloat16"), ("int8", 48, "bfloat16"), ("float8", 8, "float32")):
@@ -176,6 +193,12 @@ def test_planted_mistakes_are_seen(mistake: str):
     for form in forms:
         project = inputs.project(3, inputs.quantized(FORMS[form], 40, ODD.hidden))
         assert apart(project, spoilt(project, 1).run(TRITON), dtype) > 3
+        if not FORMS[form][1] and form != "int4 by channel":
+            for call, index in (
+                (inputs.mla_prepare(2, form=FORMS[form]), 1),
+                (inputs.mla_decode([9], form=FORMS[form]), 4),
+            ):
+                assert apart(call, spoilt(call, index).run(TRITON), dtype) > 3
         experts = inputs.moe(1, weights=(inputs.experts(FORMS[form]), inputs.shared_experts(FORMS[form])))
         for index in (3, 4):
             assert apart(experts, spoilt(experts, index).run(TRITON, plan=PLANS["pairs"]), dtype) > 3

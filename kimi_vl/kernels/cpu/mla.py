@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...quantization.weight import Weight
 from .. import plain, reference
 from ..attention_metadata import DecodeMetadata
 from .binding import kernel, takes
@@ -20,7 +21,7 @@ from .binding import kernel, takes
 
 def mla_prepare(
     joined: Tensor,
-    to_key: Tensor,
+    to_key: Weight,
     norm_weight: Tensor,
     rope: Tensor,
     kv_cache: Tensor,
@@ -30,6 +31,7 @@ def mla_prepare(
     per_head: Callable[..., Tensor] = reference.per_head,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kimi_vl.kernels.reference.mla_prepare`."""
+    to_key = reference.from_key(to_key, joined.dtype)
     if not takes(joined, norm_weight, rope, kv_cache) or not kv_cache.is_contiguous():
         return plain.mla_prepare(joined, to_key, norm_weight, rope, kv_cache, slot_mapping, eps, decoding)
     joined, rope = joined.contiguous(), rope.contiguous()
@@ -53,7 +55,7 @@ def mla_decode(
     kv_cache: Tensor,
     decode: DecodeMetadata,
     scale: float,
-    to_value: Tensor,
+    to_value: Weight,
     splits: int = 0,
     per_head: Callable[..., Tensor] = reference.per_head,
 ) -> Tensor:

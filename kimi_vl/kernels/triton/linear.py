@@ -66,6 +66,16 @@ def first_group(begin, GROUP: tl.constexpr):
 
 
 @triton.jit
+def widened(codes):
+    """Numbers of 8 bits as float32."""
+    if codes.dtype == tl.float8e4nv:
+        numbers = codes.to(tl.float32)
+    else:
+        numbers = (codes.to(tl.int32) - 128).to(tl.float32)
+    return numbers
+
+
+@triton.jit
 def weight_tile(
     codes,
     scales,
@@ -88,10 +98,8 @@ def weight_tile(
     at = begin // PER + tl.arange(0, BLOCK_K // PER)
     mask = inside[:, None] & (at * PER < limit)[None, :]
     values = tl.load(codes + columns[:, None] * (stride // PER) + at[None, :], mask=mask, other=0.0)
-    if codes.dtype.element_ty == tl.float8e4nv:
-        values = values.to(tl.float32)
-    elif BITS == 8:
-        values = (values.to(tl.int32) - 128).to(tl.float32)
+    if BITS == 8:
+        values = widened(values)
     if BITS == 4:
         values = (tl.interleave(values & 15, values >> 4).to(tl.int32) - 8).to(tl.float32)
     if GROUP > 0:

@@ -10,7 +10,7 @@ Grids follow from shapes alone, so a captured graph stays valid while sequences 
 bits.
 
 Memory traffic of a decode step: 2 (R + P) bytes a cached token in bfloat16, 2 N R (Q + V) for both halves of
-``kv_b_proj``, and 8 N R for the partial sums of each split, written and read.
+``kv_b_proj``, or half of that where these have 8 bits, and 8 N R for the partial sums of each split, written and read.
 """
 
 # Options of a launch (num_warps and so on) are no parameters of a kernel, and one kernel's call of another returns
@@ -27,7 +27,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...quantization.weight import QuantizedWeight, Weight
 from ..attention_metadata import DecodeMetadata
+from .linear import stored, widened
 
 # The least cached tokens of a split: with fewer, the partial sums would be more bytes than the tokens.
 MIN_SPLIT_LEN = 64
@@ -84,7 +86,10 @@ def _prepare(
     key_head,
     key_rank,
     key_nope,
+    key_scales,
+    scales_head,
     eps,
+    QUANTIZED: tl.constexpr,
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -143,6 +148,9 @@ def _prepare(
         query = tl.load(source + depth[None, :], mask=shown & (depth < nope)[None, :], other=0.0)
         place = head * key_head + columns * key_rank + depth[:, None] * key_nope
         weight = tl.load(to_key + place, mask=(depth < nope)[:, None] & (columns < RANK), other=0.0)
+        if QUANTIZED:
+            factor = tl.load(key_scales + head * scales_head + depth, mask=depth < nope, other=0.0).to(tl.float32)
+            weight = (widened(weight) * factor[:, None]).to(query.dtype)
         output = tl.dot(query, weight, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         target = absorbed + (token * heads + head) * (RANK + ROPE) + columns
         tl.store(target, output.to(absorbed.dtype.element_ty), mask=shown & (columns < RANK))
@@ -150,7 +158,7 @@ def _prepare(
 
 def mla_prepare(
     joined: Tensor,
-    to_key: Tensor,
+    to_key: Weight,
     norm_weight: Tensor,
     rope: Tensor,
     kv_cache: Tensor,
@@ -159,7 +167,10 @@ def mla_prepare(
     decoding: int,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kimi_vl.kernels.reference.mla_prepare`."""
-    tokens, (heads, rank, nope) = len(joined), to_key.shape
+    quantized = isinstance(to_key, QuantizedWeight)
+    key, key_scales = stored(to_key)
+    key = key.transpose(1, 2) if quantized else key
+    tokens, (heads, rank, nope) = len(joined), key.shape
     rope_dims = rope.shape[-1] // 2
     if not kv_cache.is_contiguous() or not rope.is_contiguous() or joined.stride(-1) != 1:
         raise ValueError("kv_cache and rope must be contiguous, and so the last dimension of joined")
@@ -168,30 +179,11 @@ def mla_prepare(
     if tokens:
         absorbing = heads * -(-rank // _ABSORBED) if decoding else 0
         _prepare[(1 + heads + absorbing, -(-tokens // _TOKENS))](
-            joined,
-            to_key,
-            norm_weight,
-            rope,
-            kv_cache,
-            slot_mapping,
-            absorbed,
-            rotated,
-            tokens,
-            decoding,
-            heads,
-            nope,
-            joined.stride(0),
-            *to_key.stride(),
-            eps,
-            RANK=rank,
-            ROPE=rope_dims,
-            BLOCK_M=_TOKENS,
-            BLOCK_K=max(16, triton.next_power_of_2(nope)),
-            BLOCK_N=_ABSORBED,
-            BLOCK_R=triton.next_power_of_2(rank),
-            BLOCK_P=triton.next_power_of_2(rope_dims // 2),
-            num_warps=4,
-        )
+            joined, key, norm_weight, rope, kv_cache, slot_mapping, absorbed, rotated, tokens, decoding, heads, nope,
+            joined.stride(0), *key.stride(), key_scales, key_scales.stride(0), eps, QUANTIZED=quantized, RANK=rank,
+            ROPE=rope_dims, BLOCK_M=_TOKENS, BLOCK_K=max(16, triton.next_power_of_2(nope)), BLOCK_N=_ABSORBED,
+            BLOCK_R=triton.next_power_of_2(rank), BLOCK_P=triton.next_power_of_2(rope_dims // 2), num_warps=4,
+        )  # fmt: skip
     return absorbed, rotated
 
 
@@ -288,6 +280,9 @@ def _decode_combine(
     value_head,
     value_column,
     value_rank,
+    value_scales,
+    scales_head,
+    QUANTIZED: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -329,10 +324,15 @@ def _decode_combine(
         latent = (acc / tl.where(used > 0, l_i, 1.0)[:, None]).to(out.dtype.element_ty)
     place = columns[:, None] * value_column + ranks[None, :] * value_rank
     weight = tl.load(to_value + head * value_head + place, mask=inside[:, None] & in_rank[None, :], other=0.0)
+    if QUANTIZED:
+        weight = widened(weight).to(latent.dtype)
     if BLOCK_B == 1:  # tl.dot takes at least 16
         output = tl.sum(weight.to(tl.float32) * latent.to(tl.float32), axis=1)[None, :]
     else:
         output = tl.dot(latent, tl.trans(weight), input_precision="ieee")
+    if QUANTIZED:
+        factor = tl.load(value_scales + head * scales_head + columns, mask=inside, other=0.0)
+        output *= factor.to(tl.float32)[None, :]
     place = (seq * heads + head)[:, None] * values + columns[None, :]
     tl.store(out + place, output.to(out.dtype.element_ty), mask=real[:, None] & inside[None, :])
 
@@ -355,7 +355,7 @@ def mla_decode(
     kv_cache: Tensor,
     decode: DecodeMetadata,
     scale: float,
-    to_value: Tensor,
+    to_value: Weight,
     splits: int = 0,
     tile: Tile | None = None,
 ) -> Tensor:
@@ -411,24 +411,11 @@ def mla_decode(
     )
     block_b = 1 if batch <= _ONE_BY_ONE else 16
     block_v = 64 // query.itemsize
+    value, value_scales = stored(to_value)
     _decode_combine[(-(-batch // block_b), heads, -(-values // block_v))](
-        partial,
-        lse,
-        seq_lens,
-        to_value,
-        out,
-        batch,
-        heads,
-        values,
-        splits,
-        *to_value.stride(),
-        RANK=rank,
-        BLOCK_B=block_b,
-        BLOCK_R=block_r,
-        BLOCK_V=block_v,
-        BLOCK_N=tile.block_n,
-        MIN_SPLIT=MIN_SPLIT_LEN,
-        SINGLE_SPLIT=single,
+        partial, lse, seq_lens, value, out, batch, heads, values, splits, *value.stride(), value_scales,
+        value_scales.stride(0), QUANTIZED=isinstance(to_value, QuantizedWeight), RANK=rank, BLOCK_B=block_b,
+        BLOCK_R=block_r, BLOCK_V=block_v, BLOCK_N=tile.block_n, MIN_SPLIT=MIN_SPLIT_LEN, SINGLE_SPLIT=single,
         num_warps=4,
-    )
+    )  # fmt: skip
     return out
