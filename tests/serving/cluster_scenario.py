@@ -151,8 +151,10 @@ class Stream(threading.Thread):
 def streams(count: int, tokens: int) -> list[Stream]:
     """Streams of as many sessions, which one replica could run together; each has begun."""
     assert count <= SEQUENCES
-    begun = [Stream(f"stream-{number}", tokens) for number in range(count)]
-    until(lambda: all(each.chunks > 1 or not each.is_alive() for each in begun))
+    begun = []
+    for number in range(count):  # one after the other: a replica refuses more than WAITING between two steps
+        begun.append(Stream(f"stream-{number}", tokens))
+        until(lambda: begun[-1].chunks > 1 or not begun[-1].is_alive())
     return begun
 
 
@@ -209,7 +211,7 @@ def sessions_stay() -> dict[str, Any]:
                 places.add(figures(session)[0])
         return {"places": places, "answered": answered, "hit ratio": round(cached / prompt, 3)}
 
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(WAITING) as pool:
         found = list(pool.map(converse, (f"session-{number}" for number in range(8))))
     return {
         "answered": sum(each["answered"] for each in found),
