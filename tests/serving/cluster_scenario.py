@@ -292,7 +292,11 @@ class Whole(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        answer = ask(self.session, tokens=self.tokens)
+        try:
+            answer = ask(self.session, tokens=self.tokens)
+        except httpx.HTTPError:
+            self.told = "closed"
+            return
         code = answer.json().get("error", {}).get("code", "")
         self.status, self.told = answer.status_code, f"{code} {answer.headers.get('x-should-retry', '')}".strip()
 

@@ -90,13 +90,14 @@ def test_the_refusal_of_a_full_replica_passes(found: dict[str, Any]) -> None:
 
 
 def test_only_what_runs_on_a_replica_dies_with_it(found: dict[str, Any]) -> None:
-    """What its client has seen nothing of yet is answered with an error that asks for another try."""
+    """What its client has seen nothing of yet ends with an error that asks for another try, or a closed connection."""
     dies = found["replica dies"]
     assert len(dies["failed at"]) <= 1 and not set(dies["failed at"]) & set(dies["finished at"])
     assert dies["failed"] + dies["finished"] == 6
-    assert dies["not begun"] == [[200, ""], [503, "service_unavailable true"]]
+    assert [200, ""] in dies["not begun"] and len(dies["not begun"]) == 2
+    assert [503, "service_unavailable true"] in dies["not begun"] or [0, "closed"] in dies["not begun"]
     # one client asks at a time: it may have met the replica's end
-    assert dies["meanwhile"]["other"] in ([], [503])
+    assert dies["meanwhile"]["other"] in ([], [503], [0])
     assert dies["meanwhile"]["answered"] >= dies["meanwhile"]["asked"] - 1
 
 
