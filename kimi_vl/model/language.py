@@ -110,7 +110,7 @@ class Attention(nn.Module):
         q_rope: Tensor,
         latent_kv: Tensor,
         mask: Tensor | None,
-        project: Callable[[Tensor, Weight], Tensor] = project,
+        project: Callable[[Tensor, Weight], Tensor] | None = None,
     ) -> Tensor:
         """Heads (B, N, S, V) of queries over ``latent_kv`` (B, L, R+P), expanding their keys and values.
 
@@ -119,9 +119,8 @@ class Attention(nn.Module):
         """
         config = self.config
         latent, k_rope = latent_kv.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        expanded = (
-            project(latent, self.kv_b_proj.weight).unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2)
-        )
+        expanded = self.kv_b_proj(latent) if project is None else project(latent, self.kv_b_proj.weight)
+        expanded = expanded.unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2)  # (B, N, L, Q+V)
         k_nope, value = expanded.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)  # (B, N, L, Q), (…, V)
         query = torch.cat((q_nope, q_rope), dim=-1)
         key = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, config.num_attention_heads, -1, -1)), dim=-1)

@@ -180,7 +180,7 @@ def test_what_the_check_at_start_refuses_is_not_tried_again(installed, monkeypat
     monkeypatch.setattr(startup_check, "refusals", lambda device, use: said)
     monkeypatch.setattr(kernels, "triton_ops", lambda: kernels.REFERENCE)
     model = loader.load(CHECKPOINT, dtype=torch.float32)
-    ops = kernels._automatic(CPU, SMALL.use(model))
+    ops = kernels._automatic(CPU, SMALL.use(model), kernels.triton_ops)
     assert ops is kernels.REFERENCE
     package = flash_attention._package(CPU)
     assert package is not None and package.function == two.flash_attn_func and not four.calls

@@ -193,7 +193,6 @@ def test_experts_without_kernels(
     tokens: int, routing: str, way: str, dtype: torch.dtype, fences: Fences, monkeypatch: pytest.MonkeyPatch
 ):
     if WAYS[way] is not None:
-        monkeypatch.setattr(plain, "_FEW", 0)
         monkeypatch.setattr(plain, "_by_expert", WAYS[way])
     call = fenced(Inputs(ODD, dtype).moe(tokens, routing, shared=tokens % 2 == 0), fences)
     found = apart(call, call.run(kernels.TORCH), dtype)
