@@ -58,18 +58,18 @@ def load(
 ) -> Pipeline:
     """A pipeline for ``model``: a published name, ``demo``, ``auto``, or a directory (:mod:`kimi_vl.weights.resolve`).
 
-    ``device`` None takes a CUDA GPU if there is one; ``dtype`` None is bfloat16 there and float32 on a CPU; ``thinks``
-    None is what :func:`kimi_vl.weights.resolve.thinks` knows of the model. Raises
+    ``device`` None takes a CUDA GPU if there is one; ``dtype`` None is what :func:`kimi_vl.placement.choose_dtype`
+    says, and ``thinks`` None what :func:`kimi_vl.weights.resolve.thinks` knows of the model. Raises
     :class:`~kimi_vl.errors.CheckpointError` naming what is wrong with the files, and RuntimeError where a first
     request, which is made here, fails.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     directory = resolve.resolve(model, has_gpu=chosen.type == "cuda")
     thinks = resolve.thinks(model, directory) if thinks is None else thinks
-    dtype = dtype or (torch.bfloat16 if chosen.type == "cuda" else torch.float32)
     options = options or EngineOptions()
-    refuse_without_bfloat16(chosen, dtype)
     config = Config.from_directory(directory)
+    dtype = dtype or placement.choose_dtype(config, chosen)
+    refuse_without_bfloat16(chosen, dtype)
     form = placement.choose(config, dtype, chosen, options)
     kernels.prepare(chosen, options.use(loader.planned_model(config, dtype, form, chosen)))
     pipeline = Pipeline(

@@ -1,4 +1,5 @@
-"""Which form of a model's weights fits a device beside a KV cache, by the memory plan of the engine.
+"""Which type a model is computed in, and which form of its weights fits a device beside a KV cache, by the memory
+plan of the engine.
 
 ``KIMI_VL_QUANTIZE`` is ``none`` (the default), ``int8``, ``float8``, ``int4``, ``int4-g128`` or ``auto``, which takes
 the first of none, int8 and int4 that leaves a cache of ``WANTED`` tokens.
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import kernels
 from .device import cuda, memory
 from .engine.engine import EngineOptions
 from .engine.kv_cache import cache_bytes
@@ -22,6 +24,7 @@ from .weights import loader
 VARIABLE = "KIMI_VL_QUANTIZE"
 WANTED = 32_768  # tokens of KV cache
 GIB = 2**30
+LARGE = GIB  # bytes of bfloat16 weights, above which reading them is what a step costs
 _AUTOMATIC = (None, "int8", "int4")
 _CPU_SHARE = 0.9  # of the memory that is available; the rest is for steps
 
@@ -36,6 +39,17 @@ class Placement:
     form: str | None
     weights: int
     tokens: int
+
+
+def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU, and on a CPU for a large model that native kernels compute; else float32.
+
+    A small model is fast enough in float32, which rounds nothing; PyTorch has fast bfloat16 on few CPUs.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16
+    large = weight_bytes(config, torch.bfloat16, None) > LARGE
+    return torch.bfloat16 if large and not kernels.missing_native() else torch.float32
 
 
 def weight_bytes(config: Config, dtype: torch.dtype, form: str | None) -> int:

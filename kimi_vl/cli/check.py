@@ -115,7 +115,7 @@ def _context(device: Device, weights: int) -> int:
     from ..engine.kv_cache import PagedCache
     from ..model.config import PUBLISHED_TEXT
 
-    options, dtype = EngineOptions(), torch.bfloat16 if device.kind == "cuda" else torch.float32
+    options, dtype = EngineOptions(), torch.bfloat16 if device.bytes_a_parameter == 2 else torch.float32
     pages = options.page_count(torch.device(device.kind), PUBLISHED_TEXT, dtype, weights)
     cache = pages * PagedCache.page_bytes(PUBLISHED_TEXT, options.page_size, dtype)
     if device.kind == "cpu" and weights + cache > device.free:  # where the cache's size does not depend on what is free
@@ -126,6 +126,7 @@ def _context(device: Device, weights: int) -> int:
 def _device() -> Device:
     import torch
 
+    from .. import kernels
     from ..device import memory
 
     if torch.cuda.is_available():
@@ -133,7 +134,11 @@ def _device() -> Device:
         major, minor = torch.cuda.get_device_capability()
         name = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
         return Device("cuda", name, total, free, 2)
-    return Device("cpu", "no CUDA GPU: models run on the CPU, in float32", memory.total(), memory.available(), 4)
+    if reason := kernels.missing_native():
+        how, size = f"in float32, without native kernels: {reason}", 4
+    else:
+        how, size = "in bfloat16 with native kernels, and the demo in float32", 2
+    return Device("cpu", f"no CUDA GPU: models run on the CPU, {how}", memory.total(), memory.available(), size)
 
 
 def _kernels() -> str:

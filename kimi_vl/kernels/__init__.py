@@ -213,6 +213,22 @@ def native_ops() -> Ops:
     )
 
 
+def missing_native() -> str:
+    """Why this machine has no native kernels, or "" where its processor and compiler are what they need.
+
+    Nothing is compiled for the answer.
+    """
+    from .cpu import build
+
+    if _asked(None) not in ("auto", "native"):
+        return f"{VARIABLE} asks for others"
+    try:
+        build.needed(build.processor_features())
+    except build.Unavailable as reason:
+        return str(reason)
+    return ""
+
+
 def without(ops: Ops, refused: Collection[str]) -> Ops:
     """``ops`` with PyTorch as the fallback for the operations in ``refused``."""
     if not refused:

@@ -34,7 +34,7 @@ ALLOWED = {
     "coalescer": {"events", "output_processor"},
     "event_loop": {"events"},
     "attachments": {"errors", "events", "media", "text"},
-    "placement": {"device", "engine", "model", "quantization", "weights"},
+    "placement": {"device", "engine", "kernels", "model", "quantization", "weights"},
     "pipeline": {
         "attachments",
         "coalescer",
@@ -56,6 +56,7 @@ ALLOWED = {
     "batch": {"__init__", "errors", "events", "pipeline", "serving", "text"},
     "cluster": {"errors", "serving"},
     "cli": {
+        "kernels",
         "annotate",
         "__init__",
         "batch",

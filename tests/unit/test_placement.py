@@ -13,7 +13,7 @@ from kimi_vl.cli import check
 from kimi_vl.model.config import Config
 from kimi_vl.quantization.scheme import form, to_config
 from kimi_vl.quantization.weight import QuantizedWeight
-from kimi_vl.weights import loader
+from kimi_vl.weights import loader, resolve
 
 GIB = 2**30
 CONFIG = Config.from_dict(checkpoint.divided(1, 27, 27))
@@ -102,3 +102,12 @@ def test_gpus_without_bfloat16_are_refused(monkeypatch):
     pipeline.refuse_without_bfloat16(torch.device("cpu"), torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     pipeline.refuse_without_bfloat16(CUDA, torch.bfloat16)
+
+
+def test_a_large_model_is_bfloat16_where_it_is_fast(monkeypatch):
+    small, cpu = Config.from_directory(resolve.DEMO), torch.device("cpu")
+    for missing, dtype in (("", torch.bfloat16), ("there is no g++", torch.float32)):
+        monkeypatch.setattr(placement.kernels, "missing_native", lambda missing=missing: missing)
+        assert placement.choose_dtype(CONFIG, cpu) == dtype
+        assert placement.choose_dtype(small, cpu) == torch.float32
+        assert placement.choose_dtype(small, CUDA) == placement.choose_dtype(CONFIG, CUDA) == torch.bfloat16

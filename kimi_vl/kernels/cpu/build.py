@@ -86,13 +86,9 @@ def processor_features(path: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 def build(features: Collection[str], folder: Path, sources: Path = _SOURCES) -> ctypes.CDLL:
     """The library of the C++ files in ``sources``, from ``folder`` or compiled into it.
 
-    Raises :class:`Unavailable` where the processor lacks a feature, there is no compiler, or compiling fails.
+    Raises :class:`Unavailable` as :func:`needed` does, and where compiling fails.
     """
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        raise Unavailable("they are for Linux on x86-64")
-    if missing := [name for name in NEEDED if name not in features]:
-        raise Unavailable(f"the processor lacks {', '.join(missing)}")
-    command = [*compiler(), *FLAGS, *NEEDED.values()]
+    command = [*needed(features), *FLAGS, *NEEDED.values()]
     command += [flag for name, flag in OPTIONAL.items() if name in features]
     files = sorted(path for path in sources.iterdir() if path.suffix in (".cpp", ".h"))
     target = folder / f"{_key(command, files)}.so"
@@ -112,6 +108,16 @@ def build(features: Collection[str], folder: Path, sources: Path = _SOURCES) -> 
     if (found := _load(target)) is None:
         raise Unavailable("what the compiler made cannot be loaded")
     return found
+
+
+def needed(features: Collection[str]) -> list[str]:
+    """The compiler's command. Raises :class:`Unavailable` where the processor lacks a feature, or as
+    :func:`compiler`."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        raise Unavailable("they are for Linux on x86-64")
+    if missing := [name for name in NEEDED if name not in features]:
+        raise Unavailable(f"the processor lacks {', '.join(missing)}")
+    return compiler()
 
 
 def compiler() -> list[str]:
