@@ -37,6 +37,15 @@ log = logging.getLogger(__name__)
 
 # What the service reads, and what has to go with the weights. No code: it would never be run.
 PACKED = ["*.json", "*.safetensors", "tiktoken.model", "README.md", "LICENSE*", "NOTICE*"]
+
+QUANTIZED_CARD = """
+
+## Quantised weights
+
+The decoder's matrices of this copy were made {form} with `kimi-vl pack --quantize {form}`; what is said above is of the
+original. It loads as any checkpoint in compressed-tensors form does.
+"""
+"""What a quantised folder's model card ends with."""
 _COPY = 2**22
 
 
@@ -204,6 +213,8 @@ def write_quantized(directory: Path, out: Path, form: str) -> None:
         _write_json(part / "config.json", _values(folder / "config.json") | {
             "quantization_config": schemes.to_config(schemes.form(form))
         })  # fmt: skip
+        with (part / "README.md").open("a", encoding="utf-8") as card:
+            card.write(QUANTIZED_CARD.format(form=form))
         if (index := folder / "model.safetensors.index.json").exists():
             weight_map = {name: file for file, shard in files.items() for name in shard.places}
             total = {"total_size": sum(shard.size for shard in files.values())}

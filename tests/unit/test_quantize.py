@@ -215,6 +215,12 @@ def test_what_is_quantised_and_what_is_not(packed, demo):
             assert 0.05 < error < 0.12, name
 
 
+def test_the_card_ends_with_what_was_done(packed):
+    form, folder = packed
+    before, after = ((each / "README.md").read_text(encoding="utf-8") for each in (resolve.DEMO, folder))
+    assert after.startswith(before) and f"--quantize {form}`" in after.removeprefix(before)
+
+
 def test_the_files_are_small_and_their_tensors_aligned(packed, demo):
     _, folder = packed
     content = (folder / "model.safetensors").read_bytes()
