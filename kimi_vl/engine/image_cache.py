@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..model.kimi_vl import KimiVL
 from .requests import Patches
 from .scheduler import ScheduledChunk
@@ -17,6 +18,8 @@ class EmbeddingCache:
     """Encodes images, and keeps at most ``limit`` bytes of them, or one; the least recently used is evicted first."""
 
     def __init__(self, model: KimiVL, limit: int):
+        if model.dtype == torch.bfloat16 and model.device.type == "cpu" and not kernels.multiplies_bfloat16():
+            model.widen_vision()  # a picture takes PyTorch four times as long in bfloat16 there
         self._model, self._limit = model, limit
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
         self.nbytes = 0

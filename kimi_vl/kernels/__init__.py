@@ -229,6 +229,13 @@ def missing_native() -> str:
     return ""
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16."""
+    from .cpu import build
+
+    return bool({"avx512_bf16", "amx_bf16"} & build.processor_features())
+
+
 def without(ops: Ops, refused: Collection[str]) -> Ops:
     """``ops`` with PyTorch as the fallback for the operations in ``refused``."""
     if not refused:

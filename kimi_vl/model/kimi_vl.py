@@ -36,7 +36,13 @@ class KimiVL(nn.Module):
 
         ``pixel_values`` (P, 3, 14, 14) are the patches of all images, ``grids`` each image's (rows, columns).
         """
-        return self.multi_modal_projector(self.vision_tower(pixel_values.to(self.dtype), grids))
+        pixels = pixel_values.to(self.vision_tower.patch_embed.proj.weight.dtype)
+        return self.multi_modal_projector(self.vision_tower(pixels, grids)).to(self.dtype)
+
+    def widen_vision(self) -> None:
+        """Keep vision tower and projector in float32; embeddings have the decoder's dtype as before."""
+        self.vision_tower.float()
+        self.multi_modal_projector.float()
 
     def embed(self, input_ids: Tensor, image_features: Tensor | None = None) -> Tensor:
         """Embeddings (B, S, H) of ids (B, S), where placeholders are replaced in order by ``image_features`` (T, H)."""

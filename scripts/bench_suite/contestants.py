@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import signal
@@ -158,6 +159,8 @@ def _kimi_vl(args: argparse.Namespace) -> tuple[str, Contestant]:
     options = EngineOptions(prefix_caching=False, max_num_seqs=args.sequences, embedding_bytes=0)
     engine = Engine(model, model.config.text_config.vocab_size, options)
 
+    pictured = itertools.count()
+
     class KimiVL:
         def decode(self, ids: Sequence[list[int]], max_new_tokens: int) -> dict[str, Any]:
             first, step, last = decode.run_engine(engine, ids, max_new_tokens)
@@ -172,7 +175,8 @@ def _kimi_vl(args: argparse.Namespace) -> tuple[str, Contestant]:
         def mixed(self, requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
             asked = []
             for request in requests:
-                pictures = [ladder.square_picture(request["side"])] if request["side"] else []
+                # never one that was encoded before
+                pictures = [ladder.square_picture(request["side"], next(pictured))] if request["side"] else []
                 asked.append(
                     (request["ids"], pictures, request["max_new_tokens"], decode.Clock(request["max_new_tokens"]))
                 )

@@ -131,9 +131,9 @@ def measure(rung: str, rehearsal: bool, device: str, report: Report, check: Chec
     running.close()
 
 
-def square_picture(side: int) -> Patches:
-    """``side`` by ``side`` patches: a quarter as many tokens."""
-    pixels = np.random.default_rng(side).uniform(-1, 1, (side * side, 3, 14, 14)).astype(np.float32)
+def square_picture(side: int, number: int = 0) -> Patches:
+    """``side`` by ``side`` patches: a quarter as many tokens. Another ``number`` is another picture."""
+    pixels = np.random.default_rng([side, number]).uniform(-1, 1, (side * side, 3, 14, 14)).astype(np.float32)
     return Patches(pixels, (side, side))
 
 

@@ -24,9 +24,11 @@ import torch
 from kimi_vl import kernels
 from kimi_vl.engine.decoder import FusedDecoder
 from kimi_vl.engine.engine import Engine, EngineOptions, EngineStats, Overloaded, Patches, RequestHandle
+from kimi_vl.engine.image_cache import EmbeddingCache
 from kimi_vl.engine.kv_cache import Chunk, PagedCache
+from kimi_vl.engine.requests import spans
 from kimi_vl.engine.sampling import Sampling
-from kimi_vl.engine.scheduler import ScheduledChunk
+from kimi_vl.engine.scheduler import Request, ScheduledChunk
 from kimi_vl.errors import UserError
 from kimi_vl.model.generation import Prompt, greedy
 from kimi_vl.model.kimi_vl import KimiVL
@@ -168,6 +170,21 @@ def test_pictures_of_equal_size_are_never_mistaken(engine, model):
         answers.add(tuple(tokens))
     assert len(answers) == 4
     fresh.close()
+
+
+def test_pictures_are_encoded_in_float32_where_a_cpu_does_not_multiply_bfloat16(model, monkeypatch):
+    picture = image(4, 6, 0)
+    ids = [PAD] * picture.tokens
+    chunk = ScheduledChunk(Request(ids, 1, spans(ids, [picture], PAD)), 0, len(ids))
+    expected = model.encode_images(torch.from_numpy(picture.pixel_values), [picture.grid])
+    errors = []
+    for has_it in (True, False):
+        monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda has_it=has_it: has_it)
+        own = copy.deepcopy(model).to(torch.bfloat16)
+        (found,) = EmbeddingCache(own, 0).features(chunk, [picture])
+        assert found.dtype == own.dtype == torch.bfloat16
+        errors.append(float((found.float() - expected).norm() / expected.norm()))
+    assert errors[1] < errors[0] < 0.05
 
 
 def test_a_picture_is_encoded_once(engine, monkeypatch):
