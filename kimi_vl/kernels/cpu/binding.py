@@ -1,4 +1,4 @@
-"""Functions of the native library: one for each kernel and dtype."""
+"""Functions of the native library, looked up once."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from torch import Tensor
 from . import build
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
-_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "n": ctypes.c_int, "f": ctypes.c_float}
+
+
+@functools.cache
+def function(name: str, arguments: str) -> Callable[..., None]:
+    """``arguments`` has a letter for each: "p" a pointer or the address of a tensor, "i" an int64, "n" an int, "f" a
+    float32."""
+    library: Any = build.library()
+    found = getattr(library, name)
+    found.argtypes, found.restype = [_TYPES[letter] for letter in arguments], None
+    return found
 
 
 @functools.cache
 def kernel(name: str, dtype: torch.dtype, arguments: str) -> Callable[..., None]:
-    """The kernel of ``name`` for tensors of ``dtype``.
-
-    ``arguments`` has a letter for each: "p" the address of a tensor, "i" an int64, "f" a float32.
-    """
-    library: Any = build.library()
-    found = getattr(library, f"{name}_{DTYPES[dtype]}")
-    found.argtypes, found.restype = [_TYPES[letter] for letter in arguments], None
-    return found
+    """The function of ``name`` for tensors of ``dtype``."""
+    return function(f"{name}_{DTYPES[dtype]}", arguments)
 
 
 def takes(first: Tensor, *others: Tensor) -> bool:

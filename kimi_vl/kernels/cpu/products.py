@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...quantization.weight import BlockedWeight, Weight, fits, transpose
 from .. import linear, plain, reference
-from . import build
+from .binding import function
 
 # Shapes as in `reference`.
 
@@ -51,10 +51,8 @@ def block(weight: Weight) -> Weight:
         return weight
     values = weight.data if isinstance(weight, Tensor) else weight.codes.data
     units = values.view(torch.int32)
-    build.library().transpose_blocks(
-        ctypes.c_void_p(units.data_ptr()), ctypes.c_int64(units.numel() // units.shape[-1] // 16),
-        ctypes.c_int64(units.shape[-1]),
-    )  # fmt: skip
+    transpose_blocks = function("transpose_blocks", "pii")
+    transpose_blocks(units.data_ptr(), units.numel() // units.shape[-1] // 16, units.shape[-1])
     if not isinstance(weight, Tensor):
         transpose(weight.scales.data)
     return BlockedWeight(weight)
@@ -103,10 +101,9 @@ def _product(
     weight: BlockedWeight, matrices: int, states: Tensor, stride: int, of_matrix: int, count: int, result: Tensor
 ) -> None:
     if count:
-        build.library().project(
-            _matrix(weight), matrices, ctypes.c_void_p(states.data_ptr()), ctypes.c_int64(stride),
-            ctypes.c_int64(of_matrix), count, ctypes.c_void_p(result.data_ptr()),
-        )  # fmt: skip
+        function("project", "pnpiinp")(
+            _matrix(weight), matrices, states.data_ptr(), stride, of_matrix, count, result.data_ptr()
+        )
 
 
 def moe(
@@ -126,10 +123,9 @@ def moe(
     result = torch.empty(states.shape, dtype=states.dtype)
     states, topk_ids, topk_weights = states.contiguous(), topk_ids.int().contiguous(), topk_weights.float().contiguous()
     if len(states):
-        build.library().experts(
-            *map(_matrix, routed), beside, ctypes.c_void_p(states.data_ptr()), len(states),
-            ctypes.c_void_p(topk_ids.data_ptr()), ctypes.c_void_p(topk_weights.data_ptr()), topk_ids.shape[1],
-            ctypes.c_void_p(result.data_ptr()),
+        function("experts", "ppppnppnp")(
+            *map(_matrix, routed), beside, states.data_ptr(), len(states),
+            topk_ids.data_ptr(), topk_weights.data_ptr(), topk_ids.shape[1], result.data_ptr(),
         )  # fmt: skip
     return result if shared is None or together else result + linear.mlp(states, shared, project)
 
