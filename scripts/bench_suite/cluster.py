@@ -21,6 +21,7 @@ from typing import Any
 from cog_local.server import model_environment, say
 
 from .cog import Sample, conditions, prepare, request, seconds_busy
+from .conditions import load_average
 from .http import body, figures
 from .load import rounded
 from .openai_server import ROOT, OpenAIServer
@@ -61,7 +62,7 @@ def python_with_ray() -> str:
 def run(args: argparse.Namespace, python: str, environment: dict[str, str], scratch: Path) -> dict[str, Any]:
     model = prepare(environment, scratch)
     flags = ("--max-num-seqs", str(max(*args.streams, 64)))
-    loads = [os.getloadavg()[0]]
+    loads = [load_average()]
     with (
         OpenAIServer(*flags, environment=environment) as alone,
         OpenAIServer(
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace, python: str, environment: dict[str, str], scra
     ):
         servers = {"alone": alone, "cluster": behind}
         results = [streams(servers, client, count, args.rounds, args.tokens) for count in args.streams]
-    loads.append(os.getloadavg()[0])
+    loads.append(load_average())
     return {
         "bench": "cluster",
         **conditions(model, args),
@@ -108,7 +109,7 @@ def sample(server: OpenAIServer, client: Client, asked: list[dict[str, Any]]) ->
     tokens = sum(stream.tokens for stream in answered)
     first = statistics.median(stream.first_text for stream in answered)
     rate = tokens / max(stream.end for stream in answered)
-    return Sample(first, rate, 1e3 * busy / tokens, os.getloadavg()[0])
+    return Sample(first, rate, 1e3 * busy / tokens, load_average())
 
 
 def family(pid: int) -> list[int]:

@@ -35,7 +35,7 @@ from kimi_vl.events import Done
 from kimi_vl.pipeline import Pipeline
 from kimi_vl.text.tokenizer import Tokenizer
 
-from .conditions import processor
+from .conditions import load_average, processor
 from .load import rounded
 from .streams import Client
 from .text import DEMO
@@ -214,7 +214,7 @@ def measure(ask: Asker, asked: Sequence[Request], pids: Sequence[int]) -> Sample
     tokens = sum(answer.tokens for _, answer in answers)
     first = statistics.median(answer.first for _, answer in answers)
     busy = 1e3 * (seconds_busy(pids) - busy) / tokens
-    return Sample(first, tokens / took, busy, round(os.getloadavg()[0], 2))
+    return Sample(first, tokens / took, busy, load_average())
 
 
 def by_server(
@@ -229,7 +229,7 @@ def by_server(
     tokens = sum(stream.tokens for stream in streams)
     took = max(stream.end for stream in streams)
     first = statistics.median(stream.first_text for stream in streams)
-    return Sample(first, tokens / took, 1e3 * busy / tokens, round(os.getloadavg()[0], 2)), 1e3 * cost / tokens
+    return Sample(first, tokens / took, 1e3 * busy / tokens, load_average()), 1e3 * cost / tokens
 
 
 def figures(samples: dict[tuple[str, int], list[Sample]], streams: int) -> dict[str, Any]:

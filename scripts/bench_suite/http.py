@@ -23,6 +23,7 @@ from cog_local.server import model_environment, say
 from kimi_vl.engine.engine import EngineOptions
 
 from .cog import Request, Sample, by_server, conditions, engine_asker, measure, prepare, request
+from .conditions import load_average
 from .load import rounded
 from .openai_server import OpenAIServer
 from .streams import Client, Stream
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace, environment: dict[str, str], scratch: Path) ->
     sequences = max(*args.streams, 64)
     flags = ("--max-num-seqs", str(sequences), "--max-waiting", str(max(args.open, sequences)))
     options = EngineOptions(max_num_seqs=sequences)
-    loads = [os.getloadavg()[0]]
+    loads = [load_average()]
     with (
         contextlib.closing(kimi_vl.load(environment["KIMI_VL_MODEL"], options=options)) as pipeline,
         OpenAIServer(*flags, environment=environment) as server,
@@ -63,10 +64,10 @@ def run(args: argparse.Namespace, environment: dict[str, str], scratch: Path) ->
     ):
         bench = Bench(pipeline, server, client)
         results = [bench.streams(count, args.rounds, args.tokens) for count in args.streams]
-        loads.append(os.getloadavg()[0])
+        loads.append(load_average())
         first = bench.first(args.first)
         opened = bench.open(args.open, args.open_tokens)
-    loads.append(os.getloadavg()[0])
+    loads.append(load_average())
     return {
         "bench": "http",
         **conditions(model, args),

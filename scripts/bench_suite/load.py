@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         parser.error(f"--gb: {error}")
     _read(weights.shards, weights.nbytes, args.threads, fresh=True)  # the page cache
-    args.load_before = os.getloadavg()[0]
+    args.load_before = conditions.load_average()
     samples: dict[str, list[Sample]] = {name: [] for name in CONTESTANTS}
     for number in range(args.rounds):
         # there and back, so that nobody always follows the same one
@@ -287,7 +287,7 @@ def _report(weights: checkpoint.Checkpoint, args: argparse.Namespace, samples: d
         "threads": args.threads,
         "rounds": args.rounds,
         "cpus": os.cpu_count(),
-        "load_average": [round(value, 2) for value in (args.load_before, os.getloadavg()[0])],
+        "load_average": [args.load_before, conditions.load_average()],
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
         "python": platform.python_version(),
