@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from demo_world import gallery
 from kimi_vl.model.kimi_vl import KimiVL
 from kimi_vl.model.language import Attention, Experts, Gate
+
+LENGTHS = 64
+"""Rows are taken together whose lengths are the same multiple of this, rounded up."""
 
 
 def plain_attention(
@@ -72,14 +75,13 @@ class RouterBalance:
 class SharedPast:
     """A cache for training: what the rows of pictures left behind comes before each conversation."""
 
-    def __init__(self) -> None:
-        self.past: dict[int, Tensor] = {}
+    def __init__(self, past: dict[int, Tensor] | None = None, rows: Tensor | None = None) -> None:
+        self.past, self.rows = past or {}, rows
         self.present: dict[int, Tensor] = {}
-        self.rows: Tensor | None = None
 
-    def share(self, rows: Tensor) -> None:
-        """From now on row r is preceded by the earlier row ``rows[r]``."""
-        self.past, self.present, self.rows = self.present, {}, rows
+    def before(self, rows: Tensor) -> SharedPast:
+        """A cache in which row r is preceded by row ``rows[r]`` of this one."""
+        return SharedPast(self.present, rows)
 
     def at(self, positions: Tensor) -> SharedPast:
         return self
@@ -94,17 +96,26 @@ class SharedPast:
         return attention.expanded(q_nope, q_rope, seen, mask)
 
 
-def final_states(model: KimiVL, batch: gallery.LessonBatch) -> Tensor:
-    """States (R, S, H) of the conversations' own tokens."""
+def learnt(model: KimiVL, batch: gallery.LessonBatch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Logits (N, vocab_size), targets (N,) and rows (N,) of all tokens to learn, for rows of about equal length at a
+    time: the batch's padding and its prompts cost little."""
     past, shared_length = None, 0
     if batch.shared_ids is not None and batch.groups is not None and batch.shared_row is not None:
         past, shared_length = SharedPast(), batch.shared_ids.shape[1]
         positions = torch.arange(shared_length, device=batch.ids.device).expand_as(batch.shared_ids)
         embeddings = model.embed(batch.shared_ids, model.multi_modal_projector(batch.groups.to(model.dtype)))
         model.language_model(embeddings, positions, past)
-        past.share(batch.shared_row)
-    positions = shared_length + torch.arange(batch.ids.shape[1], device=batch.ids.device).expand_as(batch.ids)
-    return model.language_model(model.embed(batch.ids), positions, past)
+    steps = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    lengths = (steps * (batch.targets >= 0)).amax(-1) + 1  # (R,)
+    padded = -(-lengths // LENGTHS) * LENGTHS
+    for length in padded.unique().tolist():
+        rows = (padded == length).nonzero().squeeze(-1)  # (r,)
+        ids, targets = batch.ids[rows, :length], batch.targets[rows, :length]
+        own = past.before(batch.shared_row[rows]) if past is not None and batch.shared_row is not None else None
+        positions = (shared_length + steps[: ids.shape[1]]).expand_as(ids)
+        states = model.language_model(model.embed(ids), positions, own)  # (r, S, H)
+        due = targets >= 0
+        yield model.language_model.logits(states[due]), targets[due], rows[due.nonzero()[:, 0]]
 
 
 def initialise(model: KimiVL) -> None:

@@ -59,7 +59,6 @@ NARROW_SHARE = 0.2  # of the pages of the sketchbook are of NARROW_TASKS alone
 WIDE_SHARE = 0.4  # of the pictures of every task are drawn as by any program
 SMALL, LARGE = 294, 448  # longest sides in pixels
 TALK_TOKENS = 130  # of a conversation without its pictures, about
-LENGTHS = 32  # rows are padded to whole multiples: every new shape of a matrix product costs a compilation
 BLANK = Image.new("RGB", (1, 1))
 
 
@@ -253,7 +252,7 @@ class Teacher:
 
     def rows(self, parts: Sequence[tuple[list[int], list[int], list[int]]]) -> tuple[Tensor, Tensor]:
         """Ids and targets of prompts, what is put after them and what is due then, padded on the right."""
-        longest = -(-max(sum(map(len, part)) for part in parts) // LENGTHS) * LENGTHS
+        longest = max(sum(map(len, part)) for part in parts)
         ids = torch.full((len(parts), longest), self.tokenizer.pad_id)
         targets = torch.full((len(parts), longest), -100)
         for row, (prompt, silent, learnt) in enumerate(parts):

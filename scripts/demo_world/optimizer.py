@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 WARM_UP = 100  # steps
 
@@ -44,3 +44,18 @@ class Optimizer:
         self.steps = state["steps"]
         for part, own in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(own)
+
+
+def newton_schulz(gradient: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Muon's iteration toward the orthogonal matrix nearest to ``gradient`` (M, N), in the gradient's own dtype.
+
+    The library's is in bfloat16, which a CPU without instructions for it multiplies several times more slowly.
+    """
+    a, b, c = coefficients
+    tall = gradient.shape[0] > gradient.shape[1]
+    made = gradient.T if tall else gradient
+    made = made / made.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = made @ made.T
+        made = torch.addmm(made, torch.addmm(gram, gram, gram, beta=b, alpha=c), made, beta=a)
+    return made.T if tall else made

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from demo_world import checkpoint, forward, gallery, lessons, patches, training
-from demo_world.optimizer import Optimizer
+from demo_world.optimizer import Optimizer, newton_schulz
 from kimi_vl.media.images import ImageOptions
 from kimi_vl.model.kimi_vl import KimiVL
 from kimi_vl.model.language import Experts, Gate
@@ -60,10 +60,11 @@ def learn_lessons(model: KimiVL, tokenizer: Tokenizer, options: ImageOptions, ar
 
     def step(batch: gallery.LessonBatch, index: int) -> tuple[Tensor, dict[str, float]]:
         batch = batch.to(args.device)
-        logits = model.language_model.logits(forward.final_states(model, batch))  # (R, S, vocab_size)
-        loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
-        right = (logits.argmax(-1) == batch.targets) | (batch.targets < 0)
-        whole = right.all(-1).float().mean().item()
+        loss, wrong = torch.zeros((), device=args.device), torch.zeros(len(batch.ids), dtype=torch.bool)
+        for logits, targets, rows in forward.learnt(model, batch):
+            loss = loss + F.cross_entropy(logits, targets, reduction="sum")
+            wrong[rows[logits.argmax(-1) != targets].cpu()] = True
+        loss, whole = loss / (batch.targets >= 0).sum(), 1 - wrong.float().mean().item()
         return loss, {f"{batch.kind} loss": loss.item(), f"{batch.kind} conversations right": whole}
 
     def on_save(index: int) -> None:
@@ -107,6 +108,7 @@ def main() -> None:
     args = arguments()
     torch.manual_seed(args.seed)
     if args.device.type == "cpu":
+        torch.optim._muon._zeropower_via_newtonschulz = newton_schulz
         F.scaled_dot_product_attention = forward.plain_attention
     Experts.forward = forward.all_experts
     Gate.forward = torch.autocast(args.device.type, enabled=False)(Gate.forward)  # routing is float32, as in inference

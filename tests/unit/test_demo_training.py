@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from demo_world import artists, checkpoint, forward, gallery, lessons, patches, training
 from demo_world.labels import NOWHERE, PLACES
-from demo_world.optimizer import Optimizer
+from demo_world.optimizer import Optimizer, newton_schulz
 from demo_world.printing import find_fonts
 from kimi_vl.media.images import preprocess
 from kimi_vl.model.language import Experts
@@ -142,7 +142,12 @@ def test_conversations_that_share_pictures_are_computed_as_if_each_had_them() ->
     for visit in visits.values():
         batch = teacher.picture_batch(random.Random(1), [exhibit for exhibit, _, _ in visit])
         assert batch.shared_ids is not None and batch.shared_row is not None
-        logits = model.language_model.logits(forward.final_states(model, batch))
+        logits = torch.zeros(*batch.ids.shape, model.config.text_config.vocab_size)
+        for found, targets, rows in forward.learnt(model, batch):
+            assert not (batch.targets[rows] < 0).all(-1).any()
+            for row in rows.unique().tolist():
+                assert targets[rows == row].tolist() == batch.targets[row][batch.targets[row] >= 0].tolist()
+                logits[row, batch.targets[row] >= 0] = found[rows == row]
         for row, of in enumerate(batch.shared_row.tolist()):
             _, pixels, grids = visit[of]
             whole = torch.cat((batch.shared_ids[of], batch.ids[row])).unsqueeze(0)
@@ -172,3 +177,15 @@ def test_plain_attention_is_attention() -> None:
     for arguments in forms:
         due = nn.functional.scaled_dot_product_attention(query, key, value, **arguments)
         assert (forward.plain_attention(query, key, value, **arguments) - due).abs().max() < 1e-5
+
+
+def test_the_iteration_is_the_librarys() -> None:
+    torch.manual_seed(1)
+    library = torch.optim._muon._zeropower_via_newtonschulz
+    assert library is not newton_schulz
+    for shape in ((40, 24), (24, 40), (16, 16)):
+        gradient = torch.randn(shape)
+        for steps in (1, 5):
+            due = library(gradient, (3.4445, -4.775, 2.0315), steps, 1e-7).float()
+            made = newton_schulz(gradient, (3.4445, -4.775, 2.0315), steps, 1e-7)
+            assert (made - due).abs().max() < 0.05 * due.abs().max()  # bfloat16
