@@ -18,25 +18,24 @@ CLASS_WEIGHTS = (1.0, 0.5, 0.5)
 GROUND_WEIGHT = 0.2  # ground fills most patches: it counts less than what there is to see
 TENS, ONES = 11, 10  # digits of a hundredth from 0 to 100
 DIGIT_WEIGHT, VALUE_WEIGHT = 0.5, 40.0
-VALUE_SCALE = 0.1
-"""Of the numbers read: a step of the optimizer moves them by less than they are to be exact."""
-DIGIT_WIDTH = 256
+VALUE_SCALE, TENS_SCALE, ONES_SCALE = 0.1, 3.0, 10.0
+"""Of what is read: a step of the optimizer moves a number by less than it is to be exact, and the logits of its digits,
+which tell close numbers apart, by more."""
 
 
 class PatchReader(nn.Module):
     """Training aid, thrown away afterwards: reads what a patch shows from its vector.
 
     Kind, colour and order are classes. The place of an object is read twice: as numbers, which teach the tower to
-    measure, and digit by digit, which is the form that the decoder has to write; digits are no linear function of a
-    number, so a layer stands before them, as the projector stands before the decoder.
+    measure, and digit by digit, which is the form that the decoder has to write: the tens, then the ones of these tens.
     """
 
     def __init__(self, width: int):
         super().__init__()
         self.heads = nn.ModuleList(nn.Linear(width, classes) for classes in CLASSES)
-        self.digits = nn.Sequential(
-            nn.Linear(width, DIGIT_WIDTH), nn.GELU(), nn.Linear(DIGIT_WIDTH, labels.PLACES * (TENS + ONES))
-        )
+        self.tens_head = nn.Linear(width, labels.PLACES * TENS)
+        self.ones_head = nn.Linear(width, labels.PLACES * ONES)
+        self.ones_of_tens_head = nn.Parameter(torch.zeros(labels.PLACES, TENS, ONES))
         self.value_head = nn.Linear(width, labels.PLACES)
 
     def loss(self, groups: Tensor, wanted: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -59,15 +58,20 @@ class PatchReader(nn.Module):
     def place_loss(self, vectors: Tensor, places: Tensor) -> tuple[Tensor, float]:
         """Loss for vectors (N, C) of objects' patches and their ``places`` (N, PLACES), and the share of numbers that
         are at most one hundredth off."""
-        digits = self.digits(vectors).float().unflatten(1, (labels.PLACES, TENS + ONES))
-        tens, ones = digits.split((TENS, ONES), dim=-1)
+        tens = TENS_SCALE * self.tens_head(vectors).float().unflatten(1, (labels.PLACES, TENS))
+        ones = ONES_SCALE * self.ones_head(vectors).float().unflatten(1, (labels.PLACES, ONES))
         values = VALUE_SCALE * self.value_head(vectors).float()
         tens_loss = F.cross_entropy(tens.flatten(0, 1), (places // 10).flatten())
-        ones_loss = F.cross_entropy(ones.flatten(0, 1), (places % 10).flatten())
+        ones_loss = F.cross_entropy((ones + self.of_tens(places // 10)).flatten(0, 1), (places % 10).flatten())
         measured = F.smooth_l1_loss(values, places / 100, beta=0.005)
-        read = 10 * tens.argmax(-1) + ones.argmax(-1)
+        read = tens.argmax(-1)  # (N, PLACES)
+        read = 10 * read + (ones + self.of_tens(read)).argmax(-1)
         near = ((read - places).abs() <= 1).float().mean().item()
         return DIGIT_WEIGHT * (tens_loss + ones_loss) + VALUE_WEIGHT * measured, near
+
+    def of_tens(self, tens: Tensor) -> Tensor:
+        """What the tens (N, PLACES) say about the ones: logits (N, PLACES, ONES)."""
+        return ONES_SCALE * self.ones_of_tens_head[torch.arange(labels.PLACES, device=tens.device), tens]
 
 
 def merged_labels(picture: pictures.Picture) -> Tensor:
