@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source; and what importing the package costs."""
+"""Who may import whom, and how large rooms are, read from the source; and what importing the package costs."""
 
 from __future__ import annotations
 
@@ -93,6 +93,7 @@ WITHOUT_TORCH = {
     "serving.errors",
 }
 LARGEST_ROOM = 12  # modules of a folder beside its __init__
+MOST_CPP = 900  # lines of native kernels
 
 
 def modules() -> dict[str, Path]:
@@ -132,6 +133,12 @@ def test_every_room_is_known_and_small():
     assert {room(module) for module in MODULES} == ALLOWED.keys()
     sizes = Counter(path.parent for path in MODULES.values() if path.name != "__init__.py")
     assert max(sizes.values()) <= LARGEST_ROOM
+
+
+def test_native_kernels_are_few_lines():
+    sources = [path for path in (PACKAGE / "kernels" / "cpu").iterdir() if path.suffix in (".cpp", ".h")]
+    assert sources and sum(len(path.read_text().splitlines()) for path in sources) <= MOST_CPP
+    assert all(len(line) <= 120 for path in sources for line in path.read_text().splitlines())
 
 
 def test_nothing_points_upward():

@@ -28,8 +28,11 @@ def function(name: str, arguments: str) -> Callable[..., None]:
 
 @functools.cache
 def kernel(name: str, dtype: torch.dtype, arguments: str) -> Callable[..., None]:
-    """The function of ``name`` for tensors of ``dtype``."""
-    return function(f"{name}_{DTYPES[dtype]}", arguments)
+    """The instance of the function template ``name`` for tensors of ``dtype``; arguments are those of
+    :func:`function`."""
+    address: Any = getattr(build.library(), f"{name}_{DTYPES[dtype]}")
+    address.restype = ctypes.c_void_p
+    return ctypes.CFUNCTYPE(None, *(_TYPES[letter] for letter in arguments))(address())
 
 
 def takes(first: Tensor, *others: Tensor) -> bool:

@@ -1,6 +1,6 @@
 // Latent attention of decode steps over the paged KV cache, and what is written to it: kimi_vl/kernels/reference.py.
 #include <algorithm>
-#include <memory>
+#include <atomic>
 #include <vector>
 
 #include "norm.h"
@@ -36,40 +36,37 @@ template <class T> static void rotate(const T* from, const T* cos, const T* sin,
 }
 
 template <class T>
-static void prepare(const T* joined, const T* norm_weight, const T* rope, float eps, const int64_t* slots,
-                    int64_t tokens, int64_t decoding, int64_t N, int64_t Q, int64_t P, int64_t R, T* kv_cache, T* query,
-                    T* rotated) {
+static void mla_prepare(const T* joined, const T* norm_weight, const T* rope, float eps, const int64_t* slots,
+                        int64_t tokens, int64_t decoding, int64_t N, int64_t Q, int64_t P, int64_t R, T* kv_cache,
+                        T* query, T* rotated) {
     const int64_t width = N * (Q + P) + R + P;
-    Pieces pieces(tokens);
-#pragma omp parallel if (tokens * (N * P + R + P) > SMALL)
-    pieces.each([&](int64_t t) {
+#pragma omp parallel for schedule(dynamic) if (tokens * (N * P + R + P) > SMALL)
+    for (int64_t t = 0; t < tokens; t++) {
         const T *own = joined + t * width, *latent = own + N * (Q + P), *cos = rope + t * 2 * P, *sin = cos + P;
         if (slots[t] >= 0) {
             T* entry = kv_cache + slots[t] * (R + P);
-            add_rms_norm<T>(latent, nullptr, norm_weight, eps, R, nullptr, entry);
+            rms_norm<T>(latent, nullptr, norm_weight, eps, R, nullptr, entry);
             rotate(latent + R, cos, sin, P, entry + R);
         }
         for (int64_t h = 0; h < N; h++) {
             T* to = t < decoding ? query + (t * N + h) * (R + P) + R : rotated + ((t - decoding) * N + h) * P;
             rotate(own + h * (Q + P) + Q, cos, sin, P, to);
         }
-    });
+    }
 }
 
 // ---- attention
 
 // Lane j of register i becomes lane i of register j.
 static inline void transpose(__m512 (&values)[LANES]) {
-#pragma GCC unroll 4
-    for (int step = 1; step < LANES; step *= 2) {
+    UNROLL for (int step = 1; step < LANES; step *= 2) {
         alignas(64) int32_t low[LANES], high[LANES];  // lanes of two registers; those of the second are from 16 on
         for (int j = 0; j < LANES; j++) {
             low[j] = j & step ? LANES + j - step : j;
             high[j] = j & step ? LANES + j : j + step;
         }
         __m512i lows = _mm512_load_si512(low), highs = _mm512_load_si512(high);
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) {
+        UNROLL for (int i = 0; i < LANES; i++) {
             if (i & step) continue;
             __m512 one = values[i], other = values[i + step];
             values[i] = _mm512_permutex2var_ps(one, lows, other);
@@ -84,24 +81,15 @@ static int64_t parts_of(int64_t length) {
     return length <= BLOCK / 2 ? 1 : std::min(PARTS, 2 * ((length + PART - 1) / PART));
 }
 
-// Memory of one thread, kept from call to call: fresh pages cost more than what is computed in them.
-static float* own_memory(int64_t count) {
-    static thread_local std::unique_ptr<float[]> memory;
-    static thread_local int64_t size = 0;
-    if (size < count + LANES) memory.reset(new float[size = count + LANES]);
-    return (float*)up((int64_t)memory.get(), 64);
-}
-
 // Adds to the scores of TILE cached tokens what `count` of their values contribute.
 static inline void score(const float* rows, int64_t width, const float* queries, int64_t count, float* scores) {
     __m512 sums[TILE] = {};
     for (int64_t d = 0; d < count; d++) {
         __m512 query = _mm512_load_ps(queries + d * LANES);
-#pragma GCC unroll 16
-        for (int t = 0; t < TILE; t++) sums[t] = _mm512_fmadd_ps(query, _mm512_set1_ps(rows[t * width + d]), sums[t]);
+        UNROLL for (int t = 0; t < TILE; t++)
+            sums[t] = _mm512_fmadd_ps(query, _mm512_set1_ps(rows[t * width + d]), sums[t]);
     }
-#pragma GCC unroll 16
-    for (int t = 0; t < TILE; t++)
+    UNROLL for (int t = 0; t < TILE; t++)
         _mm512_store_ps(scores + t * LANES, _mm512_add_ps(_mm512_load_ps(scores + t * LANES), sums[t]));
 }
 
@@ -109,16 +97,14 @@ static inline void score(const float* rows, int64_t width, const float* queries,
 static inline void mix(const float* rows, int64_t width, const float* weights, int64_t count, __m512 kept,
                        float* sums) {
     __m512 own[LANES];
-#pragma GCC unroll 16
-    for (int r = 0; r < LANES; r++) own[r] = _mm512_mul_ps(_mm512_load_ps(sums + r * LANES), kept);
+    UNROLL for (int r = 0; r < LANES; r++) own[r] = _mm512_mul_ps(_mm512_load_ps(sums + r * LANES), kept);
     for (int64_t t = 0; t < count; t++) {
         __m512 weight = _mm512_load_ps(weights + t * LANES);
         _mm_prefetch(rows + t * width + LANES, _MM_HINT_T0);  // of the next call
-#pragma GCC unroll 16
-        for (int r = 0; r < LANES; r++) own[r] = _mm512_fmadd_ps(weight, _mm512_set1_ps(rows[t * width + r]), own[r]);
+        UNROLL for (int r = 0; r < LANES; r++)
+            own[r] = _mm512_fmadd_ps(weight, _mm512_set1_ps(rows[t * width + r]), own[r]);
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < LANES; r++) _mm512_store_ps(sums + r * LANES, own[r]);
+    UNROLL for (int r = 0; r < LANES; r++) _mm512_store_ps(sums + r * LANES, own[r]);
 }
 
 // Where a softmax is computed from: its greatest score, but 0 where all are -infinity.
@@ -133,8 +119,8 @@ template <class T>
 static void attend(const T* query, int64_t heads, const T* kv_cache, const int32_t* pages, int64_t page_size,
                    int64_t begin, int64_t end, int64_t R, int64_t D, float scale, float* part) {
     const int64_t width = up(D, LANES), columns = up(R, LANES);
-    float* queries = own_memory(width * LANES + BLOCK * width + BLOCK * LANES);  // (D, heads)
-    float *rows = queries + width * LANES, *weights = rows + BLOCK * width;      // (BLOCK, width), (BLOCK, heads)
+    float* queries = memory<float>(width * LANES + BLOCK * width + BLOCK * LANES);  // (D, heads)
+    float *rows = queries + width * LANES, *weights = rows + BLOCK * width;         // (BLOCK, width), (BLOCK, heads)
     for (int64_t d = 0; d < D; d += LANES) {
         __m512 own[LANES] = {};
         for (int64_t h = 0; h < heads; h++) own[h] = load(query + h * D + d, first(D - d));
@@ -199,70 +185,52 @@ template <class T> static void join(const float* part, int64_t parts, int64_t he
     for (int64_t r = 0; r < R; r += LANES) {
         __m512 sums[LANES] = {};
         for (int64_t i = 0; i < parts; i++)
-#pragma GCC unroll 16
-            for (int j = 0; j < LANES; j++)
+            UNROLL for (int j = 0; j < LANES; j++)
                 sums[j] = _mm512_fmadd_ps(shares[i], _mm512_load_ps(part + i * size + (r + j) * LANES), sums[j]);
         transpose(sums);
         for (int64_t h = 0; h < heads; h++) store(mixed + h * R + r, sums[h], first(R - r));
     }
 }
 
-// One part of the attention of up to 16 heads of a sequence.
-struct Piece {
-    int64_t sequence, head, part;
-    int64_t group;  // parts that are joined
+// The attention of up to 16 heads of a sequence, from `head` on, and its parts among those of the call.
+struct Group {
+    int64_t sequence, head, first, parts;
 };
 
 template <class T>
-static void decode(const T* query, const T* kv_cache, const int32_t* page_table, const int32_t* seq_lens, int64_t B,
-                   int64_t N, int64_t R, int64_t P, int64_t M, int64_t page_size, float scale, T* mixed) {
+static void mla_decode(const T* query, const T* kv_cache, const int32_t* page_table, const int32_t* seq_lens, int64_t B,
+                       int64_t N, int64_t R, int64_t P, int64_t M, int64_t page_size, float scale, T* mixed) {
     const int64_t size = (up(R, LANES) + 2) * LANES, D = R + P;
-    std::vector<Piece> pieces;
-    std::vector<int64_t> begins;  // of groups, in `pieces`
+    std::vector<Group> groups;
+    std::vector<int64_t> group_of;  // each part
     int64_t cached = 0;
     for (int64_t b = 0; b < B; b++) {
-        cached += seq_lens[b];
+        const int64_t length = seq_lens[b];
+        cached += length;
+        if (length <= 0) {
+            std::fill(mixed + b * N * R, mixed + (b + 1) * N * R, T{});
+            continue;
+        }
         for (int64_t head = 0; head < N; head += LANES) {
-            if (seq_lens[b] <= 0) {
-                std::fill(mixed + (b * N + head) * R, mixed + (b * N + std::min(N, head + LANES)) * R, T{});
-                continue;
-            }
-            begins.push_back(int64_t(pieces.size()));
-            for (int64_t part = 0; part < parts_of(seq_lens[b]); part++)
-                pieces.push_back({b, head, part, int64_t(begins.size()) - 1});
+            groups.push_back({b, head, int64_t(group_of.size()), parts_of(length)});
+            group_of.resize(group_of.size() + parts_of(length), groups.size() - 1);
         }
     }
-    static thread_local std::unique_ptr<float[]> kept;  // as `own_memory`, but of this call
-    static thread_local int64_t room = 0;
-    if (int64_t needed = int64_t(pieces.size()) * size + LANES; room < needed) kept.reset(new float[room = needed]);
-    float* parts = (float*)up((int64_t)kept.get(), 64);
-    std::unique_ptr<std::atomic<int64_t>[]> done(new std::atomic<int64_t>[begins.size()]());
-    Pieces work(int64_t(pieces.size()));
-#pragma omp parallel if (cached * D > SMALL)
-    work.each([&](int64_t number) {
-        const Piece& own = pieces[number];
-        const int64_t length = seq_lens[own.sequence], count = parts_of(length);
-        const int64_t heads = std::min<int64_t>(LANES, N - own.head);
-        const int64_t place = own.sequence * N + own.head;
-        const int64_t begin = length * own.part / count / TILE * TILE;
-        const int64_t end = own.part + 1 == count ? length : length * (own.part + 1) / count / TILE * TILE;
-        attend(query + place * D, heads, kv_cache, page_table + own.sequence * M, page_size, begin, end, R, D, scale,
+    float* parts = memory<float, 1>(group_of.size() * size);
+    std::vector<std::atomic<int64_t>> done(groups.size());
+#pragma omp parallel for schedule(dynamic) if (cached * D > SMALL)
+    for (size_t number = 0; number < group_of.size(); number++) {
+        const Group& group = groups[group_of[number]];
+        const int64_t length = seq_lens[group.sequence], part = number - group.first;
+        const int64_t heads = std::min<int64_t>(LANES, N - group.head), place = group.sequence * N + group.head;
+        const int64_t begin = length * part / group.parts / TILE * TILE;
+        const int64_t end = part + 1 == group.parts ? length : length * (part + 1) / group.parts / TILE * TILE;
+        attend(query + place * D, heads, kv_cache, page_table + group.sequence * M, page_size, begin, end, R, D, scale,
                parts + number * size);
-        if (done[own.group].fetch_add(1) == count - 1)  // the last one: the others are in memory
-            join(parts + begins[own.group] * size, count, heads, R, mixed + place * R);
-    });
+        if (done[group_of[number]].fetch_add(1) == group.parts - 1)  // the last one: the others are in memory
+            join(parts + group.first * size, group.parts, heads, R, mixed + place * R);
+    }
 }
 
-#define EXPORT(suffix, T)                                                                                              \
-    extern "C" void mla_prepare_##suffix(const T* joined, const T* norm_weight, const T* rope, float eps,              \
-                                         const int64_t* slots, int64_t tokens, int64_t decoding, int64_t N, int64_t Q, \
-                                         int64_t P, int64_t R, T* kv_cache, T* query, T* rotated) {                    \
-        prepare(joined, norm_weight, rope, eps, slots, tokens, decoding, N, Q, P, R, kv_cache, query, rotated);        \
-    }                                                                                                                  \
-    extern "C" void mla_decode_##suffix(const T* query, const T* kv_cache, const int32_t* page_table,                  \
-                                        const int32_t* seq_lens, int64_t B, int64_t N, int64_t R, int64_t P,           \
-                                        int64_t M, int64_t page_size, float scale, T* mixed) {                         \
-        decode(query, kv_cache, page_table, seq_lens, B, N, R, P, M, page_size, scale, mixed);                         \
-    }
-EXPORT(bfloat16, bfloat16)
-EXPORT(float32, float)
+EXPORT(mla_prepare)
+EXPORT(mla_decode)

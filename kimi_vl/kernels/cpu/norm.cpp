@@ -1,6 +1,5 @@
 // Norms and the router of a step: what kimi_vl/kernels/reference.py says, for values in bfloat16 or float32.
 #include <algorithm>
-#include <memory>
 
 #include "norm.h"
 
@@ -17,13 +16,10 @@ static void scores(const T* states, const T* weight, int64_t H, float* out, int6
     for (int64_t i = 0; i < H; i += LANES) {
         __mmask16 mask = first(H - i);
         __m512 own[N];
-#pragma GCC unroll 16
-        for (int n = 0; n < N; n++) own[n] = load(weight + n * H + i, mask);
-#pragma GCC unroll 16
-        for (int m = 0; m < M; m++) {
+        UNROLL for (int n = 0; n < N; n++) own[n] = load(weight + n * H + i, mask);
+        UNROLL for (int m = 0; m < M; m++) {
             __m512 state = load(states + m * H + i, mask);
-#pragma GCC unroll 16
-            for (int n = 0; n < N; n++) sums[m][n] = _mm512_fmadd_ps(state, own[n], sums[m][n]);
+            UNROLL for (int n = 0; n < N; n++) sums[m][n] = _mm512_fmadd_ps(state, own[n], sums[m][n]);
         }
     }
     for (int m = 0; m < M; m++)
@@ -41,9 +37,7 @@ static void scores(const T* states, const T* weight, int64_t H, float* out, int6
 static void top_k(float* scores, const float* bias, int64_t E, int64_t K, float scaling, int32_t* ids, float* weights) {
     for (int64_t i = 0; i < E; i += LANES) {
         __mmask16 mask = first(E - i);
-        __m512 one = _mm512_set1_ps(1), score = load(scores + i, mask);
-        score = _mm512_div_ps(one, _mm512_add_ps(one, exp(_mm512_sub_ps(_mm512_setzero_ps(), score))));
-        store(scores + i, score, mask);
+        store(scores + i, gated(_mm512_set1_ps(1), load(scores + i, mask)), mask);
     }
     auto before = [&](int64_t a, int64_t b) {  // whether expert a is better than b, which has a lower number
         float x = scores[a] + bias[a], y = scores[b] + bias[b];
@@ -61,52 +55,37 @@ static void top_k(float* scores, const float* bias, int64_t E, int64_t K, float 
 }
 
 template <class T>
-static void norms(const T* residual, const T* delta, const T* weight, float eps, int64_t tokens, int64_t H, T* total,
-                  T* normed) {
-    Pieces pieces(tokens);
-#pragma omp parallel if (tokens * H > SMALL)
-    pieces.each([&](int64_t t) {
-        add_rms_norm(residual + t * H, delta ? delta + t * H : nullptr, weight, eps, H, total + t * H, normed + t * H);
-    });
+static void add_rms_norm(const T* residual, const T* delta, const T* weight, float eps, int64_t tokens, int64_t H,
+                         T* total, T* normed) {
+#pragma omp parallel for schedule(dynamic) if (tokens * H > SMALL)
+    for (int64_t t = 0; t < tokens; t++)
+        rms_norm(residual + t * H, delta ? delta + t * H : nullptr, weight, eps, H, total + t * H, normed + t * H);
 }
 
 template <class T>
 static void norm_router(const T* residual, const T* delta, const T* norm_weight, float eps, const T* weight,
                         const float* bias, int64_t tokens, int64_t H, int64_t E, int64_t K, float scaling, T* total,
                         T* normed, int32_t* topk_ids, float* topk_weights) {
-    std::unique_ptr<float[]> logits(new float[tokens * E]);
-    int64_t blocks = (E + EXPERTS - 1) / EXPERTS, groups = (tokens + TOKENS - 1) / TOKENS;
-    Pieces normalised(tokens), scored(blocks * groups), chosen(tokens);
+    float* logits = memory<float>(tokens * E);
 #pragma omp parallel if (E * H > SMALL)
     {
-        normalised.each([&](int64_t t) {
-            add_rms_norm(residual + t * H, delta + t * H, norm_weight, eps, H, total + t * H, normed + t * H);
-        });
-#pragma omp barrier
-        scored.each([&](int64_t piece) {
-            int64_t e = piece % blocks * EXPERTS, t = piece / blocks * TOKENS;
-            int64_t experts = std::min<int64_t>(EXPERTS, E - e), end = std::min(tokens, t + TOKENS);
-            for (; t + 2 <= end; t += 2) scores<2>(normed + t * H, weight + e * H, H, &logits[t * E + e], E, experts);
-            if (t < end) scores<1>(normed + t * H, weight + e * H, H, &logits[t * E + e], E, experts);
-        });
-#pragma omp barrier
-        chosen.each([&](int64_t t) {
-            top_k(&logits[t * E], bias, E, K, scaling, topk_ids + t * K, topk_weights + t * K);
-        });
+#pragma omp for schedule(dynamic)
+        for (int64_t t = 0; t < tokens; t++)
+            rms_norm(residual + t * H, delta + t * H, norm_weight, eps, H, total + t * H, normed + t * H);
+#pragma omp for schedule(dynamic) collapse(2)
+        for (int64_t begin = 0; begin < tokens; begin += TOKENS)
+            for (int64_t e = 0; e < E; e += EXPERTS) {
+                const int64_t experts = std::min<int64_t>(EXPERTS, E - e), end = std::min(tokens, begin + TOKENS);
+                const T* own = weight + e * H;
+                int64_t t = begin;
+                for (; t + 2 <= end; t += 2) scores<2>(normed + t * H, own, H, logits + t * E + e, E, experts);
+                if (t < end) scores<1>(normed + t * H, own, H, logits + t * E + e, E, experts);
+            }
+#pragma omp for schedule(dynamic)
+        for (int64_t t = 0; t < tokens; t++)
+            top_k(logits + t * E, bias, E, K, scaling, topk_ids + t * K, topk_weights + t * K);
     }
 }
 
-#define EXPORT(suffix, T)                                                                                              \
-    extern "C" void add_rms_norm_##suffix(const T* residual, const T* delta, const T* weight, float eps,               \
-                                          int64_t tokens, int64_t H, T* total, T* normed) {                            \
-        norms(residual, delta, weight, eps, tokens, H, total, normed);                                                 \
-    }                                                                                                                  \
-    extern "C" void norm_router_##suffix(const T* residual, const T* delta, const T* norm_weight, float eps,           \
-                                         const T* weight, const float* bias, int64_t tokens, int64_t H, int64_t E,     \
-                                         int64_t K, float scaling, T* total, T* normed, int32_t* topk_ids,             \
-                                         float* topk_weights) {                                                        \
-        norm_router(residual, delta, norm_weight, eps, weight, bias, tokens, H, E, K, scaling, total, normed,          \
-                    topk_ids, topk_weights);                                                                           \
-    }
-EXPORT(bfloat16, bfloat16)
-EXPORT(float32, float)
+EXPORT(add_rms_norm)
+EXPORT(norm_router)

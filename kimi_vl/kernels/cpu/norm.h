@@ -9,8 +9,7 @@ namespace {
 
 // `total` (H) = residual + delta, and its norm; without a delta (null) the norm of the residual, and no total.
 template <class T>
-inline void add_rms_norm(const T* residual, const T* delta, const T* weight, float eps, int64_t H, T* total,
-                         T* normed) {
+inline void rms_norm(const T* residual, const T* delta, const T* weight, float eps, int64_t H, T* total, T* normed) {
     __m512 squares = _mm512_setzero_ps();
     for (int64_t i = 0; i < H; i += LANES) {
         __mmask16 mask = first(H - i);

@@ -12,88 +12,60 @@
 
 #include "vectors.h"
 
-#define UNROLL _Pragma("GCC unroll 24")
-
 namespace {
 
 typedef uint8_t u8;
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Values
+// ---- values
 
-constexpr __mmask16 ALL = 0xffff;
-
-inline __m512i four_bytes(const u8* from) {  // in all lanes
-    int32_t value;
-    memcpy(&value, from, 4);
-    return _mm512_set1_epi32(value);
+template <class T> inline T read(const u8* from) {
+    T value;
+    memcpy(&value, from, sizeof(T));
+    return value;
 }
+
+inline __m512i four_bytes(const u8* from) { return _mm512_set1_epi32(read<int32_t>(from)); }  // in all lanes
 
 // Reading waits where nothing is asked for beforehand: a processor follows few streams by itself.
 constexpr int AHEAD = 2048;  // bytes
 inline void ask_for(const u8* from) { _mm_prefetch((const char*)from, _MM_HINT_T0); }
 
-inline float number(const u8* from) {
-    float value;
-    memcpy(&value, from, 4);
-    return value;
-}
-
 float largest(const float* x, int count) {  // magnitude; NaN if there is one, which as an integer is above all numbers
     __m512i most = _mm512_setzero_si512();
     for (int i = 0; i < count; i += 16)
         most = _mm512_max_epi32(most, _mm512_castps_si512(_mm512_abs_ps(_mm512_loadu_ps(x + i))));
-    int32_t bits = _mm512_reduce_max_epi32(most);
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
+    return _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epi32(most))));
 }
 
 inline __m512 inverse(float scale) { return _mm512_set1_ps(scale > 1e-30f ? 1 / scale : 0); }  // never infinite
+inline __m512i scaled(const float* x, __m512 by) { return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), by)); }
 
-inline __m512 silu(__m512 x) {
-    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1), exp(_mm512_sub_ps(_mm512_setzero_ps(), x))));
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Weights
-
-struct Matrix {  // as kimi_vl/kernels/cpu/products.py has it: some matrices of the same shape, one after another
-    const u8 *values, *scales;
-    int32_t outputs, inputs, bits, group, kind;  // of scales: 0 bfloat16, 1 float16, 2 float32
-};
+// ---- weights
 
 struct Block {
     const u8 *values, *scales;
 };
 
-struct Shape {
-    int inputs, group, kind;
+struct Matrix {  // as kimi_vl/kernels/cpu/products.py has it: some matrices of the same shape, one after another
+    const u8 *values, *scales;
+    int32_t outputs, inputs, bits, group, kind;  // of scales: 0 bfloat16, 1 float16, 2 float32
 
-    __m512 scales(const u8* from, int group) const {  // those of 16 channels
-        if (kind == 0) return load((const bfloat16*)from + 16 * group, ALL);
-        if (kind == 1) return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from + group));
-        return _mm512_loadu_ps((const float*)from + 16 * group);
+    Block block(size_t number) const {
+        const size_t of_scales = scales ? size_t(inputs / group) * (kind == 2 ? 64 : 32) : 0;  // bytes
+        return {values + number * inputs * 2 * bits, scales + number * of_scales};
+    }
+    Matrix from(size_t number) const {  // the same without the blocks before this one
+        const Block first = block(number);
+        return {first.values, first.scales, outputs, inputs, bits, group, kind};
+    }
+    __m512 scales_of(const Block& block, int group) const {  // those of 16 channels
+        if (kind == 0) return load((const bfloat16*)block.scales + 16 * group);
+        if (kind == 1) return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)block.scales + group));
+        return _mm512_loadu_ps((const float*)block.scales + 16 * group);
     }
 };
 
-struct Rows {  // of one matrix, from a channel on
-    Block first;
-    size_t values, scales;  // bytes of a block
-    Shape shape;
-
-    Rows(const Matrix& of, size_t matrix, size_t channel = 0)
-        : values(size_t(of.inputs) * 2 * of.bits),
-          scales(of.scales ? size_t(of.inputs / of.group) * (of.kind == 2 ? 64 : 32) : 0),
-          shape{of.inputs, of.group, of.kind} {
-        size_t number = (matrix * of.outputs + channel) / 16;
-        first = {of.values + number * values, of.scales + number * scales};
-    }
-    Block block(size_t number) const { return {first.values + number * values, first.scales + number * scales}; }
-};
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Formats: how a vector is prepared, and a tile of R blocks and M vectors, whose sums are in registers.
+// ---- formats: how a vector is prepared, and a tile of R blocks and M vectors, whose sums are in registers.
 
 struct Bf16 {
     static constexpr int most = 12;  // vectors of a tile
@@ -107,7 +79,7 @@ struct Bf16 {
 #endif
     static size_t vector(int inputs) { return size_t(inputs) * value; }
     static void put(u8* vector, int i, __m512 x) {
-        if (value == 2) store((bfloat16*)vector + i, x, ALL);
+        if (value == 2) store((bfloat16*)vector + i, x);
         else _mm512_storeu_ps((float*)vector + i, x);
     }
     static void prepare(const float* x, u8* vector, int inputs) {
@@ -140,9 +112,8 @@ struct Bf16 {
 #endif
     }
     template <int R, int M>
-    static void tile(__m512 (&sums)[R][M], const Block* w, const u8* const* x, const Shape& shape) {
-        UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) sums[r][m] = _mm512_setzero_ps();
-        for (int j = 0; j < shape.inputs / 2; j++) {
+    static void tile(__m512 (&sums)[R][M], const Block* w, const u8* const* x, const Matrix& matrix) {
+        for (int j = 0; j < matrix.inputs / 2; j++) {
             UNROLL for (int r = 0; r < R; r++) ask_for(w[r].values + size_t(j) * 64 + AHEAD);
             add<R, M>(sums, w, x, j);
         }
@@ -160,25 +131,29 @@ struct Int8 {  // vectors of 16 bits with one scale, in two parts: 256 high + lo
 
     static void prepare(const float* x, u8* vector, int inputs) {
         float scale = largest(x, inputs) / 32512;
+        const __m512 by = inverse(scale);
         __m512i sums[2] = {};
         for (int i = 0; i < inputs; i += 16) {
-            __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), inverse(scale)));
+            __m512i whole = scaled(x + i, by);
             __m512i high = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
             __m512i low = _mm512_sub_epi32(whole, _mm512_slli_epi32(high, 8));
-            sums[0] = _mm512_add_epi32(sums[0], high), sums[1] = _mm512_add_epi32(sums[1], low);
+            sums[0] = _mm512_add_epi32(sums[0], high);
+            sums[1] = _mm512_add_epi32(sums[1], low);
             _mm_storeu_si128((__m128i*)(vector + i), _mm512_cvtepi32_epi8(high));
             _mm_storeu_si128((__m128i*)(vector + inputs + i), _mm512_cvtepi32_epi8(low));
         }
         // codes are 128 more than the weights
         int32_t begin[2] = {-128 * _mm512_reduce_add_epi32(sums[0]), -128 * _mm512_reduce_add_epi32(sums[1])};
-        memcpy(vector + 2 * inputs, &scale, 4), memcpy(vector + 2 * inputs + 4, begin, 8);
+        memcpy(vector + 2 * inputs, &scale, 4);
+        memcpy(vector + 2 * inputs + 4, begin, 8);
     }
     template <int R, int M>
-    static void tile(__m512 (&y)[R][M], const Block* w, const u8* const* x, const Shape& shape) {
-        const size_t inputs = shape.inputs;
+    static void tile(__m512 (&y)[R][M], const Block* w, const u8* const* x, const Matrix& matrix) {
+        const size_t inputs = matrix.inputs;
         __m512i high[R][M], low[R][M];
         UNROLL for (int m = 0; m < M; m++) UNROLL for (int r = 0; r < R; r++) {
-            high[r][m] = four_bytes(x[m] + 2 * inputs + 4), low[r][m] = four_bytes(x[m] + 2 * inputs + 8);
+            high[r][m] = four_bytes(x[m] + 2 * inputs + 4);
+            low[r][m] = four_bytes(x[m] + 2 * inputs + 8);
         }
         for (size_t i = 0; i < inputs; i += 4) {
             __m512i v[R];
@@ -191,10 +166,13 @@ struct Int8 {  // vectors of 16 bits with one scale, in two parts: 256 high + lo
                 UNROLL for (int r = 0; r < R; r++) dot(high[r][m], v[r], above), dot(low[r][m], v[r], below);
             }
         }
-        UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) {
-            __m512 scales = _mm512_mul_ps(shape.scales(w[r].scales, 0), _mm512_set1_ps(number(x[m] + 2 * inputs)));
-            __m512 sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[r][m]), _mm512_set1_ps(256), _mm512_cvtepi32_ps(low[r][m]));
-            y[r][m] = _mm512_mul_ps(sum, scales);
+        UNROLL for (int r = 0; r < R; r++) {
+            __m512 scales = matrix.scales_of(w[r], 0);
+            UNROLL for (int m = 0; m < M; m++) {
+                __m512 above = _mm512_cvtepi32_ps(high[r][m]), below = _mm512_cvtepi32_ps(low[r][m]);
+                __m512 sum = _mm512_fmadd_ps(above, _mm512_set1_ps(256), below);
+                y[r][m] = _mm512_mul_ps(sum, _mm512_mul_ps(scales, _mm512_set1_ps(read<float>(x[m] + 2 * inputs))));
+            }
         }
     }
 };
@@ -206,26 +184,32 @@ struct Int4 {  // vectors of 8 bits with a scale for 32 values
     static size_t vector(int inputs) { return size_t(inputs) / 4 * 5 + 64; }  // then, for each group, scale and begin
 
     static void prepare(const float* x, u8* vector, int inputs) {
-        const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);  // as halves of codes
+        const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);  // of halves
         for (int i = 0; i < inputs; i += 32) {
             float scale = largest(x + i, 32) / 127;
+            const __m512 by = inverse(scale);
             __m512i sum = _mm512_setzero_si512();
             for (int k = i; k < i + 32; k += 16) {
-                __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + k), inverse(scale)));
+                __m512i whole = scaled(x + k, by);
                 sum = _mm512_add_epi32(sum, whole);
                 _mm_storeu_si128((__m128i*)(vector + k), _mm_shuffle_epi8(_mm512_cvtsepi32_epi8(whole), order));
             }
             int32_t begin = -8 * _mm512_reduce_add_epi32(sum);  // codes are 8 more than the weights
-            memcpy(vector + inputs + i / 4, &scale, 4), memcpy(vector + inputs + i / 4 + 4, &begin, 4);
+            memcpy(vector + inputs + i / 4, &scale, 4);
+            memcpy(vector + inputs + i / 4 + 4, &begin, 4);
         }
     }
     template <int R, int M>
-    static void tile(__m512 (&y)[R][M], const Block* w, const u8* const* x, const Shape& shape) {
+    static void tile(__m512 (&y)[R][M], const Block* w, const u8* const* x, const Matrix& matrix) {
         const __m512i half = _mm512_set1_epi8(15);
-        UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) y[r][m] = _mm512_setzero_ps();
+        const int inputs = matrix.inputs;
+        __m512 sums[R][M] = {};  // in registers, as `y` is not before the loop has ended
         int group = -1;
-        for (int i = 0, end = 0; i < shape.inputs; i += 32) {
-            if (i == end) group++, end += shape.group;
+        for (int i = 0, end = 0; i < inputs; i += 32) {
+            if (i == end) {
+                group++;
+                end += matrix.group;
+            }
             UNROLL for (int r = 0; r < R; r++) {
                 const u8* from = w[r].values + size_t(i) * 8;
                 __m512i v[8];
@@ -235,73 +219,60 @@ struct Int4 {  // vectors of 8 bits with a scale for 32 values
                     v[2 * k] = _mm512_and_si512(codes, half);
                     v[2 * k + 1] = _mm512_and_si512(_mm512_srli_epi16(codes, 4), half);
                 }
-                __m512 scales = shape.scales(w[r].scales, group);
+                __m512 scales = matrix.scales_of(w[r], group);
                 UNROLL for (int m = 0; m < M; m++) {
-                    const u8* own = x[m] + shape.inputs + i / 4;
+                    const u8* own = x[m] + inputs + i / 4;
                     __m512i sum = four_bytes(own + 4), other = _mm512_setzero_si512();
                     UNROLL for (int k = 0; k < 8; k += 2) {
                         dot(sum, v[k], four_bytes(x[m] + i + 4 * k));
                         dot(R > 1 ? sum : other, v[k + 1], four_bytes(x[m] + i + 4 * k + 4));
                     }
                     __m512 value = _mm512_cvtepi32_ps(R > 1 ? sum : _mm512_add_epi32(sum, other));
-                    y[r][m] = _mm512_fmadd_ps(value, _mm512_mul_ps(scales, _mm512_set1_ps(number(own))), y[r][m]);
+                    __m512 of_both = _mm512_mul_ps(scales, _mm512_set1_ps(read<float>(own)));
+                    sums[r][m] = _mm512_fmadd_ps(value, of_both, sums[r][m]);
                 }
             }
         }
+        UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) y[r][m] = sums[r][m];
     }
 };
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Tiles over blocks and vectors: sink(r, m, values) is given the 16 results of block r and vector m.
+// ---- tiles over blocks and vectors: sink(r, m, values) is given the 16 results of block r and vector m.
 
-template <class F, int M, class Sink>
-void over_blocks(const Block* w, int blocks, const u8* const* x, const Shape& shape, const Sink& sink) {
-    constexpr int R = F::blocks(M);
-    int r = 0;
+template <class F, int M, int R, class Sink>
+void over_blocks(const Block* w, int r, int blocks, const u8* const* x, const Matrix& matrix, const Sink& sink) {
     for (; r + R <= blocks; r += R) {
-        __m512 y[R][M];
-        F::template tile<R, M>(y, w + r, x, shape);
+        __m512 y[R][M] = {};
+        F::template tile<R, M>(y, w + r, x, matrix);
         for (int k = 0; k < R; k++) for (int m = 0; m < M; m++) sink(r + k, m, y[k][m]);
     }
-    for (; r < blocks; r++) {
-        __m512 y[1][M];
-        F::template tile<1, M>(y, w + r, x, shape);
-        for (int m = 0; m < M; m++) sink(r, m, y[0][m]);
-    }
+    if constexpr (R > 1) over_blocks<F, M, 1>(w, r, blocks, x, matrix, sink);  // what is left
 }
 
 template <class F, int M = 1, class Sink>
-void of_count(int count, const Block* w, int blocks, const u8* const* x, const Shape& shape, const Sink& sink) {
-    if (count == M) over_blocks<F, M>(w, blocks, x, shape, sink);
-    else if constexpr (M < F::most) of_count<F, M + 1>(count, w, blocks, x, shape, sink);
+void of_count(int count, const Block* w, int blocks, const u8* const* x, const Matrix& matrix, const Sink& sink) {
+    if (count == M) over_blocks<F, M, F::blocks(M)>(w, 0, blocks, x, matrix, sink);
+    else if constexpr (M < F::most) of_count<F, M + 1>(count, w, blocks, x, matrix, sink);
 }
 
 // For `count` vectors, vector(m) each, in parts as even as possible.
 template <class F, class Vector, class Sink>
-void product(const Block* w, int blocks, const Shape& shape, int count, const Vector& vector, const Sink& sink) {
+void product(const Block* w, int blocks, const Matrix& matrix, int count, const Vector& vector, const Sink& sink) {
     for (int parts = (count + F::most - 1) / F::most, m = 0; parts; parts--) {
         int own = (count - m + parts - 1) / parts;
         const u8* x[F::most];
         for (int i = 0; i < own; i++) x[i] = vector(m + i);
-        of_count<F>(own, w, blocks, x, shape, [&](int r, int i, __m512 y) { sink(r, m + i, y); });
+        of_count<F>(own, w, blocks, x, matrix, [&](int r, int i, __m512 y) { sink(r, m + i, y); });
         m += own;
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Operations. Work is taken piece by piece from counters, so that a thread whose core is busy holds nobody up.
-
-u8* memory(int which, size_t bytes) {  // of the calling thread, kept from call to call
-    static thread_local std::vector<u8> kept[4];
-    if (kept[which].size() < bytes + 64) kept[which].resize(bytes + 64);
-    return (u8*)(((uintptr_t)kept[which].data() + 63) / 64 * 64);
-}
+// ---- operations
 
 template <class F>
 void prepare(const bfloat16* x, u8* vector, int inputs) {
-    float* wide = (float*)memory(3, size_t(inputs) * 4);
-    for (int i = 0; i < inputs; i += 16)
-        _mm512_store_ps(wide + i, load(x + i, ALL));
+    float* wide = memory<float>(inputs);
+    for (int i = 0; i < inputs; i += 16) _mm512_store_ps(wide + i, load(x + i));
     F::prepare(wide, vector, inputs);
 }
 
@@ -312,26 +283,25 @@ constexpr int SLICE = 96;  // vectors of a piece
 template <class F>
 void project(const Matrix& w, int matrices, const bfloat16* x, int64_t stride, int64_t of_matrix, int n, bfloat16* y) {
     const size_t size = F::vector(w.inputs);
-    const int blocks = w.outputs / 16, chunks = (blocks + CHUNK - 1) / CHUNK, slices = (n + SLICE - 1) / SLICE;
-    u8* prepared = memory(0, size * n * matrices);
-    Pieces vectors(int64_t(n) * matrices), products(int64_t(matrices) * chunks * slices);
+    const int blocks = w.outputs / 16;
+    u8* prepared = memory<u8>(size * n * matrices);
 #pragma omp parallel
     {
-        vectors.each([&](int64_t i) {
+#pragma omp for schedule(dynamic)
+        for (int i = 0; i < n * matrices; i++)
             prepare<F>(x + i / matrices * stride + i % matrices * of_matrix, prepared + i * size, w.inputs);
-        });
-#pragma omp barrier
-        products.each([&](int64_t piece) {
-            const int slice = piece % slices * SLICE, matrix = piece / slices / chunks;
-            const int first = piece / slices % chunks * CHUNK, own = std::min(CHUNK, blocks - first);
-            const Rows rows(w, matrix);
-            Block block[CHUNK];
-            for (int r = 0; r < own; r++) block[r] = rows.block(first + r);
-            auto place = [&](int m) { return size_t(slice + m) * matrices + matrix; };
-            product<F>(
-                block, own, rows.shape, std::min(SLICE, n - slice), [&](int m) { return prepared + place(m) * size; },
-                [&](int r, int m, __m512 values) { store(y + place(m) * w.outputs + (first + r) * 16, values, ALL); });
-        });
+#pragma omp for schedule(dynamic) collapse(3)
+        for (int number = 0; number < matrices; number++)
+            for (int first = 0; first < blocks; first += CHUNK)
+                for (int begin = 0; begin < n; begin += SLICE) {
+                    const int own = std::min(CHUNK, blocks - first);
+                    Block block[CHUNK];
+                    for (int r = 0; r < own; r++) block[r] = w.block(size_t(number) * blocks + first + r);
+                    auto place = [&](int m) { return size_t(begin + m) * matrices + number; };
+                    product<F>(
+                        block, own, w, std::min(SLICE, n - begin), [&](int m) { return prepared + place(m) * size; },
+                        [&](int r, int m, __m512 sums) { store(y + place(m) * w.outputs + (first + r) * 16, sums); });
+                }
     }
 }
 
@@ -341,10 +311,11 @@ struct Choice {  // of an expert by a token
 };
 
 struct Expert {
-    Rows gate, up, down;
-    int width;
+    Matrix gate, up, down;
     std::vector<Choice> tokens;
     size_t values, vectors;  // where its inner values (float32) and, prepared, its inner vectors begin
+
+    int width() const { return down.inputs; }
 };
 
 // y (n, H): the weighted sum over the experts of each token, added in their order.
@@ -353,77 +324,78 @@ void experts(std::vector<Expert>& all, const bfloat16* x, int n, int hidden, bfl
     constexpr int HALF = CHUNK / 2;
     const size_t size = F::vector(hidden);
     size_t values = 0, vectors = 0;
-    std::vector<std::pair<Expert*, int>> pieces;  // an expert, and its blocks from this on
+    int widest = 0;
+    std::vector<std::pair<const Expert*, int>> inside;  // an expert's vectors that are prepared as a whole, one by one
     for (Expert& expert : all) {
-        expert.values = values, expert.vectors = vectors;
-        values += F::by_value ? 0 : expert.tokens.size() * expert.width;
-        vectors += expert.tokens.size() * F::vector(expert.width);
-        for (int first = 0; first < expert.width / 16; first += HALF) pieces.push_back({&expert, first});
+        widest = std::max(widest, expert.width());
+        expert.vectors = vectors;
+        vectors += expert.tokens.size() * F::vector(expert.width());
+        if (F::by_value) continue;
+        expert.values = values;
+        values += expert.tokens.size() * expert.width();
+        for (size_t m = 0; m < expert.tokens.size(); m++) inside.push_back({&expert, int(m)});
     }
-    u8 *prepared = memory(0, size * n), *inner = memory(1, vectors);
-    float* plain = (float*)memory(2, values * 4);
-    const int chunks = (hidden / 16 + CHUNK - 1) / CHUNK;
-    std::vector<std::pair<Expert*, int>> inside;  // an expert's tokens, one by one
-    if (!F::by_value)
-        for (Expert& expert : all)
-            for (int m = 0; m < int(expert.tokens.size()); m++) inside.push_back({&expert, m});
-    Pieces outer(n), gates_and_ups(pieces.size()), middle(inside.size()), downs(chunks);
+    u8 *prepared = memory<u8>(size * n), *inner = memory<u8, 1>(vectors);
+    float* plain = memory<float, 1>(values);
 #pragma omp parallel
     {
-        outer.each([&](int64_t i) { prepare<F>(x + i * hidden, prepared + i * size, hidden); });
-#pragma omp barrier
-        gates_and_ups.each([&](int64_t piece) {
-            const Expert* expert = pieces[piece].first;
-            const int first = pieces[piece].second;
-            const int own = std::min(HALF, expert->width / 16 - first);
-            Block block[CHUNK];
-            for (int r = 0; r < own; r++)
-                block[r] = expert->gate.block(first + r), block[own + r] = expert->up.block(first + r);
-            __m512 gates[HALF][F::most];  // of one part's vectors: a part's gates are complete before the rest
-            product<F>(
-                block, 2 * own, expert->gate.shape, expert->tokens.size(),
-                [&](int m) { return prepared + expert->tokens[m].token * size; },
-                [&](int r, int m, __m512 values) {
-                    __m512& gate = gates[r % own][m % F::most];
-                    if (r < own) {
-                        gate = values;
-                        return;
-                    }
-                    values = _mm512_mul_ps(silu(gate), values);
-                    const int i = (first + r - own) * 16;
-                    if constexpr (F::by_value)
-                        F::put(inner + expert->vectors + m * F::vector(expert->width), i, values);
-                    else
-                        _mm512_storeu_ps(plain + expert->values + size_t(m) * expert->width + i, values);
-                });
-        });
-#pragma omp barrier
-        middle.each([&](int64_t i) {
+#pragma omp for schedule(dynamic)
+        for (int i = 0; i < n; i++) prepare<F>(x + size_t(i) * hidden, prepared + i * size, hidden);
+#pragma omp for schedule(dynamic) collapse(2)
+        for (const Expert& expert : all)
+            for (int first = 0; first < widest / 16; first += HALF) {
+                const int own = std::min(HALF, expert.width() / 16 - first);
+                if (own <= 0) continue;
+                Block block[CHUNK];
+                for (int r = 0; r < own; r++) {
+                    block[r] = expert.gate.block(first + r);
+                    block[own + r] = expert.up.block(first + r);
+                }
+                __m512 gates[HALF][F::most];  // of one part's vectors: a part's gates are complete before the rest
+                product<F>(
+                    block, 2 * own, expert.gate, expert.tokens.size(),
+                    [&](int m) { return prepared + expert.tokens[m].token * size; },
+                    [&](int r, int m, __m512 sums) {
+                        __m512& gate = gates[r % own][m % F::most];
+                        if (r < own) {
+                            gate = sums;
+                            return;
+                        }
+                        __m512 value = _mm512_mul_ps(gated(gate, gate), sums);
+                        const int i = (first + r - own) * 16;
+                        if constexpr (F::by_value)
+                            F::put(inner + expert.vectors + m * F::vector(expert.width()), i, value);
+                        else
+                            _mm512_storeu_ps(plain + expert.values + size_t(m) * expert.width() + i, value);
+                    });
+            }
+#pragma omp for schedule(dynamic)
+        for (size_t i = 0; i < inside.size(); i++) {
             const auto& [expert, m] = inside[i];
-            F::prepare(plain + expert->values + size_t(m) * expert->width,
-                       inner + expert->vectors + m * F::vector(expert->width), expert->width);
-        });
-#pragma omp barrier
-        float* sums = (float*)memory(3, size_t(n) * CHUNK * 64);  // (n, 16 CHUNK)
-        downs.each([&](int64_t piece) {
-            const int first = piece * CHUNK, own = std::min(CHUNK, hidden / 16 - first);
+            F::prepare(plain + expert->values + size_t(m) * expert->width(),
+                       inner + expert->vectors + m * F::vector(expert->width()), expert->width());
+        }
+        float* sums = memory<float, 2>(size_t(n) * CHUNK * 16);  // (n, 16 CHUNK)
+#pragma omp for schedule(dynamic)
+        for (int first = 0; first < hidden / 16; first += CHUNK) {
+            const int own = std::min(CHUNK, hidden / 16 - first);
             memset(sums, 0, size_t(n) * CHUNK * 64);
             for (const Expert& expert : all) {
                 Block block[CHUNK];
                 for (int r = 0; r < own; r++) block[r] = expert.down.block(first + r);
                 product<F>(
-                    block, own, expert.down.shape, expert.tokens.size(),
-                    [&](int m) { return inner + expert.vectors + m * F::vector(expert.width); },
+                    block, own, expert.down, expert.tokens.size(),
+                    [&](int m) { return inner + expert.vectors + m * F::vector(expert.width()); },
                     [&](int r, int m, __m512 values) {
                         const Choice& choice = expert.tokens[m];
-                        float* sum = sums + size_t(choice.token) * CHUNK * 16 + r * 16;
-                        _mm512_store_ps(sum, _mm512_fmadd_ps(values, _mm512_set1_ps(choice.weight), _mm512_load_ps(sum)));
+                        float* sum = sums + (size_t(choice.token) * CHUNK + r) * 16;
+                        store(sum, _mm512_fmadd_ps(values, _mm512_set1_ps(choice.weight), load(sum)));
                     });
             }
             for (int m = 0; m < n; m++)
                 for (int r = 0; r < own; r++)
-                    store(y + size_t(m) * hidden + (first + r) * 16, _mm512_load_ps(sums + (m * CHUNK + r) * 16), ALL);
-        });
+                    store(y + size_t(m) * hidden + (first + r) * 16, _mm512_load_ps(sums + (m * CHUNK + r) * 16));
+        }
     }
 }
 
@@ -435,16 +407,18 @@ extern "C" {
 void transpose_blocks(uint32_t* values, int64_t blocks, int64_t units) {
 #pragma omp parallel for
     for (int64_t block = 0; block < blocks; block++) {
-        uint32_t *own = values + block * 16 * units, *copy = (uint32_t*)memory(3, units * 64);
+        uint32_t *own = values + block * 16 * units, *copy = memory<uint32_t>(units * 16);
         memcpy(copy, own, units * 64);
         const __m512i rows = _mm512_mullo_epi32(
             _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(units));
-        for (int64_t i = 0; i < units; i++) _mm512_storeu_si512(own + i * 16, _mm512_i32gather_epi32(rows, copy + i, 4));
+        for (int64_t i = 0; i < units; i++)
+            _mm512_storeu_si512(own + i * 16, _mm512_i32gather_epi32(rows, copy + i, 4));
     }
 }
 
 void project(const Matrix* w, int matrices, const bfloat16* x, int64_t stride, int64_t of_matrix, int n, bfloat16* y) {
-    (w->bits == 16 ? project<Bf16> : w->bits == 8 ? project<Int8> : project<Int4>)(*w, matrices, x, stride, of_matrix, n, y);
+    auto* own = w->bits == 16 ? project<Bf16> : w->bits == 8 ? project<Int8> : project<Int4>;
+    own(*w, matrices, x, stride, of_matrix, n, y);
 }
 
 // `gate_up` (E, 2I, H), `down` (E, H, I); `shared`, if given, three matrices (W, H), (W, H), (H, W) that come last.
@@ -458,15 +432,15 @@ void experts(const Matrix* gate_up, const Matrix* down, const Matrix* const* sha
     }
     for (size_t number = 0; number < chosen.size(); number++) {
         if (chosen[number].empty()) continue;
-        Rows gate(*gate_up, number), up(*gate_up, number, down->inputs);
-        all.push_back({gate, up, Rows(*down, number), down->inputs, std::move(chosen[number]), 0, 0});
+        const Matrix gate = gate_up->from(number * gate_up->outputs / 16), up = gate.from(down->inputs / 16);
+        all.push_back({gate, up, down->from(number * down->outputs / 16), std::move(chosen[number]), 0, 0});
     }
     if (shared) {
         std::vector<Choice> tokens(n);
         for (int token = 0; token < n; token++) tokens[token] = {token, 1};
-        Rows gate(*shared[0], 0), up(*shared[1], 0), to(*shared[2], 0);
-        all.push_back({gate, up, to, shared[2]->inputs, std::move(tokens), 0, 0});
+        all.push_back({*shared[0], *shared[1], *shared[2], std::move(tokens), 0, 0});
     }
-    (gate_up->bits == 16 ? experts<Bf16> : gate_up->bits == 8 ? experts<Int8> : experts<Int4>)(all, x, n, down->outputs, y);
+    auto* own = gate_up->bits == 16 ? experts<Bf16> : gate_up->bits == 8 ? experts<Int8> : experts<Int4>;
+    own(all, x, n, down->outputs, y);
 }
 }

@@ -1,10 +1,20 @@
-// Sixteen float32 lanes from values in bfloat16 or float32, and pieces of work for OpenMP's threads.
+// Sixteen float32 lanes from values in bfloat16 or float32, and what all files have in common.
+//
+// Loops are shared out by schedule(dynamic): a thread that is held up elsewhere does not hold up the rest.
 #pragma once
 
 #include <immintrin.h>
 
-#include <atomic>
 #include <cstdint>
+#include <vector>
+
+// For a loop over registers: none of them can be chosen at run time.
+#define UNROLL _Pragma("GCC unroll 24")
+
+// For C, what gives the addresses of a function template's instances: kimi_vl/kernels/cpu/binding.py.
+#define EXPORT(name)                                                      \
+    extern "C" void* name##_bfloat16() { return (void*)&name<bfloat16>; } \
+    extern "C" void* name##_float32() { return (void*)&name<float>; }
 
 // One library is made of several files: what a header defines is each one's own.
 namespace {
@@ -14,33 +24,33 @@ struct bfloat16 {
 };
 
 constexpr int LANES = 16;
+constexpr __mmask16 ALL = 0xffff;
 
 // The first `count` lanes; all of them where `count` is larger.
-inline __mmask16 first(int64_t count) { return count >= LANES ? 0xffff : (1u << count) - 1; }
+inline __mmask16 first(int64_t count) { return count >= LANES ? ALL : (1u << count) - 1; }
 
 // Lanes that are masked out are 0, and their memory is not touched.
-inline __m512 load(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
-inline __m512 load(const bfloat16* from, __mmask16 mask) {
+inline __m512 load(const float* from, __mmask16 mask = ALL) { return _mm512_maskz_loadu_ps(mask, from); }
+inline __m512 load(const bfloat16* from, __mmask16 mask = ALL) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
 }
 
-// The bits of bfloat16, rounded to the nearest and in a tie to the even one. A NaN stays one: its lower half is 0, since
-// it is the processor's own or comes from a bfloat16 value.
+// The bits of bfloat16, rounded to the nearest and in a tie to the even one. A NaN stays one: its lower half is 0,
+// since it is the processor's own or comes from a bfloat16 value.
 inline __m512i rounded_bits(__m512 values) {
     __m512i bits = _mm512_castps_si512(values);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     return _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
 }
 
-inline void store(float* to, __m512 values, __mmask16 mask) { _mm512_mask_storeu_ps(to, mask, values); }
-inline void store(bfloat16* to, __m512 values, __mmask16 mask) {
+inline void store(float* to, __m512 values, __mmask16 mask = ALL) { _mm512_mask_storeu_ps(to, mask, values); }
+inline void store(bfloat16* to, __m512 values, __mmask16 mask = ALL) {
     _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(rounded_bits(values)));
 }
 
 // What `store` followed by `load` gives.
-template <class T> inline __m512 rounded(__m512 values);
-template <> inline __m512 rounded<float>(__m512 values) { return values; }
-template <> inline __m512 rounded<bfloat16>(__m512 values) {
+template <class T> inline __m512 rounded(__m512 values) {
+    if (sizeof(T) == sizeof(float)) return values;
     return _mm512_castsi512_ps(_mm512_slli_epi32(rounded_bits(values), 16));
 }
 
@@ -57,17 +67,17 @@ inline __m512 exp(__m512 x) {
     return _mm512_scalef_ps(sum, power);
 }
 
-// Pieces of work that go to whichever thread is free, so that one that is held up elsewhere does not hold up the rest.
-class Pieces {
-  public:
-    explicit Pieces(int64_t count) : count_(count) {}
-    template <class F> void each(const F& run) {
-        for (int64_t piece; (piece = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) run(piece);
-    }
+// value sigmoid(x)
+inline __m512 gated(__m512 value, __m512 x) {
+    return _mm512_div_ps(value, _mm512_add_ps(_mm512_set1_ps(1), exp(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
 
-  private:
-    const int64_t count_;
-    std::atomic<int64_t> next_{0};
-};
+// Memory of the calling thread, in lines of the cache and kept from call to call: fresh pages cost more than what is
+// computed in them. Each type and `purpose` has its own.
+template <class T, int purpose = 0> inline T* memory(size_t count) {
+    static thread_local std::vector<T> kept;
+    if (kept.size() < count + 64 / sizeof(T)) kept.resize(count + 64 / sizeof(T));
+    return (T*)(((uintptr_t)kept.data() + 63) / 64 * 64);
+}
 
 }  // namespace
