@@ -40,7 +40,7 @@ static void mla_prepare(const T* joined, const T* norm_weight, const T* rope, fl
                         int64_t tokens, int64_t decoding, int64_t N, int64_t Q, int64_t P, int64_t R, T* kv_cache,
                         T* query, T* rotated) {
     const int64_t width = N * (Q + P) + R + P;
-#pragma omp parallel for schedule(dynamic) if (tokens * (N * P + R + P) > SMALL)
+#pragma omp parallel for if (tokens * (N * P + R + P) > SMALL)
     for (int64_t t = 0; t < tokens; t++) {
         const T *own = joined + t * width, *latent = own + N * (Q + P), *cos = rope + t * 2 * P, *sin = cos + P;
         if (slots[t] >= 0) {

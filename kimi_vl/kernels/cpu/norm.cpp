@@ -57,7 +57,7 @@ static void top_k(float* scores, const float* bias, int64_t E, int64_t K, float 
 template <class T>
 static void add_rms_norm(const T* residual, const T* delta, const T* weight, float eps, int64_t tokens, int64_t H,
                          T* total, T* normed) {
-#pragma omp parallel for schedule(dynamic) if (tokens * H > SMALL)
+#pragma omp parallel for if (tokens * H > SMALL)
     for (int64_t t = 0; t < tokens; t++)
         rms_norm(residual + t * H, delta ? delta + t * H : nullptr, weight, eps, H, total + t * H, normed + t * H);
 }
@@ -69,7 +69,7 @@ static void norm_router(const T* residual, const T* delta, const T* norm_weight,
     float* logits = memory<float>(tokens * E);
 #pragma omp parallel if (E * H > SMALL)
     {
-#pragma omp for schedule(dynamic)
+#pragma omp for
         for (int64_t t = 0; t < tokens; t++)
             rms_norm(residual + t * H, delta + t * H, norm_weight, eps, H, total + t * H, normed + t * H);
 #pragma omp for schedule(dynamic) collapse(2)
@@ -81,7 +81,7 @@ static void norm_router(const T* residual, const T* delta, const T* norm_weight,
                 for (; t + 2 <= end; t += 2) scores<2>(normed + t * H, own, H, logits + t * E + e, E, experts);
                 if (t < end) scores<1>(normed + t * H, own, H, logits + t * E + e, E, experts);
             }
-#pragma omp for schedule(dynamic)
+#pragma omp for nowait
         for (int64_t t = 0; t < tokens; t++)
             top_k(logits + t * E, bias, E, K, scaling, topk_ids + t * K, topk_weights + t * K);
     }

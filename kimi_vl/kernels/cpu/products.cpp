@@ -287,10 +287,10 @@ void project(const Matrix& w, int matrices, const bfloat16* x, int64_t stride, i
     u8* prepared = memory<u8>(size * n * matrices);
 #pragma omp parallel
     {
-#pragma omp for schedule(dynamic)
+#pragma omp for
         for (int i = 0; i < n * matrices; i++)
             prepare<F>(x + i / matrices * stride + i % matrices * of_matrix, prepared + i * size, w.inputs);
-#pragma omp for schedule(dynamic) collapse(3)
+#pragma omp for schedule(dynamic) collapse(3) nowait
         for (int number = 0; number < matrices; number++)
             for (int first = 0; first < blocks; first += CHUNK)
                 for (int begin = 0; begin < n; begin += SLICE) {
@@ -339,7 +339,7 @@ void experts(std::vector<Expert>& all, const bfloat16* x, int n, int hidden, bfl
     float* plain = memory<float, 1>(values);
 #pragma omp parallel
     {
-#pragma omp for schedule(dynamic)
+#pragma omp for
         for (int i = 0; i < n; i++) prepare<F>(x + size_t(i) * hidden, prepared + i * size, hidden);
 #pragma omp for schedule(dynamic) collapse(2)
         for (const Expert& expert : all)
@@ -369,14 +369,14 @@ void experts(std::vector<Expert>& all, const bfloat16* x, int n, int hidden, bfl
                             _mm512_storeu_ps(plain + expert.values + size_t(m) * expert.width() + i, value);
                     });
             }
-#pragma omp for schedule(dynamic)
+#pragma omp for
         for (size_t i = 0; i < inside.size(); i++) {
             const auto& [expert, m] = inside[i];
             F::prepare(plain + expert->values + size_t(m) * expert->width(),
                        inner + expert->vectors + m * F::vector(expert->width()), expert->width());
         }
         float* sums = memory<float, 2>(size_t(n) * CHUNK * 16);  // (n, 16 CHUNK)
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
         for (int first = 0; first < hidden / 16; first += CHUNK) {
             const int own = std::min(CHUNK, hidden / 16 - first);
             memset(sums, 0, size_t(n) * CHUNK * 64);

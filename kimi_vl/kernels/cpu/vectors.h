@@ -1,6 +1,7 @@
 // Sixteen float32 lanes from values in bfloat16 or float32, and what all files have in common.
 //
-// Loops are shared out by schedule(dynamic): a thread that is held up elsewhere does not hold up the rest.
+// Loops that take long are shared out by schedule(dynamic), so that a thread that is held up elsewhere does not hold up
+// the rest. The last loop of a region needs `nowait`: gcc leaves its barrier in, and the region's end is another.
 #pragma once
 
 #include <immintrin.h>
