@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -52,16 +53,16 @@ class RouterBalance:
     """Moves the routers' correction biases toward equal load (DeepSeek-V3 report, section 2.1.2)."""
 
     def __init__(self, model: KimiVL, speed: float = 1e-3):
-        self.speed = speed
+        self.speed, self.lock = speed, threading.Lock()
         self.gates: list[Gate] = [module for module in model.modules() if isinstance(module, Gate)]
         self.loads = [torch.zeros_like(gate.e_score_correction_bias) for gate in self.gates]
         for gate, load in zip(self.gates, self.loads, strict=True):
             gate.register_forward_hook(self._counting(load))
 
-    @staticmethod
-    def _counting(load: Tensor) -> Callable[..., None]:
+    def _counting(self, load: Tensor) -> Callable[..., None]:
         def count(_: nn.Module, __: Any, output: tuple[Tensor, Tensor]) -> None:
-            load.add_(torch.bincount(output[0].flatten(), minlength=load.numel()))
+            with self.lock:
+                load.add_(torch.bincount(output[0].flatten(), minlength=load.numel()))
 
         return count
 

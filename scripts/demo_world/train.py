@@ -6,11 +6,12 @@ Everything is drawn and chosen from one seed; batch k is the same whichever work
 from __future__ import annotations
 
 import argparse
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from demo_world import checkpoint, forward, gallery, lessons, patches, training
 from demo_world.optimizer import Optimizer, newton_schulz
@@ -34,15 +35,18 @@ def learn_pictures(model: KimiVL, tokenizer: Tokenizer, options: ImageOptions, a
     )
     dataset = patches.PictureBatches(args.seed, args.picture_steps, args.picture_patches, options, phase.done)
 
-    def step(batch: patches.PictureBatch, index: int) -> tuple[Tensor, dict[str, float]]:
-        with torch.set_grad_enabled(not args.start or index >= READER_STEPS):
-            groups = model.vision_tower(batch.pixel_values.to(args.device), [(r, c) for r, c in batch.grids])
-        return reader.loss(groups, batch.labels.to(args.device))
+    def step(batch: patches.PictureBatch, index: int) -> tuple[float, dict[str, float]]:
+        with args.autocast:
+            with torch.set_grad_enabled(not args.start or index >= READER_STEPS):
+                groups = model.vision_tower(batch.pixel_values.to(args.device), [(r, c) for r, c in batch.grids])
+            loss, figures = reader.loss(groups, batch.labels.to(args.device))
+        loss.backward()
+        return loss.item(), figures
 
     def on_save(index: int) -> None:
         checkpoint.write(args.work / "pictures", model, tokenizer)
 
-    phase.run(training.in_order(dataset, args.workers), step, args.autocast, on_save=on_save)
+    phase.run(training.in_order(dataset, args.workers), step, on_save=on_save)
     checkpoint.write(args.work / "pictures", model, tokenizer)
 
 
@@ -58,20 +62,29 @@ def learn_lessons(model: KimiVL, tokenizer: Tokenizer, options: ImageOptions, ar
     )
     balance = forward.RouterBalance(model)
 
-    def step(batch: gallery.LessonBatch, index: int) -> tuple[Tensor, dict[str, float]]:
+    def part(batch: gallery.LessonBatch) -> tuple[float, dict[str, float]]:
         batch = batch.to(args.device)
         loss, wrong = torch.zeros((), device=args.device), torch.zeros(len(batch.ids), dtype=torch.bool)
-        for logits, targets, rows in forward.learnt(model, batch):
-            loss = loss + F.cross_entropy(logits, targets, reduction="sum")
-            wrong[rows[logits.argmax(-1) != targets].cpu()] = True
+        with args.autocast:
+            for logits, targets, rows in forward.learnt(model, batch):
+                loss = loss + F.cross_entropy(logits, targets, reduction="sum")
+                wrong[rows[logits.argmax(-1) != targets].cpu()] = True
         loss, whole = loss / (batch.targets >= 0).sum(), 1 - wrong.float().mean().item()
-        return loss, {f"{batch.kind} loss": loss.item(), f"{batch.kind} conversations right": whole}
+        (loss / args.lanes).backward()
+        return loss.item(), {f"{batch.kind} loss": loss.item(), f"{batch.kind} conversations right": whole}
 
     def on_save(index: int) -> None:
         checkpoint.write(args.work / "lessons", model, tokenizer)
 
-    batches = gallery.Lessons(teacher, args.text_steps, phase.done)
-    phase.run(training.in_order(batches, args.workers), step, args.autocast, balance.update, on_save)
+    batches = training.in_order(gallery.Lessons(teacher, args.text_steps, phase.done * args.lanes), args.workers)
+    with ThreadPoolExecutor(args.lanes) as lanes:
+
+        def step(several: tuple[gallery.LessonBatch, ...], index: int) -> tuple[float, dict[str, float]]:
+            parts = list(lanes.map(part, several))
+            figures = {name: value for _, figures in parts for name, value in figures.items()}
+            return sum(loss for loss, _ in parts) / len(parts), figures
+
+        phase.run(zip(*[batches] * args.lanes, strict=False), step, balance.update, on_save)
 
 
 def arguments() -> argparse.Namespace:
@@ -90,7 +103,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--patches", type=int, default=8192, help="patches a batch of these")
     parser.add_argument("--text-steps", type=int, default=1200, help="its first steps, without pictures")
     parser.add_argument("--lesson-steps", type=int, default=8000, help="steps of the second phase")
-    parser.add_argument("--batch-tokens", type=int, default=5000, help="tokens of a step, about")
+    parser.add_argument("--batch-tokens", type=int, default=5000, help="tokens of a batch, about")
+    parser.add_argument("--lanes", type=int, default=1, help="batches of a step, each in a thread of its own")
     parser.add_argument("--minutes", type=float, default=0, help="end the second phase after this time instead")
     parser.add_argument("--matrix-rate", type=float, default=1.5e-3)
     parser.add_argument("--rate", type=float, default=1.5e-3)

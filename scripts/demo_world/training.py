@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from demo_world.optimizer import Optimizer
 
@@ -78,27 +78,24 @@ class Phase:
     def run(
         self,
         batches: Iterable[Any],
-        step: Callable[[Any, int], tuple[Tensor, dict[str, float]]],
-        autocast: torch.autocast,
+        step: Callable[[Any, int], tuple[float, dict[str, float]]],
         after: Callable[[], None] | None = None,
         on_save: Callable[[int], None] | None = None,
     ) -> None:
-        """Learn from ``batches``, which begin with the one after the last that is done."""
+        """Learn from ``batches``, which begin with the one after the last that is done; ``step`` adds the gradients."""
         saved = time.monotonic()
         for batch in batches:
             began = time.monotonic()
             progress = self.seconds / (60 * self.minutes) if self.minutes else self.done / self.count
             if progress >= 1:
                 break
-            with autocast:
-                loss, figures = step(batch, self.done)
-            loss.backward()
+            loss, figures = step(batch, self.done)
             self.optimizer.step(progress)
             if after is not None:
                 after()
             self.done += 1
             self.seconds += time.monotonic() - began
-            self._note({"loss": float(loss.detach()), **figures})
+            self._note({"loss": loss, **figures})
             if time.monotonic() - saved > 60 * self.save_minutes:
                 self.save()
                 if on_save is not None:
