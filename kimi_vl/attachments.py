@@ -96,8 +96,10 @@ def opened(
     parts = [part for turn in turns for part in turn.files if not isinstance(part, ImagePart)]
     if max(len(parts), len(videos) + len(documents)) > MAX_FILES:
         raise UserError("E_TOO_MANY_FILES", f"a request may have {MAX_FILES} videos and documents; send fewer.")
-    video_files = iter(_matched([p for p in parts if isinstance(p, VideoPart)], videos, kinds.VIDEO))
-    document_files = iter(_matched([p for p in parts if isinstance(p, DocumentPart)], documents, kinds.DOCUMENT))
+    video_files = iter(matched([p for p in parts if isinstance(p, VideoPart)], videos, kinds.VIDEO, FileSource))
+    document_files = iter(
+        matched([p for p in parts if isinstance(p, DocumentPart)], documents, kinds.DOCUMENT, FileSource)
+    )
     # the request's own values are checked even where nothing uses them
     asked = [_asked(part, reading) for part in (VideoPart(), DocumentPart(), *parts)][2:]
     with contextlib.ExitStack() as stack:
@@ -124,20 +126,25 @@ def _asked(part: VideoPart | DocumentPart, reading: ReadingOptions) -> VideoOpti
     return pages
 
 
-def _matched(
-    parts: Sequence[VideoPart | DocumentPart], beside: Sequence[FileSource], kind: kinds.Kind
-) -> list[FileSource]:
-    """A file for each part. A text in a part is a data URL, or refused: nothing that it names is opened."""
+def matched(
+    parts: Sequence[ImagePart | VideoPart | DocumentPart], beside: Sequence[Any], kind: kinds.Kind, sources: Any
+) -> list[Any]:
+    """A source for each part, the bare ones taking those beside the messages in order.
+
+    A text in a part is a data URL, or refused: others than the one who runs this program may have written it, so
+    that nothing it names is fetched or opened. What is not among ``sources`` is refused as well. Raises
+    :class:`UserError` (E_..._SOURCE, E_MESSAGES_INVALID).
+    """
     for part in parts:
         if isinstance(part.source, str) and not data_url.is_data_url(part.source):
             raise UserError(kind.source, f"{kind.noun} in messages must be a data URL; nothing else is looked up.")
-        if not isinstance(part.source, FileSource | None):
+        if not isinstance(part.source, sources | None):
             raise UserError("E_MESSAGES_INVALID", f"a value in messages is no file of {kind.noun}; send a data URL.")
     bare = sum(part.source is None for part in parts)
     if bare != len(beside):
         raise UserError(
             "E_MESSAGES_INVALID",
-            f"the messages have {bare} bare parts for {kind.noun} and {len(beside)} came with them; make these equal.",
+            f"the messages have {bare} bare parts for {kind.noun} and {len(beside)} came beside; make these equal.",
         )
     waiting = iter(beside)
     return [next(waiting) if part.source is None else part.source for part in parts]

@@ -10,42 +10,33 @@ import contextlib
 import math
 import queue
 import secrets
-import time
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 
-from . import attachments, kernels, parameters, placement
-from .attachments import ReadingOptions, Share
+from . import kernels, parameters, placement
 from .coalescer import Coalescer
-from .engine.engine import Engine, EngineOptions, Patches, RequestHandle
+from .engine.engine import Engine, EngineOptions, RequestHandle
 from .engine.sampling import LogitBias, Sampling
 from .engine.warm_up import warm_up
 from .errors import UserError
-from .events import Done, Estimate, Event, MediaUse, Usage
-from .media import data_url, images
+from .events import Done, Estimate, Event, Usage
 from .media.images import ImageOptions
 from .media.images import load as load_image
-from .media.sources import FileSource
 from .model.config import Config
 from .model.kimi_vl import KimiVL
 from .output_processor import Deliver, TextOutputProcessor
-from .text import chat
+from .prompt import Images, Messages, Prompt, PromptReader, image_list, image_sources
 from .text.grammar import Grammar, GrammarCompiler
-from .text.messages import ImagePart, Message, Turn, asked_image, asks_something, read
+from .text.messages import read
 from .text.output_text import OutputText
 from .text.stop_sequences import StopSequences
 from .text.thinking import ThinkingBudget
 from .text.tokenizer import Tokenizer
 from .weights import loader, resolve
 
-ImageSource = bytes | bytearray | str | Path | Image.Image
-Images = Iterable[ImageSource] | ImageSource | None
-Files = Sequence[FileSource] | FileSource | None
 POLL_S = 0.05  # an exception that is raised in a waiting thread from outside is seen this soon
 
 
@@ -83,18 +74,6 @@ def load(
     return pipeline
 
 
-@dataclass(frozen=True)
-class _Prompt:
-    """A request as the engine takes it; ``prefill`` is what the answer begins with, where it is to be continued."""
-
-    ids: list[int]
-    patches: list[Patches]
-    prefill: str | None
-    media: tuple[MediaUse, ...]
-    image_sizes: tuple[tuple[int, int], ...]
-    asked_image: int
-
-
 def refuse_without_bfloat16(device: torch.device, dtype: torch.dtype) -> None:
     """Raises RuntimeError with a sentence for a GPU that cannot compute in bfloat16, which the weights are made for."""
     if device.type != "cuda" or dtype != torch.bfloat16:
@@ -121,6 +100,7 @@ class Pipeline:
         self.image_options = image_options
         self.thinks = thinks
         self.engine = Engine(model, tokenizer.num_ranks, options)
+        self._reader = PromptReader(tokenizer, image_options, self._context)
         self._grammars = GrammarCompiler(tokenizer, model.config.text_config.vocab_size)
 
     @property
@@ -135,7 +115,7 @@ class Pipeline:
         """Take no more requests, and return when those that run are done."""
         self.engine.close()
 
-    def stream(self, messages: Sequence[Message | Turn], images: Images = (), **params: Any) -> EventStream:
+    def stream(self, messages: Messages | Prompt, images: Images = (), **params: Any) -> EventStream:
         """Events of one request: :class:`Reasoning` and :class:`Answer` pieces as they come, then :class:`Done`.
 
         ``messages`` have the chat form; image parts take ``images`` (bytes, paths, data URLs or PIL images) in order.
@@ -154,7 +134,7 @@ class Pipeline:
         return EventStream(self.engine, self.submit(messages, images, events.put, **params), events)
 
     async def astream(
-        self, messages: Sequence[Message | Turn], images: Images = (), **params: Any
+        self, messages: Messages | Prompt, images: Images = (), **params: Any
     ) -> AsyncGenerator[Event, None]:
         """:meth:`stream` for an event loop, which is never held up; images are decoded in another thread."""
         loop = asyncio.get_running_loop()
@@ -180,7 +160,7 @@ class Pipeline:
         finally:
             self.engine.cancel(handle)
 
-    def complete(self, messages: Sequence[Message | Turn], images: Images = (), **params: Any) -> Done:
+    def complete(self, messages: Messages | Prompt, images: Images = (), **params: Any) -> Done:
         """The summary of a whole request; parameters as for :meth:`stream`."""
         for event in self.stream(messages, images, **params):
             if isinstance(event, Done):
@@ -189,7 +169,7 @@ class Pipeline:
 
     def submit(
         self,
-        messages: Sequence[Message | Turn],
+        messages: Messages | Prompt,
         images: Images,
         deliver: Deliver,
         *,
@@ -205,15 +185,13 @@ class Pipeline:
         grammar: Grammar | None = None,
         deadline: float | None = None,
         interval: float = 0.0,
-        videos: Files = (),
-        documents: Files = (),
         **reading: Any,
     ) -> RequestHandle:
         """Send a request whose events (or error, which ends it) are delivered by the engine's thread.
 
-        ``reading`` are the fields of :class:`~kimi_vl.attachments.ReadingOptions`.
+        ``reading`` are the other parameters of :meth:`prepare`, whose prompt may also stand in place of the messages
+        and all files: for several answers to one question.
         """
-        began = time.monotonic()
         sampling = Sampling(temperature, top_p, top_k, secrets.randbelow(2**31) if seed is None else seed, logprobs)
         bias = self._logit_bias(logit_bias)
         max_length_tokens, thinking_budget = parameters.token_limits(max_length_tokens, thinking_budget)
@@ -226,9 +204,9 @@ class Pipeline:
                 raise UserError("E_PARAMETER", "grammar must be one that kimi_vl.text.grammar makes; change it.")
             if stops.any:
                 raise UserError("E_PARAMETER", "stop_sequences would cut a structured answer; leave them out.")
-        prompt = self._prompt(
-            messages, image_list(images), videos, documents, ReadingOptions(**reading), max_length_tokens
-        )
+        prompt = messages
+        if not isinstance(prompt, Prompt):
+            prompt = self.prepare(prompt, images, max_length_tokens=max_length_tokens, **reading)
         ids, patches, context = prompt.ids, prompt.patches, self._context
         max_new_tokens = min(max_length_tokens, context - len(ids))
         if max_new_tokens < 1:
@@ -251,7 +229,7 @@ class Pipeline:
             text,
             max_new_tokens,
             Usage(len(ids), sum(image.tokens for image in patches), 0, 0),
-            began,
+            prompt.began,
             Coalescer(deliver, interval) if interval else deliver,
             tuple(use for use in prompt.media if use.kind != "image"),
             prompt.image_sizes,
@@ -263,29 +241,25 @@ class Pipeline:
             ids, patches, max_new_tokens, processor, float("inf") if deadline is None else deadline
         )
 
-    def estimate(
-        self,
-        messages: Sequence[Message | Turn],
-        images: Images = (),
-        *,
-        videos: Files = (),
-        documents: Files = (),
-        max_length_tokens: int = 8192,
-        **reading: Any,
-    ) -> Estimate:
+    def prepare(self, messages: Messages, images: Images = (), **params: Any) -> Prompt:
+        """The prompt of a request, its files decoded: what :meth:`submit` takes any number of times.
+
+        ``params`` are those of :meth:`submit` that say what is read: ``videos``, ``documents``, ``max_length_tokens``
+        and the fields of :class:`~kimi_vl.attachments.ReadingOptions`. Raises the same :class:`UserError`.
+        """
+        return self._reader.read(messages, images, **params)
+
+    def estimate(self, messages: Messages, images: Images = (), **params: Any) -> Estimate:
         """What a request would cost, in tokens by part. Nothing is decoded but the images, and the model does nothing.
 
-        The parameters are those of :meth:`stream`; raises the same :class:`UserError`.
+        The parameters are those of :meth:`prepare`; raises the same :class:`UserError`.
         """
-        max_length_tokens = parameters.integer("max_length_tokens", max_length_tokens, 1, parameters.MAX_LENGTH_TOKENS)
-        found = self._prompt(
-            messages, image_list(images), videos, documents, ReadingOptions(**reading), max_length_tokens, decode=False
-        )
+        found = self._reader.read(messages, images, decode=False, **params)
         count = len(found.ids)
         text = count - sum(use.tokens for use in found.media)
         return Estimate(count, text, self._context, found.media, tuple(found.ids))
 
-    def pictures(self, messages: Sequence[Message | Turn], images: Images = ()) -> list[Image.Image]:
+    def pictures(self, messages: Messages, images: Images = ()) -> list[Image.Image]:
         """The images of a request in order, upright and RGB, to draw on. Raises the same :class:`UserError`."""
         parts = [part for turn in read(messages) for part in turn.images]
         return [load_image(source, self.image_options) for source in image_sources(parts, image_list(images))]
@@ -308,113 +282,6 @@ class Pipeline:
                 "logit_bias",
             )
         return bias if bias.ids else None
-
-    def _prompt(
-        self,
-        messages: Sequence[Message | Turn],
-        sources: Sequence[ImageSource],
-        videos: Files,
-        documents: Files,
-        reading: ReadingOptions,
-        max_length_tokens: int,
-        decode: bool = True,
-    ) -> _Prompt:
-        """A request as the engine takes it. Without ``decode`` there are no patches, and images are among the media."""
-        turns = read(messages)
-        prefill = chat.assistant_prefill(turns)
-        continues = prefill is not None
-        last = len(turns) - continues
-        turns = [*chat.without_earlier_thinking(turns[:last]), *turns[last:]]
-        if not asks_something(turns):
-            raise UserError("E_PROMPT_EMPTY", "nothing is asked; give a prompt or a message with a text or an image.")
-        parts = [part for turn in turns for part in turn.images]
-        if max(len(parts), len(sources)) > images.MAX_IMAGES:
-            raise UserError("E_TOO_MANY_IMAGES", f"a request may have {images.MAX_IMAGES} images; send fewer.")
-        video_files = attachments.file_list("videos", videos, "E_VIDEO_SOURCE")
-        document_files = attachments.file_list("documents", documents, "E_DOCUMENT_SOURCE")
-        found, asked = image_sources(parts, sources), asked_image(turns)
-
-        def encode(turns: Sequence[Turn]) -> list[int]:
-            counts = [part.source.tokens for turn in turns for part in turn.images]
-            return chat.encode(self.tokenizer, turns, counts, limit=self._context, continue_final_message=continues)
-
-        with attachments.opened(turns, video_files, document_files, reading, self.image_options) as files:
-            seen, sizes = [], []
-            for source in found:  # one at a time in memory
-                image = images.load(source, self.image_options)
-                sizes.append(images.sent_size(image))
-                seen.append(self._seen(image, decode))
-                del image
-            turns = attachments.with_images(turns, seen)
-            shares: list[Share] = []
-            if files:
-                others = len(encode(attachments.expanded(turns, [()] * len(files))))
-                room = self._context - min(max_length_tokens, self._context // 4) - others
-                shares = attachments.share(files, room, self._label_tokens, self.image_options)
-            shown = [
-                [(at, self._seen(one, decode)) for at, one in (file.read(share.sizes) if decode else share.blanks())]
-                for file, share in zip(files, shares, strict=True)
-            ]
-        shares = [share.of(pictures, self._label_tokens) for share, pictures in zip(shares, shown, strict=True)]
-        media = attachments.uses(turns, shares, self._label_tokens(""), self.image_options.patch_size)
-        turns = attachments.expanded(
-            turns,
-            [
-                [(label, seen) for label, (_, seen) in zip(share.labels, pictures, strict=True)]
-                for share, pictures in zip(shares, shown, strict=True)
-            ],
-        )
-        patches = [part.source for turn in turns for part in turn.images]
-        return _Prompt(encode(turns), patches, prefill, tuple(media), tuple(sizes), asked)
-
-    def _seen(self, picture: Image.Image, decode: bool) -> Patches | images.Plan:
-        """An image as the engine takes it, or how large that would be."""
-        if not decode:
-            return images.plan(*picture.size, self.image_options)
-        return Patches(*images.preprocess(picture, self.image_options))
-
-    def _label_tokens(self, label: str) -> int:
-        """What an image costs beside its own tokens, with a text before it."""
-        encode = self.tokenizer.encode
-        return len(encode(label)) + len(encode(chat.IMAGE_SLOT_TEXT)) + chat.IMAGE_SLOT_CONTROLS
-
-
-def image_list(images: Images) -> list[ImageSource]:
-    """``images`` as a list: a single one is not taken apart into its letters or bytes, and None is none of them.
-
-    Raises :class:`UserError` (E_IMAGE_SOURCE) for what is no image. A number above all: opened as a file it would be
-    one that this process has open already, and closed after that.
-    """
-    if images is None:
-        return []
-    if isinstance(images, ImageSource):
-        return [images]
-    if isinstance(images, Iterable) and not isinstance(images, Mapping):
-        found = list(images)
-        if all(isinstance(image, ImageSource) for image in found):
-            return found
-    raise UserError("E_IMAGE_SOURCE", "images must be a list of bytes, paths, data URLs or Pillow images; change it.")
-
-
-def image_sources(parts: Sequence[ImagePart], beside: Sequence[ImageSource]) -> list[ImageSource]:
-    """An image for each part, the bare ones taking those beside the messages in order.
-
-    A text in a part is a data URL, or refused: others than the one who runs this program may have written it, so
-    that nothing it names is fetched or opened. Raises :class:`UserError` (E_IMAGE_SOURCE, E_MESSAGES_INVALID).
-    """
-    for part in parts:
-        if isinstance(part.source, str) and not data_url.is_data_url(part.source):
-            raise UserError("E_IMAGE_SOURCE", "an image in messages must be a data URL; nothing else is looked up.")
-        if not isinstance(part.source, ImageSource | None):
-            raise UserError("E_MESSAGES_INVALID", "a value in messages is no image that is read; send a data URL.")
-    bare = sum(part.source is None for part in parts)
-    if bare != len(beside):
-        raise UserError(
-            "E_MESSAGES_INVALID",
-            f"the messages have {bare} bare image parts and {len(beside)} images came beside them; make these equal.",
-        )
-    waiting = iter(beside)
-    return [next(waiting) if part.source is None else part.source for part in parts]
 
 
 class EventStream(Iterator[Event]):

@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import UserError
 from ..events import Done
 from ..pipeline import Pipeline
+from ..prompt import Prompt
 from ..serving import responses
 from ..serving.errors import ApiError, from_exception
 from ..serving.options import ServerOptions
@@ -163,19 +164,25 @@ class Batch:
     async def _choices(self, request: ChatRequest) -> list[Done]:
         """All answers; the others begin when the first one's prompt is in the KV cache."""
         computed = asyncio.Event()
-        tasks = [asyncio.ensure_future(self._choice(request, 0, computed))]
+        async with self._sequences:  # no more files in memory than sequences
+            prompt = await asyncio.to_thread(self._pipeline.prepare, request.turns, **request.reading)
+
+        def begin(choice: int) -> asyncio.Task[Done]:
+            return asyncio.ensure_future(self._choice(prompt, request.params_of(choice), computed))
+
+        tasks = [begin(0)]
         try:
             await computed.wait()
-            tasks += [asyncio.ensure_future(self._choice(request, n, computed)) for n in range(1, request.n)]
+            tasks += [begin(choice) for choice in range(1, request.n)]
             return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def _choice(self, request: ChatRequest, choice: int, computed: asyncio.Event) -> Done:
+    async def _choice(self, prompt: Prompt, params: dict[str, Any], computed: asyncio.Event) -> Done:
         try:
             async with self._sequences:
-                events = self._pipeline.astream(request.turns, (), interval=_JOINED_S, **request.params_of(choice))
+                events = self._pipeline.astream(prompt, interval=_JOINED_S, **params)
                 async with contextlib.aclosing(events):
                     async for event in events:
                         computed.set()

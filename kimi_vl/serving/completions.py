@@ -17,6 +17,7 @@ from ..engine.engine import RequestHandle
 from ..event_loop import Bell, Inbox
 from ..events import Done, Event
 from ..pipeline import Pipeline
+from ..prompt import Prompt
 from . import responses
 from .access import Body, Disconnected, log_error
 from .errors import ApiError, from_exception
@@ -234,7 +235,8 @@ class Generation:
         submitted: Callable[[], None],
     ):
         self._pipeline, self._executor, self._deadline = pipeline, executor, deadline
-        self._request: ChatRequest | None = request
+        self._request = request
+        self._prompt: Prompt | None = None
         self._n, self._stream, self._submitted = request.n, request.stream, submitted
         self._bell, self._inbox = bell, Inbox(bell)
         self._handles: list[RequestHandle] = []
@@ -244,10 +246,13 @@ class Generation:
 
     async def begin(self) -> None:
         """Submit the first answer. Raises what :meth:`kimi_vl.pipeline.Pipeline.submit` raises."""
-        assert self._request is not None
-        await self._submit(self._request, 0)
+        try:
+            await self._submit(0)
+        finally:
+            self._request = replace(self._request, turns=())
+            self._submitted()
         if self._n == 1:
-            self._forget_request()
+            self._prompt = None
 
     async def events(self) -> AsyncIterator[list[tuple[int, Event]]]:
         """What has come since, for each choice in order; an empty list after :meth:`nudge`. Ends after the last Done.
@@ -262,8 +267,8 @@ class Generation:
                     raise event
                 items.append((index, event))
                 left -= isinstance(event, Done)
-            if items and self._request is not None and self._others is None:
-                self._others = asyncio.ensure_future(self._submit_others(self._request))
+            if items and self._prompt is not None and self._others is None:
+                self._others = asyncio.ensure_future(self._submit_others())
             yield items
 
     def queued(self) -> list[float]:
@@ -283,33 +288,31 @@ class Generation:
         self._bell.streams -= 1
         if self._others is not None:
             self._others.cancel()
-        self._forget_request()
+        self._prompt = None
         for handle in self._handles:
             self._pipeline.engine.cancel(handle)
 
-    async def _submit_others(self, request: ChatRequest) -> None:
+    async def _submit_others(self) -> None:
         try:
             for choice in range(1, self._n):
-                await self._submit(request, choice)
-            self._forget_request()
+                await self._submit(choice)
+            self._prompt = None
         except Exception as error:
             self._inbox.put((0, error), urgent=True)
 
-    def _forget_request(self) -> None:
-        self._request = None
-        self._submitted()
-
-    async def _submit(self, request: ChatRequest, choice: int) -> None:
+    async def _submit(self, choice: int) -> None:
         """Images are decoded in another thread, and a request that was cancelled meanwhile does not stay."""
         loop = asyncio.get_running_loop()
-        submitting = loop.run_in_executor(self._executor, self._send, request, choice)
+        submitting = loop.run_in_executor(self._executor, self._send, self._request, self._prompt, choice)
         try:
             self._handles.append(await asyncio.shield(submitting))
         except asyncio.CancelledError:
             submitting.add_done_callback(self._cancel_late)
             raise
 
-    def _send(self, request: ChatRequest, choice: int) -> RequestHandle:
+    def _send(self, request: ChatRequest, prompt: Prompt | None, choice: int) -> RequestHandle:
+        if prompt is None:
+            prompt = self._prompt = self._pipeline.prepare(request.turns, **request.reading)
         first, put = True, self._inbox.put
 
         def deliver(event: Event | Exception) -> None:
@@ -319,8 +322,7 @@ class Generation:
                 put((choice, event), urgent)
             first = False
 
-        params: dict[str, Any] = request.params_of(choice)
-        return self._pipeline.submit(request.turns, (), deliver, deadline=self._deadline, **params)
+        return self._pipeline.submit(prompt, (), deliver, deadline=self._deadline, **request.params_of(choice))
 
     def _cancel_late(self, submitted: asyncio.Future[RequestHandle]) -> None:
         if not submitted.cancelled() and submitted.exception() is None:

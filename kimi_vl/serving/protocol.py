@@ -64,7 +64,8 @@ class Rules:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A chat completion: ``params`` are keyword arguments of :meth:`kimi_vl.pipeline.Pipeline.submit`.
+    """A chat completion: ``params`` are keyword arguments of :meth:`kimi_vl.pipeline.Pipeline.submit`, and ``reading``
+    those of :meth:`~kimi_vl.pipeline.Pipeline.prepare`, once for all answers.
 
     ``reasoning`` says where the thinking goes: to a field of its own, between its markers into the content, or nowhere.
     ``grounding`` asks for the places that the answer names. ``unknown`` are the keys of the body that were ignored
@@ -74,6 +75,7 @@ class ChatRequest:
     model: str | None
     turns: tuple[Turn, ...]
     params: Mapping[str, Any]
+    reading: Mapping[str, Any]
     seed: int
     n: int = 1
     stream: bool = False
@@ -106,7 +108,6 @@ def read_chat(body: Any, rules: Rules = Rules()) -> ChatRequest:
         "grammar": _grammar(fields),
         "logprobs": _logprobs(fields),
         "logit_bias": _logit_bias(fields),
-        **read_file_options(fields),
     }
     if params["grammar"] is not None and params["stop_sequences"]:
         raise fields.refuse("stop", "would cut a structured answer; leave it out.")
@@ -114,6 +115,7 @@ def read_chat(body: Any, rules: Rules = Rules()) -> ChatRequest:
         model=model,
         turns=read_turns(fields),
         params={name: value for name, value in params.items() if value is not None},
+        reading=read_estimated(fields),
         seed=secrets.randbelow(2**31) if seed is None else seed % SEEDS,
         n=fields.integer("n", 1, MAX_CHOICES) or 1,
         stream=stream,

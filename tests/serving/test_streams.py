@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import socket
@@ -16,12 +17,13 @@ from openai import APIError, LengthFinishReasonError, OpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
+import kimi_vl.prompt
 from kimi_vl.engine.faults import Overloaded
 from kimi_vl.events import Answer
 from kimi_vl.serving import completions
 from kimi_vl.text.thinking import THINK_CLOSE, THINK_OPEN
 
-from .conftest import ServerThread, ask, thinking_of, until, user
+from .conftest import ROOT, ServerThread, ask, thinking_of, until, user
 
 POST = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 SUM = user("What is 12 + 30?")
@@ -321,6 +323,26 @@ def test_a_fault_within_a_stream_is_its_last_event(
     assert last["error"]["code"] == code and "secret" not in str(last) and "data: [DONE]" not in events
     whole = ask(http)
     assert whole.json()["error"]["code"] == code and whole.status_code == (500 if code == "internal_error" else 429)
+    until(demo.idle)
+
+
+def test_choices_share_one_decoding(demo: ServerThread, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, load = [], kimi_vl.prompt.load
+
+    def counted(*arguments: Any) -> Any:
+        loaded.append(arguments)
+        return load(*arguments)
+
+    monkeypatch.setattr(kimi_vl.prompt, "load", counted)
+    picture = base64.b64encode((ROOT / "images" / "math_problem.png").read_bytes()).decode()
+    part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
+    content = [part, {"type": "text", "text": "What?"}]
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": content}], "max_tokens": 8, "seed": 3}
+    together = ask(http, n=3, **body).json()
+    assert len(loaded) == 1
+    alone = [ask(http, **{**body, "seed": 3 + choice}).json() for choice in range(3)]
+    assert len(loaded) == 4
+    assert [each["message"] for each in together["choices"]] == [each["choices"][0]["message"] for each in alone]
     until(demo.idle)
 
 

@@ -39,14 +39,18 @@ class Scripted:
         self.delay = delay
         self.asked: list[str] = []
         self.sources: list[Any] = []
-        self.running = self.most = 0
+        self.running = self.most = self.prepared = 0
         self.is_healthy = True
         self.on_ask: Callable[[str], None] = lambda text: None
 
     def healthy(self) -> bool:
         return self.is_healthy
 
-    async def astream(self, turns: Sequence[Turn], images: Any, **params: Any) -> AsyncIterator[Event]:
+    def prepare(self, turns: Sequence[Turn], **params: Any) -> Sequence[Turn]:
+        self.prepared += 1
+        return turns
+
+    async def astream(self, turns: Sequence[Turn], **params: Any) -> AsyncIterator[Event]:
         text = turns[-1].text
         self.running += 1
         self.most = max(self.most, self.running)
@@ -71,8 +75,8 @@ class Scripted:
 class Placed(Scripted):
     """Answers to a picture."""
 
-    async def astream(self, turns: Sequence[Turn], images: Any, **params: Any) -> AsyncIterator[Event]:
-        async for event in super().astream(turns, images, **params):
+    async def astream(self, turns: Sequence[Turn], **params: Any) -> AsyncIterator[Event]:
+        async for event in super().astream(turns, **params):
             yield dataclasses.replace(event, image_sizes=((100, 100),)) if isinstance(event, Done) else event
 
 
@@ -145,7 +149,9 @@ def test_a_byte_order_mark_before_the_first_line_is_passed_over(ending: bytes) -
 
 
 def test_several_answers_have_following_seeds(tmp_path: Path) -> None:
-    (found,) = run(tmp_path / "out", [line("a", "why", seed=7, n=3)])
+    pipeline = Scripted()
+    (found,) = run(tmp_path / "out", [line("a", "why", seed=7, n=3)], pipeline)
+    assert pipeline.prepared == 1
     choices = found["response"]["body"]["choices"]
     assert [choice["message"]["content"] for choice in choices] == ["why 7 None", "why 8 None", "why 9 None"]
     assert found["response"]["body"]["usage"]["completion_tokens"] == 15

@@ -25,7 +25,7 @@ from kimi_vl.errors import UserError
 from kimi_vl.media import data_url, images
 from kimi_vl.media.image_files import MAX_BYTES
 from kimi_vl.media.images import ImageOptions
-from kimi_vl.pipeline import image_sources
+from kimi_vl.prompt import image_sources
 from kimi_vl.text.messages import read
 
 OPTIONS = ImageOptions(14, 4096, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -272,7 +272,7 @@ def test_one_letter_is_one_path(whole, tmp_path, monkeypatch):
     for name in "ab":
         Image.new("RGB", (30, 30)).save(tmp_path / name, "PNG")
     two = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]
-    with pytest.raises(UserError, match=r"2 bare image parts and 1 images"):
+    with pytest.raises(UserError, match=r"2 bare parts for an image and 1 came beside"):
         whole.complete(two, "ab")
     with pytest.raises(UserError, match="cannot be read"):
         whole.complete(SHOW, "ab")
