@@ -36,6 +36,7 @@ def widths(config: TextConfig, page_size: int) -> Widths:
         rank=config.kv_lora_rank,
         rope=config.qk_rope_head_dim,
         nope=config.qk_nope_head_dim,
+        value=config.v_head_dim,
         page_size=page_size,
         scaling=config.routed_scaling_factor,
         eps=config.rms_norm_eps,

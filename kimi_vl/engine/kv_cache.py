@@ -122,7 +122,7 @@ def cache_bytes(
     vectors are kept. A prompt's chunk needs memory for each token that it attends to, and can attend to no more than
     the cache holds, which with little memory is less than the model's context.
     """
-    left = free * SHARE - LIBRARIES - images - drawing_bytes(config, sequences)
+    left = free * SHARE - LIBRARIES - images - drawing_bytes(config, sequences) - logits_bytes(config, sequences)
     cached, seen = config.kv_values_per_token * dtype.itemsize, attention_bytes(config, dtype, max_num_batched_tokens)
     with_whole_context = left - max(GATHERED, seen * config.max_position_embeddings)
     with_less = min(left - GATHERED, left * cached / (cached + seen))
@@ -131,16 +131,21 @@ def cache_bytes(
 
 def attention_bytes(config: TextConfig, dtype: torch.dtype, max_num_batched_tokens: int) -> int:
     """Of a prompt's chunk, for each token that it attends to: its latent and rotary key twice (gathered, and cut out of
-    that), expanded keys and values, both once more as contiguous copies, and a mask as truth values and as
-    numbers."""
-    latent = config.kv_lora_rank + config.qk_rope_head_dim
+    that), expanded keys and values, both once more as contiguous copies, and a mask as truth values and as numbers, or
+    in its place what FlashAttention 2 takes: values as wide as keys."""
+    latent, heads = config.kv_lora_rank + config.qk_rope_head_dim, config.num_attention_heads
     head = config.qk_nope_head_dim + config.v_head_dim + config.qk_head_dim + config.v_head_dim
-    return (
-        2 * latent + config.num_attention_heads * head + max_num_batched_tokens
-    ) * dtype.itemsize + max_num_batched_tokens
+    mask = max_num_batched_tokens * (dtype.itemsize + 1)
+    padding = heads * (config.qk_head_dim - config.v_head_dim) * dtype.itemsize
+    return (2 * latent + heads * head) * dtype.itemsize + max(mask, padding)
 
 
 def drawing_bytes(config: TextConfig, sequences: int) -> int:
     """Scores in float32 as computed, limited and divided, sorted ones with their ids, and four float64 of
     probabilities; all twice, since graphs have memory of their own."""
     return 2 * sequences * config.vocab_size * (3 * 4 + 4 + 8 + 4 * 8)
+
+
+def logits_bytes(config: TextConfig, sequences: int) -> int:
+    """A static decoder's float32 logits, which stay from the first request on whose tokens the host samples."""
+    return sequences * config.vocab_size * 4

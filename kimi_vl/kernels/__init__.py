@@ -84,6 +84,7 @@ class Widths:
     rank: int = 512
     rope: int = 64
     nope: int = 128
+    value: int = 128
     page_size: int = 32
     scaling: float = 2.446
     eps: float = 1e-5

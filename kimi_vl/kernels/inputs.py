@@ -275,9 +275,9 @@ class Inputs:
         return Call("mla_decode", (query, kv_cache, decode, scale, self.to_value(form)), roundings=4 if form else 3)
 
     def to_value(self, form: Form | None = None) -> Weight:
-        """The weight (N, V, R) out of the latent space, with as many dims of values as of keys."""
+        """The weight (N, V, R) out of the latent space."""
         widths = self.widths
-        return self.weight(widths.heads, widths.nope, widths.rank, scale=widths.rank**-0.5, form=form)
+        return self.weight(widths.heads, widths.value, widths.rank, scale=widths.rank**-0.5, form=form)
 
 
 class Unset(Inputs):

@@ -128,7 +128,7 @@ class Attention(nn.Module):
             return flash_attention.causal(query, key, value, self.scale)
         if query.device.type == "cpu" and query.dtype == torch.bfloat16:
             # torch's fused attention takes values as wide as keys; at 1,024 tokens it is 3 times as fast
-            value = F.pad(value, (0, config.qk_head_dim - config.v_head_dim))
+            value = F.pad(value, (0, max(0, config.qk_head_dim - config.v_head_dim)))
         heads = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale
         )  # (B, N, S, V) or wider

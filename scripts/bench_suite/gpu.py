@@ -88,7 +88,9 @@ def _widths(job: Job, **more: int) -> Any:
 
     if not job.rehearsal:
         return Widths(**more)
-    return Widths(hidden=64, experts=8, top_k=3, inner=32, shared=64, heads=3, rank=32, rope=8, nope=16, page_size=8)
+    return Widths(
+        hidden=64, experts=8, top_k=3, inner=32, shared=64, heads=3, rank=32, rope=8, nope=16, value=16, page_size=8
+    )
 
 
 def kernels_against_twins(job: Job) -> None:

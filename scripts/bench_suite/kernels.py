@@ -175,8 +175,8 @@ class Cases:
             query = self.inputs.normal(sequences, widths.heads, width)
             seen = DecodeMetadata(page_table, seq_lens, size, [context] * sequences)
             calls.append(Call("mla_decode", (query, kv_cache, seen, scale, to_value), 3))
-        nbytes = read + 2 * sequences * widths.heads * (width + widths.nope) + to_value.nbytes
-        operations = 2 * sequences * widths.heads * (context * (width + widths.rank) + widths.rank * widths.nope)
+        nbytes = read + 2 * sequences * widths.heads * (width + widths.value) + to_value.nbytes
+        operations = 2 * sequences * widths.heads * (context * (width + widths.rank) + widths.rank * widths.value)
         return Case("mla_decode", f"{sequences} sequences of {context}", calls, nbytes, operations)
 
 

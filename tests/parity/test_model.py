@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from kimi_vl.kernels.linear import project
 from kimi_vl.model.config import Config
 from kimi_vl.model.generation import Prompt, Session, greedy
 from kimi_vl.model.kimi_vl import KimiVL
+from kimi_vl.model.language import Attention
 from kimi_vl.model.latent_cache import LatentCache
 from kimi_vl.weights import loader
 
@@ -119,6 +121,28 @@ def test_bfloat16_runs_and_stays_near(model):
     exact, rounded = (m.vision_tower(prompt.pixel_values.to(m.dtype), prompt.grids).float() for m in (model, halved))
     assert ((exact - rounded).norm() / exact.norm()) < 0.03
     assert greedy(halved, [prompt], NO_STOP, 4)[0]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("extra", [-8, 0, 8])
+def test_values_may_have_fewer_or_more_dims_than_keys(model, extra, dtype):
+    text = replace(model.config.text_config, v_head_dim=model.config.text_config.qk_head_dim + extra)
+    attention, generator = Attention(text).to(getattr(torch, dtype)), torch.Generator().manual_seed(extra)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(getattr(torch, dtype))
+
+    attention.kv_b_proj.weight.copy_(drawn(*attention.kv_b_proj.weight.shape) / 4)
+    q_nope = drawn(1, text.num_attention_heads, 7, text.qk_nope_head_dim)
+    q_rope = drawn(1, text.num_attention_heads, 7, text.qk_rope_head_dim)
+    latent_kv = drawn(1, 7, text.kv_lora_rank + text.qk_rope_head_dim)
+    found = attention.expanded(q_nope, q_rope, latent_kv, None)
+    exact = copy.deepcopy(attention).double()
+    mask = torch.ones(7, 7, dtype=torch.bool).tril()
+    right = exact.absorbed(q_nope.double(), q_rope.double(), latent_kv.double(), mask)
+    assert found.shape == (1, text.num_attention_heads, 7, text.v_head_dim)
+    assert (found - right).norm() <= (2e-2 if dtype == "bfloat16" else 1e-5) * right.norm()
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kimi_vl import kernels
-from kimi_vl.engine import cuda_graphs, sampling
+from kimi_vl.engine import cuda_graphs, kv_cache, sampling
 from kimi_vl.engine.cuda_graphs import StaticDecoder
 from kimi_vl.engine.decoder import FusedDecoder, _Projections, naive_joined
 from kimi_vl.engine.engine import Engine, EngineOptions
@@ -382,6 +382,17 @@ def test_each_bucket_is_captured_once_and_capturing_leaves_no_trace(model, plain
     assert recorder.replayed > 12
     settle(engine)
     engine.close()
+
+
+def test_logits_for_the_host_are_in_a_buffer_that_memory_is_planned_for(engine):
+    static, text = engine.static_decoder, engine.model.config.text_config
+    assert static is not None
+    engine.cache.kv_cache.zero_()
+    inputs = [cuda_graphs.DecodeInput(3 + place, 0, [place], SAMPLINGS[0], 0.5, 1024) for place in range(2)]
+    found = static.logits(inputs)
+    assert found.shape == (2, text.vocab_size) and found.dtype == torch.float32
+    assert found.untyped_storage().nbytes() == kv_cache.logits_bytes(text, SMALL.max_num_seqs)
+    assert static.logits(inputs[:1]).data_ptr() == found.data_ptr()
 
 
 def test_capturing_between_two_steps_leaves_the_tokens_that_the_second_takes(model):

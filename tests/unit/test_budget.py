@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -24,7 +26,8 @@ def needed(cache: float) -> float:
     mask = tokens * 1024 * (1 + 2)
     attention = max(0.75 * GB, 2 * gathered + written_out + keys + values + mask)
     drawing = 64 * 163_840 * (12 + 12 + 32)
-    return attention + 2 * drawing + (256 << 20) + GB / 2
+    sampled_on_the_host = 64 * 163_840 * 4
+    return attention + 2 * drawing + sampled_on_the_host + (256 << 20) + GB / 2
 
 
 @pytest.mark.parametrize("free", [*FREE.values(), 3.0, 5.0, 8.0])
@@ -57,6 +60,17 @@ def test_smaller_steps_leave_more():
     free = int(FREE["48"] * GB)
     less = kv_cache.cache_bytes(free, TEXT, torch.bfloat16, sequences=4, max_num_batched_tokens=256, images=0)
     assert less > kv_cache.cache_bytes(free, TEXT, torch.bfloat16, **STEPS) + GB
+
+
+@pytest.mark.parametrize("values", [40, 128, 192, 256])
+@pytest.mark.parametrize("tokens", [64, 1024])
+def test_attention_is_planned_by_a_model_s_own_widths(values, tokens):
+    """With a mask, or with FlashAttention 2 and values as wide as keys, whichever takes more."""
+    found = kv_cache.attention_bytes(replace(TEXT, v_head_dim=values), torch.bfloat16, tokens)
+    gathered, written_out, keys = 2 * 576, 16 * (128 + values), 16 * (128 + 64)
+    masked = 2 * (gathered + written_out + keys + 16 * values) + 3 * tokens
+    padded = 2 * (gathered + written_out + keys + 16 * 192)
+    assert found == max(masked, padded)
 
 
 def test_a_gpu_is_asked_what_is_free(monkeypatch):

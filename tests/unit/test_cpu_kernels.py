@@ -54,7 +54,7 @@ def test_twin(case: str, dtype: torch.dtype, fences: Fences):  # noqa: F811
 )
 def test_long_contexts(lengths: list[int], dtype: torch.dtype, fences: Fences):  # noqa: F811
     """Errors of float32 sums grow with their terms: here 4 times what is allowed to short ones."""
-    widths = dataclasses.replace(Widths(), rank=128, rope=32, nope=16)
+    widths = dataclasses.replace(Widths(), rank=128, rope=32, nope=16, value=16)
     call = fenced(Inputs(widths, dtype).mla_decode(lengths), fences)
     assert apart(call, call.run(NATIVE), dtype) <= (1 if dtype == torch.bfloat16 else 4)
 

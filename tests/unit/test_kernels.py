@@ -55,10 +55,21 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 # No width is a power of two, nor a multiple of what a kernel takes at a time.
 ODD = Widths(
-    hidden=88, experts=7, top_k=3, inner=24, shared=48, heads=3, rank=40, rope=12, nope=20, page_size=8, scaling=1.7
+    hidden=88,
+    experts=7,
+    top_k=3,
+    inner=24,
+    shared=48,
+    heads=3,
+    rank=40,
+    rope=12,
+    nope=20,
+    value=28,
+    page_size=8,
+    scaling=1.7,
 )
-WIDE_RANK = Widths(hidden=64, heads=2, rank=136, rope=16, nope=40, page_size=32)
-WIDE_HEADS = Widths(hidden=64, heads=20, rank=64, rope=16, nope=16, page_size=32)
+WIDE_RANK = Widths(hidden=64, heads=2, rank=136, rope=16, nope=40, value=24, page_size=32)
+WIDE_HEADS = Widths(hidden=64, heads=20, rank=64, rope=16, nope=16, value=16, page_size=32)
 REAL_FEW_EXPERTS = Widths(experts=2, top_k=1, shared=1408)
 
 FENCE = 64

@@ -39,7 +39,18 @@ FORMS: dict[str, Form] = {
     "float8 in groups": ("float8", 64, "float32"),
 }
 ODD = Widths(
-    hidden=192, experts=5, top_k=3, inner=64, shared=128, heads=3, rank=40, rope=12, nope=64, page_size=8, scaling=1.7
+    hidden=192,
+    experts=5,
+    top_k=3,
+    inner=64,
+    shared=128,
+    heads=3,
+    rank=40,
+    rope=12,
+    nope=64,
+    value=48,
+    page_size=8,
+    scaling=1.7,
 )
 SOME = ["int8", "int4", "float8"]  # in the default ring; Triton's interpreter takes seconds for each
 PARAMS = [pytest.param(form, marks=[] if form in SOME else pytest.mark.nightly) for form in FORMS]

@@ -28,6 +28,7 @@ from triton.runtime.errors import OutOfResources, PTXASError  # noqa: E402
 
 from kimi_vl import kernels, pipeline  # noqa: E402
 from kimi_vl.engine import warm_up  # noqa: E402
+from kimi_vl.engine.decoder import widths  # noqa: E402
 from kimi_vl.engine.engine import Engine  # noqa: E402
 from kimi_vl.kernels import flash_attention, startup_check  # noqa: E402
 from kimi_vl.weights import loader  # noqa: E402
@@ -46,6 +47,15 @@ def model():
 @pytest.fixture(scope="module")
 def use(model) -> kernels.Use:
     return SMALL.use(model)
+
+
+def test_calls_have_a_model_s_own_widths_of_keys_and_values(model, use):
+    text = dataclasses.replace(model.config.text_config, qk_nope_head_dim=32, v_head_dim=24)
+    calls = startup_check.Calls(dataclasses.replace(use, widths=widths(text, 8)), CPU)
+    heads, rank = text.num_attention_heads, text.kv_lora_rank
+    assert {call.arguments[1].shape for call in calls.of("mla_prepare")} == {(heads, rank, 32)}
+    assert {call.arguments[4].shape for call in calls.of("mla_decode")} == {(heads, 24, rank)}
+    assert {call.arguments[1].shape[-1] for call in calls.of("project")} == {text.hidden_size, heads * 24}
 
 
 def raising(error: Exception) -> Callable[..., Any]:
