@@ -62,10 +62,14 @@ def test_long_contexts(lengths: list[int], dtype: torch.dtype, fences: Fences): 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sharpness", [0.0, 30.0, 3000.0])
 def test_any_scores(sharpness: float, dtype: torch.dtype):
-    """From all equal to a single token that has all the weight, far beyond what e^x can be."""
+    """From all equal to a single token that has all the weight, far beyond what e^x can be.
+
+    The error of a score grows with it, and softmax makes it one of a weight: in PyTorch as well.
+    """
     call = Inputs(ODD, dtype).mla_decode([150, 9])
     call = with_arguments(call, lambda values: values.__setitem__(3, values[3] * sharpness))
-    assert apart(call, call.run(NATIVE), dtype) <= (1 if sharpness < 100 else 20)
+    found, plain = (apart(call, call.run(ops), dtype) for ops in (NATIVE, TORCH))
+    assert found <= max(1, 1.25 * plain)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
