@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from ..cluster import environment
+from ..cluster import deploy, environment
 from ..cluster import run as cluster
 from ..cluster.options import ClusterOptions
 from ..errors import UserError
@@ -38,6 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         shown = text if text.endswith(")") or not default else f"{text} ({default})"
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), metavar="N", help=shown)
     parser.add_argument("--dashboard", action="store_true", help="start Ray's dashboard, on loopback")
+    several = parser.add_argument_group("several machines").add_mutually_exclusive_group()
+    several.add_argument(
+        "--write-launcher", type=Path, metavar="FOLDER", help="write what Ray is to start as HAProxy on this machine"
+    )
+    several.add_argument(
+        "--deploy",
+        type=Path,
+        metavar="FILE",
+        help="deploy a configuration file of Ray Serve, and say whether it serves",
+    )
     options.add_arguments(parser)
 
 
@@ -45,6 +55,11 @@ def run(arguments: argparse.Namespace) -> int:
     if any(importlib.util.find_spec(name) is None for name in NEEDED):
         raise UserError("E_PARAMETER", 'Ray Serve is not installed; pip install "kimi-vl[cluster]" adds it')
     try:
+        if arguments.deploy:
+            print(deploy.deploy(arguments.deploy), file=sys.stderr)
+            return 0
+        if arguments.write_launcher:
+            return _write_launcher(arguments)
         given = settled(options.gather(arguments))
         chosen = {name: value for name in FLAGS if (value := getattr(arguments, name)) is not None}
         if given.model == "demo":
@@ -59,6 +74,14 @@ def run(arguments: argparse.Namespace) -> int:
             return cluster.serve(given, wanted, ready, _signals)
     except options.OptionError as error:
         raise UserError("E_PARAMETER", str(error)) from None
+
+
+def _write_launcher(arguments: argparse.Namespace) -> int:
+    try:
+        print(environment.write_launcher(options.gather(arguments), arguments.write_launcher))
+    except OSError as error:
+        raise options.OptionError(f"{arguments.write_launcher}: cannot be written ({error.strerror})") from None
+    return 0
 
 
 def _with_a_free_port(given: options.ServerOptions) -> options.ServerOptions:

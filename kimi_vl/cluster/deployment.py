@@ -109,12 +109,23 @@ def deployment(options: ServerOptions, cluster: ClusterOptions) -> Any:
 def application(arguments: Mapping[str, Any]) -> Any:
     """For a configuration file of Ray Serve: ``arguments`` are those of :class:`ServerOptions`, by name.
 
-    What they do not say is taken from the environment. Raises :class:`OptionError`.
+    What they do not say is taken from the environment. Raises :class:`ray.serve.exceptions.RayServeException` with one
+    line, which Ray shows as it is; of all others it shows the way that they came.
     """
+    from ray.serve.exceptions import RayServeException  # pyright: ignore[reportMissingImports]
+
+    try:
+        return deployment(with_arguments(arguments, "args"), ClusterOptions())
+    except OptionError as error:
+        raise RayServeException(f"{FAILED}{error}") from None
+
+
+def with_arguments(arguments: Mapping[str, Any], where: str) -> ServerOptions:
+    """What ``arguments``, which stand at ``where``, and the environment say. Raises :class:`OptionError`."""
     import argparse
 
     given = server_options.gather(argparse.Namespace())
-    given = dataclasses.replace(given, **server_options.checked(arguments, "args"))
+    given = dataclasses.replace(given, **server_options.checked(arguments, where))
     if given.model == "auto":
-        raise OptionError("args: model must be said, since the nodes of a cluster may differ")
-    return deployment(given, ClusterOptions())
+        raise OptionError(f"{where}: model must be said, since the nodes of a cluster may differ")
+    return given

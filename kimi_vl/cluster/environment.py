@@ -67,6 +67,12 @@ def one_machine(options: ServerOptions, folder: Path) -> dict[str, str]:
     }
 
 
+def write_launcher(options: ServerOptions, folder: Path) -> Path:
+    """On each of several machines: what Ray is to start as HAProxy, in ``folder``. Raises :class:`OSError`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return haproxy.write_launcher(folder.resolve(), haproxy.AS_RAY_SAYS, options.head_timeout_s, _unavailable())
+
+
 def is_one_machine() -> bool:
     """Whether this process of Ray's was started with :func:`one_machine`."""
     return os.environ.get(_LOOPBACK_ALONE) == "0"

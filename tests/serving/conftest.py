@@ -218,6 +218,23 @@ def client(demo: ServerThread) -> Iterator[OpenAI]:
 
 
 @pytest.fixture(scope="session")
+def ray_python() -> str:
+    """The Python of an environment with Ray: RAY_PYTHON, or that of `kimi_vl_cluster` in scripts/environment.sh."""
+    if found := os.environ.get("RAY_PYTHON"):
+        return found
+    made = subprocess.run(
+        ["bash", "-c", "source scripts/environment.sh && kimi_vl_cluster"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if made.returncode:
+        pytest.skip("Ray cannot be installed from the registry of packages, or not now")
+    return made.stdout.strip()
+
+
+@pytest.fixture(scope="session")
 def endless_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that thinks for ever, and answers for ever once its thinking is closed."""
     return make_thinker(tmp_path_factory.mktemp("endless"))

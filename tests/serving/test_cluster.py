@@ -1,7 +1,7 @@
 """`kimi-vl cluster` with two replicas on the CPU: what it survives, with counts.
 
 It runs in a network namespace where there may be one, and otherwise on loopback, where all of it listens. Ray is in an
-environment of its own (`kimi_vl_cluster` in scripts/environment.sh; RAY_PYTHON names another one).
+environment of its own (`ray_python` in conftest.py).
 """
 
 from __future__ import annotations
@@ -20,22 +20,6 @@ from .conftest import ROOT
 SCENARIO = Path(__file__).with_name("cluster_scenario.py")
 
 pytestmark = pytest.mark.nightly
-
-
-@pytest.fixture(scope="module")
-def python() -> str:
-    if found := os.environ.get("RAY_PYTHON"):
-        return found
-    made = subprocess.run(
-        ["bash", "-c", "source scripts/environment.sh && kimi_vl_cluster"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if made.returncode:
-        pytest.skip("Ray cannot be installed from the registry of packages, or not now")
-    return made.stdout.strip()
 
 
 def free_port() -> int:
@@ -57,9 +41,11 @@ def isolated(command: list[str], home: Path) -> subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="module")
-def found(python: str, endless_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found(ray_python: str, endless_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What happened."""
-    ended = isolated([python, str(SCENARIO), str(endless_model), str(free_port())], tmp_path_factory.mktemp("cluster"))
+    ended = isolated(
+        [ray_python, str(SCENARIO), str(endless_model), str(free_port())], tmp_path_factory.mktemp("cluster")
+    )
     assert ended.returncode == 0, ended.stdout + ended.stderr[-3000:]
     print(ended.stdout)
     return json.loads(ended.stdout.splitlines()[-1])
@@ -129,8 +115,8 @@ def test_the_end_waits_for_streams(found: dict[str, Any]) -> None:
         (["--model=demo", "--replicas=0"], "--replicas must be at least 1"),
     ],
 )
-def test_what_cannot_start_is_said_in_a_line(python: str, tmp_path: Path, flags: list[str], said: str) -> None:
-    ended = isolated([python, "-m", "kimi_vl.cli", "cluster", "--port", "0", *flags], tmp_path)
+def test_what_cannot_start_is_said_in_a_line(ray_python: str, tmp_path: Path, flags: list[str], said: str) -> None:
+    ended = isolated([ray_python, "-m", "kimi_vl.cli", "cluster", "--port", "0", *flags], tmp_path)
     assert ended.returncode == 1
     lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and said in lines[0] and "Traceback" not in ended.stderr

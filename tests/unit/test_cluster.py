@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import pytest
 import yaml
 
 from kimi_vl.cli import cluster as command
 from kimi_vl.cli import main
-from kimi_vl.cluster import deployment, environment, run
+from kimi_vl.cluster import deploy, deployment, environment, run
 from kimi_vl.cluster.options import ClusterOptions
 from kimi_vl.errors import UserError
 from kimi_vl.serving import options
@@ -93,6 +95,124 @@ def test_arguments_of_a_configuration_file_are_checked() -> None:
         options.checked({"modle": "demo"}, "args")
     with pytest.raises(OptionError, match="args: max_waiting must be a whole number"):
         options.checked({"max_waiting": "9"}, "args")
+
+
+def test_the_launcher_for_several_machines_is_where_the_files_want_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the file for `serve deploy` tells to do, and what it exports; KubeRay's manifest exports the same."""
+    if importlib.util.find_spec("ray") is None:
+        monkeypatch.setattr(command, "NEEDED", ())
+    text = (RAY / "serve.yaml").read_text()
+    [folder] = re.findall(r"kimi-vl cluster --write-launcher (\S+)", text)
+    assert f"RAY_SERVE_HAPROXY_BINARY_PATH={folder}/haproxy\n" in text
+    manifest = (RAY / "kuberay.yaml").read_text()
+    assert f"{{name: RAY_SERVE_HAPROXY_BINARY_PATH, value: {folder}/haproxy}}" in manifest
+    assert f"kimi-vl cluster --write-launcher {folder}" in manifest
+    assert main.main(["cluster", "--write-launcher", str(tmp_path / "new" / "folder")]) == 0
+    launcher = tmp_path / "new" / "folder" / "haproxy"
+    assert capsys.readouterr().out == f"{launcher}\n" and os.access(launcher, os.X_OK)
+    assert " '' 10000 " in launcher.read_text()
+    (tmp_path / "file").touch()
+    assert main.main(["cluster", "--write-launcher", str(tmp_path / "file")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+class Options(pydantic.BaseModel):
+    num_gpus: float = 0.0
+    resources: dict[str, float] = {}
+
+
+class Scaling(pydantic.BaseModel):
+    min_replicas: int = 1
+
+
+class Deployment(pydantic.BaseModel):
+    name: str
+    ray_actor_options: Options = Options()
+    autoscaling_config: dict[str, Any] | Scaling | None = None
+
+
+class Application(pydantic.BaseModel):
+    name: str
+    import_path: str = ""
+    args: dict[str, Any] = {}
+    deployments: list[Deployment] = []
+
+
+class File(pydantic.BaseModel):
+    """As Ray has them."""
+
+    applications: list[Application]
+
+
+def file(**server: Any) -> dict[str, Any]:
+    return {"applications": [{"name": "a", "deployments": [{"name": "one"}, {"name": "server", **server}]}]}
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({**file(), "aplications": []}, "f: there is no key aplications"),
+        (file(max_ongoing=3), "f: applications: a: deployments: server: there is no key max_ongoing"),
+        (file(ray_actor_options={"gpus": 1}), "server: ray_actor_options: there is no key gpus"),
+        (file(ray_actor_options={"num_gpus": "all"}), "server: ray_actor_options: num_gpus: Input should be a valid"),
+        (file(autoscaling_config={"least": 1}), "server: autoscaling_config: there is no key least"),
+        (file(autoscaling_config={"min_replicas": "two"}), "autoscaling_config: min_replicas: Input should be a valid"),
+        ({"applications": [{"deployments": []}]}, "f: applications: 0: name: Field required"),
+        (
+            {"applications": [{"name": "a", "import_path": deploy.APPLICATION, "args": {"model": "demo", "modle": 1}}]},
+            "f: applications: a: args: there is no option modle",
+        ),
+        (
+            {"applications": [{"name": "a", "import_path": deploy.APPLICATION, "args": {"max_waiting": 3}}]},
+            "f: applications: a: args: model must be said",
+        ),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_said_with_its_place(value: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError) as refused:
+        deploy.check(value, File, "f: ")
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_file_that_is_right_passes() -> None:
+    deploy.check(file(ray_actor_options={"num_gpus": 1, "resources": {"any": 1}}), File, "f: ")
+    deploy.check(file(autoscaling_config={"min_replicas": 2}), File, "f: ")
+    other = {"name": "a", "import_path": "another:application", "args": {"anything": 1}}
+    deploy.check({"applications": [other]}, File, "f: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("a: [", "line 1: is not YAML"), ("- a", "has no applications"), (None, "cannot be read")]
+)
+def test_what_is_no_file_for_ray_is_said(tmp_path: Path, text: str | None, said: str) -> None:
+    path = tmp_path / "f.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(OptionError, match=said) as refused:
+        deploy.read(path)
+    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def ray_says(status: str, message: str = "", server: str = "", replicas: int = 2) -> dict[str, Any]:
+    deployments = {"server": {"message": server, "replicas": [{}] * replicas}} if replicas else {}
+    return {"status": status, "message": message, "deployments": deployments}
+
+
+def test_what_becomes_of_a_deployment_is_said_in_a_line() -> None:
+    assert deploy.outcome(ray_says("DEPLOYING")) is None
+    assert deploy.outcome(ray_says("RUNNING")) == "server on 2 replicas"
+    waits = 'has 1 replicas ... Resources required for each replica: {"GPU": 2.0}, total resources available: {}. Use'
+    with pytest.raises(OptionError, match=re.escape('no node has {"GPU": 2.0} free')):
+        deploy.outcome(ray_says("DEPLOYING", server=waits))
+    assert deploy.outcome(ray_says("RUNNING", server=waits)) == "server on 2 replicas"
+    failed = "ray::Server\n  File ...\nRuntimeError: kimi-vl cannot load: no config.json in the folder\n"
+    with pytest.raises(OptionError, match=r"^no config\.json in the folder; what served before still does$"):
+        deploy.outcome(ray_says("DEPLOY_FAILED", "Failed to update the deployments", server=failed))
+    refused = "Deploying app 'kimi-vl' failed with exception:\nkimi-vl cannot load: args: there is no option modle"
+    with pytest.raises(OptionError, match=r"^args: there is no option modle; "):
+        deploy.outcome(ray_says("DEPLOY_FAILED", refused, replicas=0))
 
 
 def applications() -> list[dict[str, Any]]:

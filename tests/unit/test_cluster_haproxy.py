@@ -60,6 +60,23 @@ def test_only_the_service_listens_on_the_host(host: str, service: str) -> None:
     assert binds(changed(FILE, host)) == ["127.0.0.1:9101", service, "127.0.0.1:8404"]
 
 
+def test_on_several_machines_the_service_listens_as_ray_says() -> None:
+    text = FILE.replace("bind 127.0.0.1:8000", "bind 0.0.0.0:8000")
+    assert binds(changed(text, haproxy.AS_RAY_SAYS)) == ["127.0.0.1:9101", "0.0.0.0:8000", "127.0.0.1:8404"]
+
+
+def test_no_other_user_may_command_it() -> None:
+    assert "    stats socket /tmp/x/admin.sock mode 600 level admin\n" in changed(FILE)
+
+
+def test_a_machine_that_is_silent_is_noticed() -> None:
+    """By keep-alive where the replica is to speak, by the user's timeout where HAProxy has spoken."""
+    text = changed(FILE)
+    assert "    option srvtcpka\n    srvtcpka-idle 15s\n    srvtcpka-intvl 5s\n    srvtcpka-cnt 3\n" in text
+    servers = [line for line in text.splitlines() if line.startswith("    server ")]
+    assert len(servers) == 3 and all(" tcp-ut 30s " in line for line in servers)
+
+
 def ids(text: str) -> dict[str, str]:
     return dict(re.findall(r"^    server (\S+) .* id (\d+) weight 16$", text, re.MULTILINE))
 
@@ -84,10 +101,19 @@ def test_errors_are_those_of_the_service() -> None:
 
 
 def test_the_rest_is_as_it_was() -> None:
-    ours = {"bind", "server", "errorfile", "hash-type"}
+    ours = (
+        "bind",
+        "server",
+        "errorfile",
+        "hash-type",
+        "stats socket",
+        "option srvtcpka",
+        "srvtcpka",
+        "timeout http-re",
+    )
 
     def rest(text: str) -> list[str]:
-        return [line for line in text.splitlines() if line.split()[0] not in ours and "http-request" not in line]
+        return [line for line in text.splitlines() if not line.strip().startswith(ours)]
 
     assert rest(changed(FILE)) == rest(FILE) and len(rest(FILE)) == 16
 
@@ -108,7 +134,7 @@ def test_a_file_that_is_not_known_starts_nothing(other: str) -> None:
 @pytest.mark.slow
 def test_the_launcher_changes_the_file_or_says_why_not(tmp_path: Path) -> None:
     launcher = haproxy.write_launcher(tmp_path, "127.0.0.1", 10.0, b"")
-    assert stat.S_IMODE(launcher.stat().st_mode) == 0o700
+    assert stat.S_IMODE(launcher.stat().st_mode) == 0o755
     (tmp_path / "unknown.cfg").write_text("global\n")
     ended = subprocess.run(
         [launcher, "-db", "-f", tmp_path / "unknown.cfg"], capture_output=True, text=True, check=False
