@@ -47,8 +47,8 @@ def command(*words: str) -> list[str]:
     return [sys.executable, "-m", SCRIPTS[words[0]], *words[1:]]
 
 
-# As documented, but for folders that belong to the machine, and for how long Ray waits: 30 s until it says that a replica
-# waits for a node, and five times 10 s until a silent node is gone.
+# As documented, but for folders that belong to the machine, and for how long Ray waits: 30 s until it says that a
+# replica waits for a node, and five times 10 s until a silent node is gone.
 LAUNCHER = Path.cwd() / "haproxy"
 ENVIRONMENT = {
     **os.environ,
