@@ -97,15 +97,29 @@ class SharedPast:
         return attention.expanded(q_nope, q_rope, seen, mask)
 
 
-def learnt(model: KimiVL, batch: gallery.LessonBatch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def read_pictures(model: KimiVL, batch: gallery.LessonBatch) -> SharedPast | None:
+    """What the batch's conversations share, in the cache; None where they are about no picture."""
+    if batch.shared_ids is None or batch.groups is None:
+        return None
+    past, positions = SharedPast(), torch.arange(batch.shared_ids.shape[1], device=batch.ids.device)
+    embeddings = model.embed(batch.shared_ids, model.multi_modal_projector(batch.groups.to(model.dtype)))
+    model.language_model(embeddings, positions.expand_as(batch.shared_ids), past)
+    return past
+
+
+def latents(model: KimiVL, batch: gallery.LessonBatch, past: SharedPast) -> list[Tensor]:
+    """What each layer's cache keeps of the pictures' tokens, without their positions: (T, R) each."""
+    shown = batch.shared_ids == model.config.media_placeholder_token_id
+    rank = model.config.text_config.kv_lora_rank
+    return [past.present[layer][shown][:, :rank] for layer in sorted(past.present)]
+
+
+def learnt(
+    model: KimiVL, batch: gallery.LessonBatch, past: SharedPast | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Logits (N, vocab_size), targets (N,) and rows (N,) of all tokens to learn, for rows of about equal length at a
     time: the batch's padding and its prompts cost little."""
-    past, shared_length = None, 0
-    if batch.shared_ids is not None and batch.groups is not None and batch.shared_row is not None:
-        past, shared_length = SharedPast(), batch.shared_ids.shape[1]
-        positions = torch.arange(shared_length, device=batch.ids.device).expand_as(batch.shared_ids)
-        embeddings = model.embed(batch.shared_ids, model.multi_modal_projector(batch.groups.to(model.dtype)))
-        model.language_model(embeddings, positions, past)
+    shared_length = 0 if batch.shared_ids is None else batch.shared_ids.shape[1]
     steps = torch.arange(batch.ids.shape[1], device=batch.ids.device)
     lengths = (steps * (batch.targets >= 0)).amax(-1) + 1  # (R,)
     padded = -(-lengths // LENGTHS) * LENGTHS

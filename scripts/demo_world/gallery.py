@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from demo_world import artists, lessons, pictures, printing, training
+from demo_world import artists, labels, lessons, patches, pictures, printing, training
 from kimi_vl.media.images import ImageOptions, preprocess
 from kimi_vl.model.config import num_image_tokens
 from kimi_vl.model.kimi_vl import KimiVL
@@ -91,6 +91,7 @@ class LessonBatch:
     shared_ids: Tensor | None = None  # (B, P): up to the end of the pictures
     groups: Tensor | None = None  # (T, 4, C) of all shared rows' pictures
     shared_row: Tensor | None = None  # (R,): which of the B rows comes before a conversation
+    places: Tensor | None = None  # (T, PLACES): where the object is that a token of the pictures shows, or NOWHERE
 
     @property
     def kind(self) -> str:
@@ -100,8 +101,15 @@ class LessonBatch:
         def moved(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.to(device)
 
-        shared = moved(self.shared_ids), moved(self.groups), moved(self.shared_row)
+        shared = moved(self.shared_ids), moved(self.groups), moved(self.shared_row), moved(self.places)
         return LessonBatch(self.ids.to(device), self.targets.to(device), *shared)
+
+
+def token_places(picture: pictures.Picture) -> Tensor:
+    """Where the object is that each token of a picture shows, by the first of its four patches that shows one."""
+    shown = patches.merged_labels(picture)[..., -labels.PLACES :]  # (T, 4, PLACES)
+    first = (shown[..., 0] != labels.NOWHERE).int().argmax(1)  # (T,)
+    return shown[torch.arange(len(shown)), first]
 
 
 Drawn = tuple[list[tuple[str, tuple[pictures.Picture, ...]]], Tensor, list[tuple[int, int]]]
@@ -248,6 +256,7 @@ class Teacher:
             torch.tensor(shared),
             torch.cat([exhibit.groups for exhibit in exhibits]),
             torch.tensor(shared_row),
+            torch.cat([token_places(picture) for exhibit in exhibits for picture in exhibit.pictures]),
         )
 
     def rows(self, parts: Sequence[tuple[list[int], list[int], list[int]]]) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,29 @@ class PatchReader(nn.Module):
     def of_tens(self, tens: Tensor) -> Tensor:
         """What the tens (N, PLACES) say about the ones: logits (N, PLACES, ONES)."""
         return ONES_SCALE * self.ones_of_tens_head[torch.arange(labels.PLACES, device=tens.device), tens]
+
+
+class LatentReader(nn.Module):
+    """Training aid for the second phase: reads places from what each of the decoder's layers keeps of an image token.
+
+    A conversation tells places only once an attention head finds the object and its latent has the place; this asks
+    for the second alone.
+    """
+
+    def __init__(self, layers: int, width: int):
+        super().__init__()
+        self.readers = nn.ModuleList(PatchReader(width) for _ in range(layers))
+
+    def loss(self, latents: Sequence[Tensor], places: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Loss and figures for a latent (T, R) of each layer and the tokens' ``places`` (T, PLACES)."""
+        placed = places[:, 0] != labels.NOWHERE
+        if not placed.any():
+            return latents[0].new_zeros(()), {}
+        found = [
+            reader.place_loss(own[placed], places[placed]) for reader, own in zip(self.readers, latents, strict=True)
+        ]
+        loss = torch.stack([loss for loss, _ in found]).mean()
+        return loss, {"latents near": max(near for _, near in found)}
 
 
 def merged_labels(picture: pictures.Picture) -> Tensor:

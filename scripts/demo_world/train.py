@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim import _muon
 
 from demo_world import checkpoint, forward, gallery, lessons, patches, training
 from demo_world.optimizer import Optimizer, newton_schulz
@@ -23,6 +24,7 @@ from kimi_vl.weights import loader
 
 SEED = 20260101
 READER_STEPS = 60  # of the reader alone, where the tower has learnt already
+LATENT_WEIGHT = 0.02
 
 
 def learn_pictures(model: KimiVL, tokenizer: Tokenizer, options: ImageOptions, args: argparse.Namespace) -> None:
@@ -61,17 +63,31 @@ def learn_lessons(model: KimiVL, tokenizer: Tokenizer, options: ImageOptions, ar
         "lessons", args.work, model, optimizer, args.lesson_steps, args.minutes, args.save_minutes, args.resume
     )
     balance = forward.RouterBalance(model)
+    text = model.config.text_config
+    reader = patches.LatentReader(text.num_hidden_layers, text.kv_lora_rank).to(args.device)
+    reading = torch.optim.AdamW(reader.parameters(), args.rate, betas=(0.9, 0.98), weight_decay=0.0)
+
+    def after() -> None:
+        balance.update()
+        reading.step()
+        reading.zero_grad()
 
     def part(batch: gallery.LessonBatch) -> tuple[float, dict[str, float]]:
         batch = batch.to(args.device)
         loss, wrong = torch.zeros((), device=args.device), torch.zeros(len(batch.ids), dtype=torch.bool)
         with args.autocast:
-            for logits, targets, rows in forward.learnt(model, batch):
+            past = forward.read_pictures(model, batch)
+            for logits, targets, rows in forward.learnt(model, batch, past):
                 loss = loss + F.cross_entropy(logits, targets, reduction="sum")
                 wrong[rows[logits.argmax(-1) != targets].cpu()] = True
-        loss, whole = loss / (batch.targets >= 0).sum(), 1 - wrong.float().mean().item()
-        (loss / args.lanes).backward()
-        return loss.item(), {f"{batch.kind} loss": loss.item(), f"{batch.kind} conversations right": whole}
+            loss, whole = loss / (batch.targets >= 0).sum(), 1 - wrong.float().mean().item()
+            figures = {f"{batch.kind} loss": loss.item(), f"{batch.kind} conversations right": whole}
+            places = torch.zeros((), device=args.device)
+            if past is not None and batch.places is not None:
+                places, near = reader.loss(forward.latents(model, batch, past), batch.places)
+                figures |= near
+        ((loss + LATENT_WEIGHT * places) / args.lanes).backward()
+        return figures[f"{batch.kind} loss"], figures
 
     def on_save(index: int) -> None:
         checkpoint.write(args.work / "lessons", model, tokenizer)
@@ -84,7 +100,7 @@ def learn_lessons(model: KimiVL, tokenizer: Tokenizer, options: ImageOptions, ar
             figures = {name: value for _, figures in parts for name, value in figures.items()}
             return sum(loss for loss, _ in parts) / len(parts), figures
 
-        phase.run(zip(*[batches] * args.lanes, strict=False), step, balance.update, on_save)
+        phase.run(zip(*[batches] * args.lanes, strict=False), step, after, on_save)
 
 
 def arguments() -> argparse.Namespace:
@@ -122,7 +138,7 @@ def main() -> None:
     args = arguments()
     torch.manual_seed(args.seed)
     if args.device.type == "cpu":
-        torch.optim._muon._zeropower_via_newtonschulz = newton_schulz
+        _muon._zeropower_via_newtonschulz = newton_schulz
         F.scaled_dot_product_attention = forward.plain_attention
     Experts.forward = forward.all_experts
     Gate.forward = torch.autocast(args.device.type, enabled=False)(Gate.forward)  # routing is float32, as in inference

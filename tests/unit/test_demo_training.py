@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import _muon
 
 from demo_world import artists, checkpoint, forward, gallery, lessons, patches, training
 from demo_world.labels import NOWHERE, PLACES
@@ -144,8 +145,13 @@ def test_conversations_that_share_pictures_are_computed_as_if_each_had_them() ->
     for visit in visits.values():
         batch = teacher.picture_batch(random.Random(1), [exhibit for exhibit, _, _ in visit])
         assert batch.shared_ids is not None and batch.shared_row is not None
+        past = forward.read_pictures(model, batch)
+        assert past is not None and batch.places is not None and batch.groups is not None
+        for latent in forward.latents(model, batch, past):
+            assert latent.shape == (len(batch.groups), model.config.text_config.kv_lora_rank)
+        assert len(batch.places) == len(batch.groups)
         logits = torch.zeros(*batch.ids.shape, model.config.text_config.vocab_size)
-        for found, targets, rows in forward.learnt(model, batch):
+        for found, targets, rows in forward.learnt(model, batch, past):
             assert not (batch.targets[rows] < 0).all(-1).any()
             for row in rows.unique().tolist():
                 assert targets[rows == row].tolist() == batch.targets[row][batch.targets[row] >= 0].tolist()
@@ -183,7 +189,7 @@ def test_plain_attention_is_attention() -> None:
 
 def test_the_iteration_is_the_librarys() -> None:
     torch.manual_seed(1)
-    library = torch.optim._muon._zeropower_via_newtonschulz
+    library = _muon._zeropower_via_newtonschulz
     assert library is not newton_schulz
     for shape in ((40, 24), (24, 40), (16, 16)):
         gradient = torch.randn(shape)
