@@ -84,7 +84,8 @@ class LatentReader(nn.Module):
 
     def __init__(self, layers: int, width: int):
         super().__init__()
-        self.readers = nn.ModuleList(PatchReader(width) for _ in range(layers))
+        self.of_layer = [PatchReader(width) for _ in range(layers)]
+        self.readers = nn.ModuleList(self.of_layer)
 
     def loss(self, latents: Sequence[Tensor], places: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Loss and figures for a latent (T, R) of each layer and the tokens' ``places`` (T, PLACES)."""
@@ -92,7 +93,7 @@ class LatentReader(nn.Module):
         if not placed.any():
             return latents[0].new_zeros(()), {}
         found = [
-            reader.place_loss(own[placed], places[placed]) for reader, own in zip(self.readers, latents, strict=True)
+            reader.place_loss(own[placed], places[placed]) for reader, own in zip(self.of_layer, latents, strict=True)
         ]
         loss = torch.stack([loss for loss, _ in found]).mean()
         return loss, {"latents near": max(near for _, near in found)}
