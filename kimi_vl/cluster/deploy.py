@@ -116,7 +116,10 @@ def outcome(found: Mapping[str, Any]) -> str | None:
         raise OptionError(f"{reason(messages)}; what served before still does")
     if found["status"] == "RUNNING":  # beside which messages of before may stand
         return ", ".join(f"{name} on {len(each['replicas'])} replicas" for name, each in deployments.items())
-    if required := _REQUIRED.search(messages):
+    replicas = [replica for each in deployments.values() for replica in each["replicas"]]
+    ending = any(replica["state"] == "STOPPING" for replica in replicas)  # which leaves its place when it has answered
+    placeless = any(replica["state"] == "STARTING" and not replica.get("node_id") for replica in replicas)
+    if placeless and not ending and (required := _REQUIRED.search(messages)):
         raise OptionError(f"a replica waits, since no node has {required.group(1)} free; what served before still does")
     return None
 

@@ -68,7 +68,7 @@ class Node:
         prepare = (
             "ip link set lo up; until ip link show cable; do sleep 0.1; done; "
             f"ip addr add {address}/24 dev cable; ip link set cable up; ip route add default via {address[:-1]}254; "
-            f"for folder in ray haproxy-serve; do mkdir -p {address}/$folder /tmp/$folder; "
+            f"for folder in ray haproxy-serve; do mkdir -p -m 1777 {address}/$folder /tmp/$folder; "
             f'mount --bind {address}/$folder /tmp/$folder; done; exec "$@"'
         )
         alone = ["unshare", "-n", "-m", "-p", "-f", "--kill-child", "--mount-proc", "sh", "-c", prepare, "sh"]

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.nightly
 @pytest.fixture(scope="module")
 def found(ray_python: str, endless_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What happened."""
-    cable = [*ALONE, "sh", "-c", "ip link add one type veth peer name two && command -v nsenter ss"]
+    cable = [*ALONE, "sh", "-c", "ip link add one type veth peer name two && command -v nsenter && command -v ss"]
     try:
         subprocess.run(cable, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -195,8 +195,15 @@ def test_what_is_no_file_for_ray_is_said(tmp_path: Path, text: str | None, said:
     assert str(path) in str(refused.value) and "\n" not in str(refused.value)
 
 
-def ray_says(status: str, message: str = "", server: str = "", replicas: int = 2) -> dict[str, Any]:
-    deployments = {"server": {"message": server, "replicas": [{}] * replicas}} if replicas else {}
+def ray_says(status: str, message: str = "", server: str = "", replicas: str = "there there") -> dict[str, Any]:
+    kinds = {
+        "there": {"state": "RUNNING", "node_id": "a"},
+        "loads": {"state": "STARTING", "node_id": "a"},
+        "waits": {"state": "STARTING", "node_id": None},
+        "ends": {"state": "STOPPING", "node_id": "a"},
+    }
+    found = [kinds[kind] for kind in replicas.split()]
+    deployments = {"server": {"message": server, "replicas": found}} if found else {}
     return {"status": status, "message": message, "deployments": deployments}
 
 
@@ -205,14 +212,16 @@ def test_what_becomes_of_a_deployment_is_said_in_a_line() -> None:
     assert deploy.outcome(ray_says("RUNNING")) == "server on 2 replicas"
     waits = 'has 1 replicas ... Resources required for each replica: {"GPU": 2.0}, total resources available: {}. Use'
     with pytest.raises(OptionError, match=re.escape('no node has {"GPU": 2.0} free')):
-        deploy.outcome(ray_says("DEPLOYING", server=waits))
+        deploy.outcome(ray_says("DEPLOYING", server=waits, replicas="there waits"))
+    for while_it_goes_on in ("there ends waits", "there loads", "loads loads"):
+        assert deploy.outcome(ray_says("DEPLOYING", server=waits, replicas=while_it_goes_on)) is None
     assert deploy.outcome(ray_says("RUNNING", server=waits)) == "server on 2 replicas"
     failed = "ray::Server\n  File ...\nRuntimeError: kimi-vl cannot load: no config.json in the folder\n"
     with pytest.raises(OptionError, match=r"^no config\.json in the folder; what served before still does$"):
         deploy.outcome(ray_says("DEPLOY_FAILED", "Failed to update the deployments", server=failed))
     refused = "Deploying app 'kimi-vl' failed with exception:\nkimi-vl cannot load: args: there is no option modle"
     with pytest.raises(OptionError, match=r"^args: there is no option modle; "):
-        deploy.outcome(ray_says("DEPLOY_FAILED", refused, replicas=0))
+        deploy.outcome(ray_says("DEPLOY_FAILED", refused, replicas=""))
 
 
 def applications() -> list[dict[str, Any]]:
