@@ -19,6 +19,9 @@ from .deployment import application, with_arguments
 from .run import reason
 
 APPLICATION = f"{application.__module__}:{application.__name__}"
+PATIENCE_S = 60
+"""How long a replica may wait for resources; also long enough for a process to start."""
+
 _REQUIRED = re.compile(r"Resources required for each replica: (\{[^}]*\})")
 
 
@@ -32,20 +35,34 @@ def deploy(path: Path, pause: Callable[[float], None] = time.sleep) -> str:
     client = _client()
     before = _states(client)
     client.deploy_applications(schema.model_dump(exclude_unset=True))
-    served = []
-    for name in (each.name for each in schema.applications):
-        while True:
-            pause(1)
-            found = _states(client).get(name)
-            if found is None or found["last_deployed_time_s"] == before.get(name, {}).get("last_deployed_time_s"):
-                continue
-            try:
-                if line := outcome(found):
-                    served.append(f"{name} serves: {line}")
-                    break
-            except OptionError as error:
-                raise OptionError(f"{path}: {name}: {error}") from None
-    return "; ".join(served)
+    try:
+        return "; ".join(follow(client, each.name, before, pause) for each in schema.applications)
+    except OptionError as error:
+        raise OptionError(f"{path}: {error}") from None
+
+
+def follow(client: Any, name: str, before: Mapping[str, Any], pause: Callable[[float], None]) -> str:
+    """Wait until the application serves that has been deployed since ``before``; says so in a line.
+
+    Raises :class:`OptionError` where it does not come to serve.
+    """
+    waiting = 0
+    while True:
+        pause(1)
+        found = _states(client).get(name)
+        if found is None or found["last_deployed_time_s"] == before.get(name, {}).get("last_deployed_time_s"):
+            continue
+        try:
+            if line := outcome(found):
+                return f"{name} serves: {line}"
+        except OptionError as error:
+            raise OptionError(f"{name}: {error}") from None
+        required = waits_for(found)
+        waiting = waiting + 1 if required else 0
+        if waiting == PATIENCE_S:
+            raise OptionError(
+                f"{name}: a replica waits, since no node has {required} free; what served before still does"
+            )
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -116,12 +133,20 @@ def outcome(found: Mapping[str, Any]) -> str | None:
         raise OptionError(f"{reason(messages)}; what served before still does")
     if found["status"] == "RUNNING":  # beside which messages of before may stand
         return ", ".join(f"{name} on {len(each['replicas'])} replicas" for name, each in deployments.items())
-    replicas = [replica for each in deployments.values() for replica in each["replicas"]]
-    ending = any(replica["state"] == "STOPPING" for replica in replicas)  # which leaves its place when it has answered
-    placeless = any(replica["state"] == "STARTING" and not replica.get("node_id") for replica in replicas)
-    if placeless and not ending and (required := _REQUIRED.search(messages)):
-        raise OptionError(f"a replica waits, since no node has {required.group(1)} free; what served before still does")
     return None
+
+
+def waits_for(found: Mapping[str, Any]) -> str | None:
+    """The resources, in JSON, for which a replica waits according to Ray, while none is ending that may have them.
+
+    Ray says so until the process of the replica has started, which may have got them meanwhile.
+    """
+    deployments = found["deployments"].values()
+    replicas = [replica for each in deployments for replica in each["replicas"]]
+    ending = any(replica["state"] == "STOPPING" for replica in replicas)
+    placeless = any(replica["state"] == "STARTING" and not replica.get("node_id") for replica in replicas)
+    required = _REQUIRED.search("\n".join(each["message"] for each in deployments))
+    return required.group(1) if required and placeless and not ending else None
 
 
 def _client() -> Any:

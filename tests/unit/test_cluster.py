@@ -210,18 +210,53 @@ def ray_says(status: str, message: str = "", server: str = "", replicas: str = "
 def test_what_becomes_of_a_deployment_is_said_in_a_line() -> None:
     assert deploy.outcome(ray_says("DEPLOYING")) is None
     assert deploy.outcome(ray_says("RUNNING")) == "server on 2 replicas"
-    waits = 'has 1 replicas ... Resources required for each replica: {"GPU": 2.0}, total resources available: {}. Use'
-    with pytest.raises(OptionError, match=re.escape('no node has {"GPU": 2.0} free')):
-        deploy.outcome(ray_says("DEPLOYING", server=waits, replicas="there waits"))
-    for while_it_goes_on in ("there ends waits", "there loads", "loads loads"):
-        assert deploy.outcome(ray_says("DEPLOYING", server=waits, replicas=while_it_goes_on)) is None
-    assert deploy.outcome(ray_says("RUNNING", server=waits)) == "server on 2 replicas"
     failed = "ray::Server\n  File ...\nRuntimeError: kimi-vl cannot load: no config.json in the folder\n"
     with pytest.raises(OptionError, match=r"^no config\.json in the folder; what served before still does$"):
         deploy.outcome(ray_says("DEPLOY_FAILED", "Failed to update the deployments", server=failed))
     refused = "Deploying app 'kimi-vl' failed with exception:\nkimi-vl cannot load: args: there is no option modle"
     with pytest.raises(OptionError, match=r"^args: there is no option modle; "):
         deploy.outcome(ray_says("DEPLOY_FAILED", refused, replicas=""))
+
+
+WAITS = 'has 1 replicas ... Resources required for each replica: {"GPU": 2.0}, total resources available: {}. Use'
+
+
+class Client:
+    """Of Ray's dashboard, which says one thing after the other, the last one for ever."""
+
+    def __init__(self, *said: dict[str, Any]):
+        self.said = [each | {"last_deployed_time_s": 2} for each in said]
+
+    def get_serve_details(self) -> dict[str, Any]:
+        return {"applications": {"a": self.said.pop(0) if len(self.said) > 1 else self.said[0]}}
+
+
+def follow(*said: dict[str, Any]) -> str:
+    return deploy.follow(Client(*said), "a", {"a": {"last_deployed_time_s": 1}}, lambda seconds: None)
+
+
+def test_a_replica_that_nobody_has_room_for_is_said() -> None:
+    with pytest.raises(OptionError, match=re.escape('a: a replica waits, since no node has {"GPU": 2.0} free')):
+        follow(ray_says("DEPLOYING", server=WAITS, replicas="there waits"))
+
+
+@pytest.mark.parametrize("replicas", ["there ends waits", "there loads", "loads loads"])
+def test_a_replica_whose_place_is_still_in_use_or_found_is_waited_for(replicas: str) -> None:
+    """However long; the message may be that of before."""
+    goes_on = [ray_says("DEPLOYING", server=WAITS, replicas=replicas)] * 3 * deploy.PATIENCE_S
+    assert follow(*goes_on, ray_says("RUNNING", server=WAITS)) == "a serves: server on 2 replicas"
+
+
+def test_a_place_that_comes_in_time_is_waited_for() -> None:
+    waits = [ray_says("DEPLOYING", server=WAITS, replicas="there waits")] * (deploy.PATIENCE_S - 1)
+    assert follow(*waits, ray_says("DEPLOYING"), *waits, ray_says("RUNNING")).startswith("a serves")
+
+
+def test_what_was_deployed_before_is_not_taken_for_the_new_one() -> None:
+    before = ray_says("DEPLOY_FAILED", "kimi-vl cannot load: the old one") | {"last_deployed_time_s": 1}
+    client = Client(ray_says("RUNNING"))
+    client.said.insert(0, before)
+    assert deploy.follow(client, "a", {"a": before}, lambda seconds: None) == "a serves: server on 2 replicas"
 
 
 def applications() -> list[dict[str, Any]]:
