@@ -206,9 +206,9 @@ def test_the_server(clip: bytes, report: bytes) -> None:
         "media_io_kwargs": {"video": {"num_frames": 2, "fps": 4}},
     }
     request = read_chat(body)
-    assert (request.params["max_frames"], request.params["fps"]) == (2, 4)
+    assert (request.reading["max_frames"], request.reading["fps"]) == (2, 4)
     assert not request.unknown
     demo = kimi_vl.load("demo")
-    done = demo.complete(request.turns, **{**request.params_of(0), "max_length_tokens": 1})
+    done = demo.complete(demo.prepare(request.turns, **request.reading), max_length_tokens=1)
     demo.close()
     assert taken(done) == [("video", [0.75, 2.25]), ("document", [1]), ("document", [1])]
