@@ -11,7 +11,7 @@ from demo_world import evaluate, lessons
 from kimi_vl.quantization.weight import QuantizedWeight
 from kimi_vl.weights import loader, resolve
 
-ALLOWED = {"int8": 0.005, "int4": 0.02}  # of the answers, fewer exactly right
+ALLOWED = {"int8": 0.005, "float8": 0.02, "int4": 0.02}  # of the answers, fewer exactly right
 
 
 class Examinee(evaluate.Examinee):
