@@ -217,21 +217,27 @@ def client(demo: ServerThread) -> Iterator[OpenAI]:
         yield client
 
 
-@pytest.fixture(scope="session")
-def ray_python() -> str:
-    """The Python of an environment with Ray: RAY_PYTHON, or that of `kimi_vl_cluster` in scripts/environment.sh."""
-    if found := os.environ.get("RAY_PYTHON"):
-        return found
+def python_with(extra: str, what: str) -> str:
+    """The Python of the environment that `kimi_vl_EXTRA` of scripts/environment.sh makes, which has ``what``; the
+    test is skipped where that cannot be installed."""
     made = subprocess.run(
-        ["bash", "-c", "source scripts/environment.sh && kimi_vl_cluster"],
+        ["bash", "-c", f"source scripts/environment.sh && kimi_vl_{extra}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     if made.returncode:
-        pytest.skip("Ray cannot be installed from the registry of packages, or not now")
+        pytest.skip(f"{what} cannot be installed from the registry of packages, or not now")
     return made.stdout.strip()
+
+
+@pytest.fixture(scope="session")
+def ray_python() -> str:
+    """The Python of an environment with Ray: RAY_PYTHON, or that of `kimi_vl_cluster` in scripts/environment.sh."""
+    if found := os.environ.get("RAY_PYTHON"):
+        return found
+    return python_with("cluster", "Ray")
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ import httpx
 import pytest
 import yaml
 
-from .conftest import PATIENCE_S, ROOT, ServerThread, ask, until, user
+from .conftest import PATIENCE_S, ROOT, ServerThread, ask, python_with, until, user
 
 FOLDER = ROOT / "docs" / "deployment"
 BALANCERS = ("nginx", "router")
@@ -48,21 +48,13 @@ def nginx(folder: Path, port: int, servers: list[str]) -> list[str]:
 
 
 def router(folder: Path, port: int, servers: list[str]) -> list[str]:
-    made = subprocess.run(
-        ["bash", "-c", "source scripts/environment.sh && kimi_vl_router"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if made.returncode:
-        pytest.skip("vllm-router cannot be installed from the registry of packages, or not now")
+    python = python_with("router", "vllm-router")
     words = yaml.safe_load((FOLDER / "router" / "compose.yaml").read_text())["services"]["balancer"]["command"]
     for number, server in enumerate(servers, 1):
         words = [word.replace(f"server-{number}:8000", server) for word in words]
     words = ["--host=127.0.0.1" if word.startswith("--host=") else word for word in words]
     words = [f"--port={port}" if word.startswith("--port=") else word for word in words]
-    program = Path(made.stdout.strip()).with_name("vllm-router")
+    program = Path(python).with_name("vllm-router")
     return [str(program), f"--prometheus-port={free_port()}", f"--log-dir={folder}", *words]
 
 

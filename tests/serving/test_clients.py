@@ -21,7 +21,7 @@ import pytest
 
 from kimi_vl.engine.faults import Overloaded
 
-from .conftest import PATIENCE_S, ROOT, ServerThread
+from .conftest import PATIENCE_S, ROOT, ServerThread, python_with
 
 pytestmark = pytest.mark.nightly
 
@@ -198,16 +198,7 @@ def result(command: list[str], server: BusyServer, **environment: str) -> dict[s
 
 @pytest.fixture(scope="module")
 def python() -> str:
-    made = subprocess.run(
-        ["bash", "-c", "source scripts/environment.sh && kimi_vl_clients"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if made.returncode:
-        pytest.skip("langchain-openai and litellm cannot be installed from the registry of packages, or not now")
-    return made.stdout.strip()
+    return python_with("clients", "langchain-openai and litellm")
 
 
 @pytest.fixture(scope="module")
