@@ -1,7 +1,7 @@
 """Messages, images, videos and documents to a prompt: token ids, and the patches of what is shown.
 
 Knows what of a request the model reads, and checks all of it before anything is computed. Knows nothing of how the
-answer is made: no sampling, no engine.
+answer is made: no sampling, no KV cache.
 """
 
 from __future__ import annotations

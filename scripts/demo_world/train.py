@@ -24,7 +24,7 @@ from kimi_vl.weights import loader
 
 SEED = 20260101
 READER_STEPS = 60  # of the reader alone, where the tower has learnt already
-LATENT_WEIGHT = 0.02
+LATENT_WEIGHT = 0.02  # of the loss of places that are read from latents
 
 
 def learn_pictures(model: KimiVL, tokenizer: Tokenizer, options: ImageOptions, args: argparse.Namespace) -> None:
@@ -57,20 +57,15 @@ def learn_lessons(model: KimiVL, tokenizer: Tokenizer, options: ImageOptions, ar
     model.vision_tower.requires_grad_(False)
     exhibits = gallery.opened(args.work / "gallery.pt", model, options, args)
     teacher = gallery.Teacher(args.seed, tokenizer, exhibits, args.batch_tokens)
-    learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = Optimizer(learnt, args.matrix_rate, args.rate, plateau=0.1)
-    phase = training.Phase(
-        "lessons", args.work, model, optimizer, args.lesson_steps, args.minutes, args.save_minutes, args.resume
-    )
-    balance = forward.RouterBalance(model)
     text = model.config.text_config
     reader = patches.LatentReader(text.num_hidden_layers, text.kv_lora_rank).to(args.device)
-    reading = torch.optim.AdamW(reader.parameters(), args.rate, betas=(0.9, 0.98), weight_decay=0.0)
-
-    def after() -> None:
-        balance.update()
-        reading.step()
-        reading.zero_grad()
+    learners = nn.ModuleDict({"model": model, "reader_head": reader})
+    learnt = {name: p for name, p in learners.named_parameters() if p.requires_grad}
+    optimizer = Optimizer(learnt, args.matrix_rate, args.rate, plateau=0.1)
+    phase = training.Phase(
+        "lessons", args.work, learners, optimizer, args.lesson_steps, args.minutes, args.save_minutes, args.resume
+    )
+    balance = forward.RouterBalance(model)
 
     def part(batch: gallery.LessonBatch) -> tuple[float, dict[str, float]]:
         batch = batch.to(args.device)
@@ -86,21 +81,21 @@ def learn_lessons(model: KimiVL, tokenizer: Tokenizer, options: ImageOptions, ar
             if past is not None and batch.places is not None:
                 places, near = reader.loss(forward.latents(model, batch, past), batch.places)
                 figures |= near
-        ((loss + LATENT_WEIGHT * places) / args.lanes).backward()
+        ((loss + LATENT_WEIGHT * places) / args.accumulate).backward()
         return figures[f"{batch.kind} loss"], figures
 
     def on_save(index: int) -> None:
         checkpoint.write(args.work / "lessons", model, tokenizer)
 
-    batches = training.in_order(gallery.Lessons(teacher, args.text_steps, phase.done * args.lanes), args.workers)
-    with ThreadPoolExecutor(args.lanes) as lanes:
+    batches = training.in_order(gallery.Lessons(teacher, args.text_steps, phase.done * args.accumulate), args.workers)
+    with ThreadPoolExecutor(args.accumulate) as threads:
 
         def step(several: tuple[gallery.LessonBatch, ...], index: int) -> tuple[float, dict[str, float]]:
-            parts = list(lanes.map(part, several))
+            parts = list(threads.map(part, several))
             figures = {name: value for _, figures in parts for name, value in figures.items()}
             return sum(loss for loss, _ in parts) / len(parts), figures
 
-        phase.run(zip(*[batches] * args.lanes, strict=False), step, after, on_save)
+        phase.run(zip(*[batches] * args.accumulate, strict=False), step, balance.update, on_save)
 
 
 def arguments() -> argparse.Namespace:
@@ -120,7 +115,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text-steps", type=int, default=1200, help="its first steps, without pictures")
     parser.add_argument("--lesson-steps", type=int, default=8000, help="steps of the second phase")
     parser.add_argument("--batch-tokens", type=int, default=5000, help="tokens of a batch, about")
-    parser.add_argument("--lanes", type=int, default=1, help="batches of a step, each in a thread of its own")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches of a step, each in a thread")
     parser.add_argument("--minutes", type=float, default=0, help="end the second phase after this time instead")
     parser.add_argument("--matrix-rate", type=float, default=1.5e-3)
     parser.add_argument("--rate", type=float, default=1.5e-3)
