@@ -21,7 +21,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from kimi_vl.kernels import Ops
+    from kimi_vl.kernels.inputs import Call
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 8 * 60.0  # of everything
@@ -93,12 +99,28 @@ def _widths(job: Job, **more: int) -> Any:
     )
 
 
+def _hold(job: Job, label: str, call: Call, ops: Ops, dtype: torch.dtype) -> None:
+    """Within rounding of float64, and the same bits again."""
+    import torch
+
+    from kimi_vl.kernels.inputs import apart
+
+    try:
+        results = call.run(ops)
+        found = apart(call, results, dtype, ties=True)
+        same = all(map(torch.equal, results, call.run(ops)))
+        value = {"distance_by_tolerance": found, "same_bits_again": same}
+        job.check(f"{label}, {dtype}", found <= 1 and same, value)
+    except Exception as error:
+        job.check(f"{label}, {dtype}", False, f"{type(error).__name__}: {error}"[:300])
+
+
 def kernels_against_twins(job: Job) -> None:
     """Every kernel at the published widths, in bfloat16 and float32, against float64; memory is poisoned beforehand."""
     import torch
 
     from kimi_vl.kernels import select_ops
-    from kimi_vl.kernels.inputs import Call, Inputs, apart, distances, with_arguments
+    from kimi_vl.kernels.inputs import Inputs, distances, with_arguments
 
     ops = select_ops(job.device, "triton")
     # uninitialised memory is filled with NaN
@@ -110,14 +132,7 @@ def kernels_against_twins(job: Job) -> None:
         weights = inputs.experts(), inputs.shared_experts()
 
         def hold(label: str, call: Call, dtype: torch.dtype = dtype) -> None:
-            try:
-                results = call.run(ops)
-                found = apart(call, results, dtype, ties=True)
-                same = all(map(torch.equal, results, call.run(ops)))
-                value = {"distance_by_tolerance": found, "same_bits_again": same}
-                job.check(f"{label}, {dtype}", found <= 1 and same, value)
-            except Exception as error:
-                job.check(f"{label}, {dtype}", False, f"{type(error).__name__}: {error}"[:300])
+            _hold(job, label, call, ops, dtype)
 
         for count in tokens:
             if dtype == torch.float32 and count > 300:
@@ -140,6 +155,87 @@ def kernels_against_twins(job: Job) -> None:
         faulty = with_arguments(call, lambda values, shorter=shorter: values.__setitem__(2, shorter))
         seen = max(distances(call.run(ops), faulty.twin()))
         job.check(f"a planted mistake is seen, {dtype}", seen > 3 * call.tolerance(dtype), seen)
+
+
+def quantised_kernels_against_twins(job: Job) -> None:
+    """The kernels that read weights, with weights in every form, at the published widths in bfloat16."""
+    import torch
+
+    from kimi_vl.kernels import Form, select_ops
+    from kimi_vl.kernels.inputs import Inputs
+
+    ops = select_ops(job.device, "triton")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # uninitialised memory is filled with NaN
+    inputs = Inputs(_widths(job), torch.bfloat16, job.device)
+    widths = inputs.widths
+    forms: list[Form] = [("int8", 0, "bfloat16"), ("int4", 32, "bfloat16"), ("float8", 0, "bfloat16")]
+    for form in forms[:1] if job.rehearsal else forms:
+        weights = inputs.experts(form), inputs.shared_experts(form)
+        calls = {}
+        for tokens in [3] if job.rehearsal else [1, 2, 8, 32, 128, 700]:
+            calls[f"project {tokens}"] = inputs.project(tokens, inputs.quantized(form, widths.hidden, widths.hidden))
+            for routing in ("random", "same"):
+                calls[f"moe {tokens} {routing}"] = inputs.moe(tokens, routing, weights=weights)
+            if form[0] != "int4":
+                calls[f"mla_prepare {tokens}"] = inputs.mla_prepare(tokens, tokens - tokens // 3, form=form)
+                calls[f"mla_decode {tokens}"] = inputs.mla_decode([700, *[5] * (tokens - 1)], 128, form=form)
+        for label, call in calls.items():
+            _hold(job, f"{form[0]} {label}", call, ops, torch.bfloat16)
+
+
+def start_up(job: Job) -> None:
+    """The check at start-up refuses no kernel of the published model, in any form."""
+    import torch
+
+    from kimi_vl.engine.engine import EngineOptions
+    from kimi_vl.kernels import select_ops, startup_check
+    from kimi_vl.weights import loader
+
+    from . import ladder
+
+    if job.rehearsal:
+        job.report("skipped", "the check is for a GPU")
+        return
+    device = torch.device("cuda", 0)
+    for form in (None, "int8", "int4", "float8"):
+        model = loader.planned_model(ladder.config(False), torch.bfloat16, form, device)
+        use, began = EngineOptions(cache_bytes=1 << 30).use(model), time.monotonic()
+        refused = startup_check.refusals(device, use)
+        job.report(f"{form or 'bfloat16'}: seconds of the check", round(time.monotonic() - began, 1))
+        job.check(f"{form or 'bfloat16'}: nothing refused", not refused, refused)
+        began = time.monotonic()
+        select_ops(device, "auto", use)
+        job.report(f"{form or 'bfloat16'}: seconds of launching all", round(time.monotonic() - began, 1))
+
+
+def demo(job: Job) -> None:
+    """The demo model from files to answers, as a user calls it: pictures, thinking, several requests at once."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import kimi_vl
+
+    pipeline = kimi_vl.load("demo", device=job.device)
+    engine = pipeline.engine
+    job.report("operations", engine.ops.name)
+    job.report("dtype", str(engine.model.dtype))
+    job.report("decode steps are captured", engine.static_decoder is not None)
+
+    def ask(question: str, *names: str) -> str:
+        content = [{"type": "image"} for _ in names] + [{"type": "text", "text": question}]
+        pictures = [ROOT / "images" / name for name in names]
+        return pipeline.complete([{"role": "user", "content": content}], pictures, temperature=0).answer
+
+    questions = [
+        ("Solve this math problem shown in the image.", "math_problem.png", "25 + 13 = 38"),
+        ("How many objects are there?", "demo1.jpeg", "There are 3 objects."),
+    ]
+    with ThreadPoolExecutor(8) as threads:
+        for question, picture, wanted in questions:
+            job.check(f"{picture} alone", (answer := ask(question, picture)) == wanted, answer)
+            answers = list(threads.map(lambda _, q=question, p=picture: ask(q, p), range(8)))
+            job.check(f"{picture} eight times at once", answers == [wanted] * 8, answers[0])
+    job.check("healthy", pipeline.healthy(), True)
+    pipeline.close()
 
 
 def kernels_in_graphs(job: Job) -> None:
@@ -203,23 +299,24 @@ def decoder_against_float64(job: Job) -> None:
         pages = -(-(context + new) // size)
         chunks = [Chunk(range(at * pages, (at + 1) * pages), context, context + new) for at in range(sequences)]
         latent = config.text_config.kv_lora_rank + config.text_config.qk_rope_head_dim
-        past = torch.randn(2, sequences * pages, size, latent, generator=generator, device=device).bfloat16()
-        states = torch.randn(sequences * new, config.text_config.hidden_size, generator=generator, device=device)
-        states = states.bfloat16()
-        results: dict[str, torch.Tensor] = {}
-        for name, decoder in (("float64", exact), ("torch", plain), ("triton", fused)):
-            dtype = torch.float64 if name == "float64" else torch.bfloat16
-            cache = PagedCache(config.text_config, sequences * pages, size, dtype=dtype, device=device)
-            cache.kv_cache.copy_(past)
-            step = cache.step(chunks)
-            with torch.inference_mode():
-                results[name] = decoder.states(states.to(dtype), step).double()
-        right = results.pop("float64")
-        # the median token: near a tie of two experts a rounding may select another, in either implementation
-        errors = {
-            name: float(((found - right).norm(dim=-1) / right.norm(dim=-1)).nan_to_num(torch.inf).median())
-            for name, found in results.items()
-        }
+        apart: dict[str, list[torch.Tensor]] = {"torch": [], "triton": []}
+        for _ in range(9 if sequences * new == 1 else 1):
+            past = torch.randn(2, sequences * pages, size, latent, generator=generator, device=device).bfloat16()
+            states = torch.randn(sequences * new, config.text_config.hidden_size, generator=generator, device=device)
+            states = states.bfloat16()
+            results: dict[str, torch.Tensor] = {}
+            for name, decoder in (("float64", exact), ("torch", plain), ("triton", fused)):
+                dtype = torch.float64 if name == "float64" else torch.bfloat16
+                cache = PagedCache(config.text_config, sequences * pages, size, dtype=dtype, device=device)
+                cache.kv_cache.copy_(past)
+                step = cache.step(chunks)
+                with torch.inference_mode():
+                    results[name] = decoder.states(states.to(dtype), step).double()
+            right = results.pop("float64")
+            for name, found in results.items():
+                apart[name].append(((found - right).norm(dim=-1) / right.norm(dim=-1)).nan_to_num(torch.inf))
+        # of the median token: near a tie of two experts a rounding may select another, in either implementation
+        errors = {name: float(torch.cat(found).median()) for name, found in apart.items()}
         job.check(f"{sequences} sequences, {new} new", errors["triton"] <= 1.25 * errors["torch"] + 2**-10, errors)
         job.check(f"{sequences} sequences, {new} new, plain", errors["torch"] <= 0.03, errors["torch"])
 
@@ -253,6 +350,28 @@ def ladder_kernels(job: Job) -> None:
 def ladder_graphs(job: Job) -> None:
     """And with graphs."""
     _rung(job, "graphs")
+
+
+def ladder_int8(job: Job) -> None:
+    """Graphs, and weights of 8 bits."""
+    _rung(job, "int8")
+
+
+def ladder_int4(job: Job) -> None:
+    """Graphs, and weights of 4 bits."""
+    _rung(job, "int4")
+
+
+def ladder_float8(job: Job) -> None:
+    """Graphs, and weights in float8."""
+    _rung(job, "float8")
+
+
+def profile(job: Job) -> None:
+    """Every kernel's share of a decode step with graphs."""
+    from . import ladder
+
+    ladder.profile("graphs", job.rehearsal, job.device, job.report)
 
 
 def _rung(job: Job, rung: str) -> None:
@@ -299,6 +418,13 @@ SECTIONS: list[Section] = [
     Section("ladder_graphs", 90, ladder_graphs),
     Section("ladder_kernels", 60, ladder_kernels),
     Section("ladder_torch", 60, ladder_torch),
+    Section("start_up", 90, start_up),
+    Section("demo", 60, demo),
+    Section("quantised_kernels_against_twins", 90, quantised_kernels_against_twins),
+    Section("profile", 60, profile),
+    Section("ladder_int8", 60, ladder_int8),
+    Section("ladder_int4", 60, ladder_int4),
+    Section("ladder_float8", 60, ladder_float8),
     Section("kernels_in_graphs", 45, kernels_in_graphs),
     Section("speed_of_kernels", 90, speed_of_kernels),
     Section("tiles", 90, tiles),

@@ -1,7 +1,8 @@
-"""The rungs of the ladder: the same engine in plain PyTorch, with kernels, and with graphs on top.
+"""The rungs of the ladder: the same engine in plain PyTorch, with kernels, with graphs on top, and with quantised
+weights.
 
 Random weights at the published widths. Each rung is measured in a process of its own, beside the bytes that a step has
-to read and an H200's bandwidth.
+to read and the bandwidth of the GPU, which is measured in the same process.
 """
 
 from __future__ import annotations
@@ -19,15 +20,25 @@ from kimi_vl import kernels
 from kimi_vl.engine import cuda_graphs
 from kimi_vl.engine.engine import Engine, EngineOptions, Patches
 from kimi_vl.engine.sampling import Sampling
+from kimi_vl.kernels.inputs import FLOAT8_SPREAD
 from kimi_vl.model.config import Config
 from kimi_vl.model.kimi_vl import KimiVL
+from kimi_vl.quantization.weight import QuantizedWeight
 from kimi_vl.weights import loader
 
 from . import checkpoint, decode
+from .kernels import machine
 
-RUNGS = {"torch": ("torch", "0"), "kernels": ("triton", "0"), "graphs": ("triton", "1")}
-H200_BYTES_PER_SECOND = 4.8e12
+RUNGS: dict[str, tuple[str, str, str | None]] = {  # operations, graphs, the form of the weights
+    "torch": ("torch", "0", None),
+    "kernels": ("triton", "0", None),
+    "graphs": ("triton", "1", None),
+    "int8": ("triton", "1", "int8"),
+    "int4": ("triton", "1", "int4"),
+    "float8": ("triton", "1", "float8"),
+}
 SEQUENCES = [1, 4, 16, 32, 64, 128]
+LONG = (1, 32768)  # one sequence and its context
 Report = Callable[[str, Any], None]
 Check = Callable[[str, bool, Any], None]
 
@@ -37,16 +48,23 @@ def config(rehearsal: bool, text_layers: int = 27, vision_blocks: int = 1, vocab
     layers = min(2, text_layers) if rehearsal else text_layers
     values = checkpoint.divided(16 if rehearsal else 1, layers, vision_blocks)
     if rehearsal:
-        values["text_config"] |= {"n_routed_experts": 8, "num_experts_per_tok": 3}
+        values["text_config"] |= {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 96}
     return Config.from_dict(checkpoint.with_vocabulary(values, vocabulary) if vocabulary else values)
 
 
 @torch.no_grad()
-def random_model(config: Config, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> KimiVL:
+def random_model(
+    config: Config, device: torch.device, dtype: torch.dtype = torch.bfloat16, form: str | None = None
+) -> KimiVL:
     """Weights that keep values of a layer's size, norms near one, and a router that spreads its choice."""
-    model = loader.empty_model(config, dtype).to_empty(device=device)
+    model = loader.planned_model(config, dtype, form, device).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
+    for weight in model.modules():
+        if isinstance(weight, QuantizedWeight):
+            _fill(weight, generator)
     for name, parameter in model.named_parameters():
+        if name.endswith((".codes", ".scales")):
+            continue
         if name.endswith("e_score_correction_bias"):
             parameter.normal_(std=0.05, generator=generator)
         elif parameter.ndim == 1:
@@ -58,14 +76,25 @@ def random_model(config: Config, device: torch.device, dtype: torch.dtype = torc
     return model.eval()
 
 
+def _fill(weight: QuantizedWeight, generator: torch.Generator) -> None:
+    """Codes that are equally likely; scales that make the standard deviation that of :func:`random_model`."""
+    codes = weight.codes.view(torch.uint8)
+    codes.copy_(torch.randint(256, codes.shape, generator=generator, device=codes.device, dtype=torch.uint8))
+    spread = (1 << weight.bits) / 12**0.5
+    if weight.kind == "float8":
+        codes[codes & 0x7F == 0x7F] = 0  # NaN
+        spread = FLOAT8_SPREAD
+    weight.scales.fill_(weight.shape[-1] ** -0.5 / spread)
+
+
 def engine(model: KimiVL, rung: str, rehearsal: bool, max_num_seqs: int = 128) -> Engine:
     """An engine on a rung; nothing of earlier requests is used again. A rehearsal calls what a GPU replays."""
-    os.environ[kernels.VARIABLE], os.environ[cuda_graphs.VARIABLE] = RUNGS[rung]
+    os.environ[kernels.VARIABLE], os.environ[cuda_graphs.VARIABLE], _ = RUNGS[rung]
     sequences, gigabytes = (4, 0.02) if rehearsal else (max_num_seqs, 12)
     options = EngineOptions(
         prefix_caching=False, max_num_seqs=sequences, cache_bytes=int(gigabytes * 1e9), embedding_bytes=0
     )
-    ops = kernels.select_ops(model.device, "triton") if rehearsal and rung == "graphs" else None  # as steps of a GPU
+    ops = kernels.select_ops(model.device, "triton") if rehearsal and RUNGS[rung][1] == "1" else None  # as on a GPU
     return Engine(model, model.config.text_config.vocab_size, options, ops=ops)
 
 
@@ -99,36 +128,87 @@ class _Keeper(decode.Clock):
 
 def measure(rung: str, rehearsal: bool, device: str, report: Report, check: Check) -> None:
     """The full model on a rung: that it works at all, its decoding by sequences, and its first tokens."""
-    began = time.perf_counter()
+    bandwidth = machine(torch.device(device), rehearsal).bytes_per_second
+    report("copy_gb_per_s", round(bandwidth / 1e9, 1))
+    began, form = time.perf_counter(), RUNGS[rung][2]
     shape = config(rehearsal, vision_blocks=1 if rehearsal else 27)
-    model = random_model(shape, torch.device(device))
+    model = random_model(shape, torch.device(device), form=form)
+    always, routed = _weights(model)
+    report("decoder_weights_gb", round((always + routed) / 1e9, 2))
     running = engine(model, rung, rehearsal)
     report("layers", shape.text_config.num_hidden_layers)
     report("seconds to be ready", round(time.perf_counter() - began, 1))
     _smoke(running, rehearsal, check)
     context, max_new_tokens = (9, 3) if rehearsal else (2048, 64)
     _first_tokens(rung, running, rehearsal, report)
-    for sequences in [3] if rehearsal else SEQUENCES:
-        ids = decode.prompts(sequences, context, shape.text_config.vocab_size)
+    text = shape.text_config
+    latents = 2 * text.num_hidden_layers * (text.kv_lora_rank + text.qk_rope_head_dim)  # of a token, in bytes
+    for sequences, length in [(3, context)] if rehearsal else [*((count, context) for count in SEQUENCES), LONG]:
+        ids = decode.prompts(sequences, length, text.vocab_size)
         if not rehearsal:
             decode.run_engine(running, [prompt[:8] for prompt in ids], 3)  # compiles, captures
         first, step, _ = decode.run_engine(running, ids, max_new_tokens)
-        nbytes = decode.bytes_a_step(shape.text_config, sequences, context + max_new_tokens // 2)
+        share = decode.distinct_experts(text, sequences) / text.n_routed_experts
+        nbytes = always + share * routed + sequences * (length + max_new_tokens // 2) * latents
         figures = {
             "rung": rung,
             "sequences": sequences,
-            "context": context,
+            "context": length,
             "step_ms": round(step * 1e3, 3),
             "tokens_per_second": round(sequences / step, 1),
             "all_begun_s": round(first, 3),
             "gb_a_step": round(nbytes / 1e9, 3),
             "gb_per_s": round(nbytes / step / 1e9, 1),
-            "percent_of_4.8_tb_per_s": round(100 * nbytes / step / H200_BYTES_PER_SECOND, 1),
+            "percent_of_copy": round(100 * nbytes / step / bandwidth, 1),
         }
-        report(f"{sequences} sequences", figures)
+        report(f"{sequences} sequences of {length}", figures)
     if torch.device(device).type == "cuda":
         report("peak_memory_gb", round(torch.cuda.max_memory_allocated() / 1e9, 1))
     running.close()
+
+
+def profile(rung: str, rehearsal: bool, device: str, report: Report) -> None:
+    """Where the time of decode steps goes: every kernel's microseconds and launches a step."""
+    model = random_model(config(rehearsal), torch.device(device), form=RUNGS[rung][2])
+    running = engine(model, rung, rehearsal)
+    context, seconds = (9, 0.05) if rehearsal else (2048, 0.3)
+    activity = torch.profiler.ProfilerActivity.CPU if rehearsal else torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[activity]):
+        pass  # the first one takes seconds to begin
+    for sequences in [2] if rehearsal else [1, 32, 128]:
+        ids = decode.prompts(sequences, context, model.config.text_config.vocab_size)
+        decode.run_engine(running, ids, 3)
+        clocks = [decode.Clock(20 if rehearsal else 800) for _ in ids]
+        handles = [
+            running.submit(prompt, [], clock.max_new_tokens, clock) for prompt, clock in zip(ids, clocks, strict=True)
+        ]
+        while not all(clock.times for clock in clocks):
+            time.sleep(0.01)
+        with torch.profiler.profile(activities=[activity]) as profiler:
+            began, steps = time.perf_counter(), running.steps
+            time.sleep(seconds)
+            took, steps = time.perf_counter() - began, max(1, running.steps - steps)
+        for handle in handles:
+            running.cancel(handle)
+        kernels_used = [
+            (event.self_cpu_time_total if rehearsal else event.self_device_time_total, event.count, event.key[:90])
+            for event in profiler.key_averages()
+        ]
+        found = [
+            [round(spent / steps, 2), round(count / steps, 2), name]
+            for spent, count, name in sorted(kernels_used, reverse=True)[:28]
+            if spent
+        ]
+        report(f"{sequences} sequences", {"step_us": round(took / steps * 1e6, 1), "us_calls_kernel": found})
+    running.close()
+
+
+def _weights(model: KimiVL) -> tuple[int, int]:
+    """Bytes of the decoder that every step reads, and those of all routed experts."""
+    language = model.language_model
+    sizes = {name: value.nbytes for name, value in [*language.named_parameters(), *language.named_buffers()]}
+    routed = sum(size for name, size in sizes.items() if ".experts." in name)
+    return sum(size for name, size in sizes.items() if "embed_tokens" not in name) - routed, routed
 
 
 def square_picture(side: int, number: int = 0) -> Patches:

@@ -72,6 +72,16 @@ def test_projections(form: str, dtype: torch.dtype, tokens: int, outputs: int, p
     assert apart(call, call.run(kernels.TORCH), dtype) <= 1
 
 
+def test_projections_keep_the_dimensions_in_front():
+    """As of a prompt's latents (1, L, R), which are expanded to keys and values."""
+    inputs = Inputs(ODD, torch.float32)
+    weight = inputs.quantized(FORMS["int8"], 33, ODD.hidden)
+    states = inputs.normal(1, 5, ODD.hidden)
+    projected = TRITON.project(states, weight)
+    assert projected.shape == (1, 5, 33)
+    assert torch.equal(projected[0], TRITON.project(states[0], weight))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", PARAMS)
 @pytest.mark.parametrize("plan", [*list(PLANS)[:2], pytest.param("many", marks=pytest.mark.nightly)])

@@ -194,15 +194,15 @@ def stored(weight: Weight) -> tuple[Tensor, Tensor]:
 
 
 def project(states: Tensor, weight: Weight, plan: Plan | None = None) -> Tensor:
-    """See :func:`kimi_vl.kernels.linear.project`; ``states`` are (T, I). Floating-point weights, and those in groups
-    that the kernel does not take, are computed there."""
+    """See :func:`kimi_vl.kernels.linear.project`. Floating-point weights, and those in groups that the kernel does not
+    take, are computed there."""
     form = kernel_form(weight)
     if not isinstance(weight, QuantizedWeight) or form is None:
         return linear.project(states, weight)
     outputs, width = weight.shape
     states = states.contiguous()
-    tokens = len(states)
-    out = torch.empty(tokens, outputs, dtype=states.dtype, device=states.device)
+    tokens = states.numel() // width
+    out = torch.empty(*states.shape[:-1], outputs, dtype=states.dtype, device=states.device)
     if not tokens:
         return out
     plan = plan or choose_plan(tokens, states.itemsize)
