@@ -367,8 +367,15 @@ def ladder_float8(job: Job) -> None:
     _rung(job, "float8")
 
 
+def chunks(job: Job) -> None:
+    """First tokens by the size of a step."""
+    from . import ladder
+
+    ladder.chunks(job.rehearsal, job.device, job.report)
+
+
 def profile(job: Job) -> None:
-    """Every kernel's share of a decode step with graphs."""
+    """Every kernel's share of a decode step with graphs, of a prompt and of a picture."""
     from . import ladder
 
     ladder.profile("graphs", job.rehearsal, job.device, job.report)
@@ -421,7 +428,8 @@ SECTIONS: list[Section] = [
     Section("start_up", 90, start_up),
     Section("demo", 60, demo),
     Section("quantised_kernels_against_twins", 90, quantised_kernels_against_twins),
-    Section("profile", 60, profile),
+    Section("profile", 90, profile),
+    Section("chunks", 60, chunks),
     Section("ladder_int8", 60, ladder_int8),
     Section("ladder_int4", 60, ladder_int4),
     Section("ladder_float8", 60, ladder_float8),

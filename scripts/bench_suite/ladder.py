@@ -87,12 +87,18 @@ def _fill(weight: QuantizedWeight, generator: torch.Generator) -> None:
     weight.scales.fill_(weight.shape[-1] ** -0.5 / spread)
 
 
-def engine(model: KimiVL, rung: str, rehearsal: bool, max_num_seqs: int = 128) -> Engine:
+def engine(
+    model: KimiVL, rung: str, rehearsal: bool, max_num_seqs: int = 128, max_num_batched_tokens: int = 1024
+) -> Engine:
     """An engine on a rung; nothing of earlier requests is used again. A rehearsal calls what a GPU replays."""
     os.environ[kernels.VARIABLE], os.environ[cuda_graphs.VARIABLE], _ = RUNGS[rung]
     sequences, gigabytes = (4, 0.02) if rehearsal else (max_num_seqs, 12)
     options = EngineOptions(
-        prefix_caching=False, max_num_seqs=sequences, cache_bytes=int(gigabytes * 1e9), embedding_bytes=0
+        prefix_caching=False,
+        max_num_seqs=sequences,
+        max_num_batched_tokens=max_num_batched_tokens,
+        cache_bytes=int(gigabytes * 1e9),
+        embedding_bytes=0,
     )
     ops = kernels.select_ops(model.device, "triton") if rehearsal and RUNGS[rung][1] == "1" else None  # as on a GPU
     return Engine(model, model.config.text_config.vocab_size, options, ops=ops)
@@ -168,15 +174,29 @@ def measure(rung: str, rehearsal: bool, device: str, report: Report, check: Chec
 
 
 def profile(rung: str, rehearsal: bool, device: str, report: Report) -> None:
-    """Where the time of decode steps goes: every kernel's microseconds and launches a step."""
-    model = random_model(config(rehearsal), torch.device(device), form=RUNGS[rung][2])
+    """Where the time goes of decode steps, of a prompt and of a picture: every kernel's microseconds and launches in a
+    step or a request."""
+    shape = config(rehearsal, vision_blocks=1 if rehearsal else 27)
+    model = random_model(shape, torch.device(device), form=RUNGS[rung][2])
     running = engine(model, rung, rehearsal)
-    context, seconds = (9, 0.05) if rehearsal else (2048, 0.3)
-    activity = torch.profiler.ProfilerActivity.CPU if rehearsal else torch.profiler.ProfilerActivity.CUDA
-    with torch.profiler.profile(activities=[activity]):
+    pad, vocabulary = shape.media_placeholder_token_id, shape.text_config.vocab_size
+    with _profiler(rehearsal):
         pass  # the first one takes seconds to begin
-    for sequences in [2] if rehearsal else [1, 32, 128]:
-        ids = decode.prompts(sequences, context, model.config.text_config.vocab_size)
+    (ids,) = decode.prompts(1, 20 if rehearsal else 4096, vocabulary)
+    picture = square_picture(4 if rehearsal else 64)
+    for name, given, patches in (
+        (f"prompt of {len(ids)} tokens", ids, []),
+        (f"picture of {picture.tokens} tokens", [1, *[pad] * picture.tokens, 3], [picture]),
+    ):
+        _ask(running, given, patches, 1)
+        with _profiler(rehearsal) as profiler:
+            began = time.perf_counter()
+            for _ in range(3):
+                _ask(running, given, patches, 1)
+            took = time.perf_counter() - began
+        report(name, _shares(profiler, took, 3))
+    for sequences in [2] if rehearsal else [1, 4, 32]:
+        ids = decode.prompts(sequences, 9 if rehearsal else 2048, vocabulary)
         decode.run_engine(running, ids, 3)
         clocks = [decode.Clock(20 if rehearsal else 800) for _ in ids]
         handles = [
@@ -184,23 +204,53 @@ def profile(rung: str, rehearsal: bool, device: str, report: Report) -> None:
         ]
         while not all(clock.times for clock in clocks):
             time.sleep(0.01)
-        with torch.profiler.profile(activities=[activity]) as profiler:
+        with _profiler(rehearsal) as profiler:
             began, steps = time.perf_counter(), running.steps
-            time.sleep(seconds)
+            time.sleep(0.05 if rehearsal else 0.3)
             took, steps = time.perf_counter() - began, max(1, running.steps - steps)
         for handle in handles:
             running.cancel(handle)
-        kernels_used = [
-            (event.self_cpu_time_total if rehearsal else event.self_device_time_total, event.count, event.key[:90])
-            for event in profiler.key_averages()
-        ]
-        found = [
-            [round(spent / steps, 2), round(count / steps, 2), name]
-            for spent, count, name in sorted(kernels_used, reverse=True)[:28]
-            if spent
-        ]
-        report(f"{sequences} sequences", {"step_us": round(took / steps * 1e6, 1), "us_calls_kernel": found})
+        report(f"decode step of {sequences} sequences", _shares(profiler, took, steps))
     running.close()
+
+
+def _profiler(rehearsal: bool) -> torch.profiler.profile:
+    activity = torch.profiler.ProfilerActivity
+    return torch.profiler.profile(activities=[activity.CPU if rehearsal else activity.CUDA])
+
+
+def _shares(profiler: torch.profiler.profile, took: float, times: int) -> dict[str, Any]:
+    """Of each of ``times``: its microseconds, those of the GPU, and the kernels with most of them."""
+    found = [
+        (round(event.self_device_time_total / times, 2), round(event.count / times, 2), event.key[:90])
+        for event in profiler.key_averages()
+    ]
+    return {
+        "us": round(took / times * 1e6, 1),
+        "us_on_gpu": round(sum(spent for spent, _, _ in found), 1),
+        "us_calls_kernel": sorted(found, reverse=True)[:28],
+    }
+
+
+def chunks(rehearsal: bool, device: str, report: Report) -> None:
+    """What the size of a step's batch of tokens costs and gains: first tokens of one prompt and of many at once."""
+    shape = config(rehearsal)
+    model = random_model(shape, torch.device(device))
+    long, (count, length) = (20, (2, 9)) if rehearsal else (8192, (16, 2048))
+    for tokens in [8] if rehearsal else [1024, 2048, 4096, 8192]:
+        running = engine(model, "graphs", rehearsal, max_num_batched_tokens=tokens)
+        vocabulary = shape.text_config.vocab_size
+        (ids,) = decode.prompts(1, long, vocabulary)
+        several = decode.prompts(count, length, vocabulary)
+        begun = [decode.run_engine(running, several, 4)[0] for _ in range(2)]
+        alone = [_ask(running, ids, [], 1)[0] for _ in range(3)]
+        figures = {
+            f"ms, {long} tokens alone": round(min(alone) * 1e3, 1),
+            f"ms, {count} prompts of {length}": [round(seconds * 1e3, 1) for seconds in begun],
+        }
+        report(f"{tokens} tokens a step", figures)
+        running.close()
+        del running
 
 
 def _weights(model: KimiVL) -> tuple[int, int]:

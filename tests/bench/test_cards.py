@@ -23,7 +23,8 @@ FLOAT8 = ("8.9", "9.0", "10.0", "12.0")  # cards whose kernels read it
 DEFAULT = {"8.9": ("bfloat16", "int4", "float8"), "9.0": ("bfloat16", "int4")}
 CARDS = [pytest.param(card, marks=[] if card in DEFAULT else pytest.mark.nightly) for card in LIMITS]
 KERNELS = {
-    "_add_rms_norm", "_norm_router", "_pair_gate_up", "_pair_down", "_group", "_block_gate_up", "_block_down",
+    "_add_rms_norm", "_norm_logits", "_select_experts", "_norm_router", "_pair_gate_up", "_pair_down", "_group",
+    "_block_gate_up", "_block_down",
     "_combine", "_prepare", "_decode_split_kv", "_decode_combine", "_project",
 }  # fmt: skip
 FEW_SPILLED = 16

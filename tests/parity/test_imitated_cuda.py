@@ -324,7 +324,7 @@ def test_a_kernel_that_needs_more_shared_memory_than_a_card_has_is_reported(monk
         machine.computes = False
 
         def route() -> None:
-            one, two, three = (torch.empty(4, 2048, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+            one, two, three = (torch.empty(norm.FEW + 1, 2048, dtype=torch.bfloat16, device="cuda") for _ in range(3))
             weight, bias = torch.empty(64, 2048, dtype=torch.bfloat16, device="cuda"), torch.empty(64, device="cuda")
             norm.norm_router(one, two, three[0], 1e-5, weight, bias, 6, 2.446)
 

@@ -130,8 +130,10 @@ CASES: dict[str, Callable[[torch.dtype], Call]] = {
     "norm, real width": lambda dtype: Inputs(dtype=dtype).add_rms_norm(3),
     "router, one token": lambda dtype: Inputs(ODD, dtype).norm_router(1),
     "router, 16 tokens": lambda dtype: Inputs(ODD, dtype).norm_router(16),
-    "router, 35 tokens": lambda dtype: Inputs(ODD, dtype).norm_router(35),
-    "router, real width": lambda dtype: Inputs(dtype=dtype).norm_router(17),
+    "router, most tokens of several programs": lambda dtype: Inputs(ODD, dtype).norm_router(norm.FEW),
+    "router, more tokens": lambda dtype: Inputs(ODD, dtype).norm_router(norm.FEW + 1),
+    "router, real width": lambda dtype: Inputs(dtype=dtype).norm_router(3),
+    "router, more tokens, real width": lambda dtype: Inputs(dtype=dtype).norm_router(norm.FEW + 9),
     "prepare, one token": lambda dtype: Inputs(ODD, dtype).mla_prepare(1),
     "prepare, tokens without a slot": lambda dtype: Inputs(ODD, dtype).mla_prepare(5, unwritten=2),
     "prepare, tokens of chunks": lambda dtype: Inputs(ODD, dtype).mla_prepare(37, 18),
@@ -362,6 +364,12 @@ def test_a_spoilt_token_spoils_only_itself_without_kernels(tokens: int, routing:
 # The router
 
 
+@pytest.fixture(params=["several programs a token", "several tokens a program"])
+def either_router(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    if request.param == "several tokens a program":
+        monkeypatch.setattr(norm, "FEW", 0)
+
+
 def routed(states: Tensor, weight: Tensor, bias: Tensor, top_k: int, scaling: float) -> tuple[Tensor, Tensor]:
     """The choice for states whose root mean square is 1, so that their norm is themselves."""
     width = states.shape[-1]
@@ -369,6 +377,7 @@ def routed(states: Tensor, weight: Tensor, bias: Tensor, top_k: int, scaling: fl
     return TRITON.norm_router(states, none, torch.ones(width), 0.0, weight, bias, top_k, scaling)[2:]
 
 
+@pytest.mark.usefixtures("either_router")
 def test_a_spoilt_token_chooses_experts_that_exist():
     """Else a kernel after it would read out of bounds and take everybody down."""
     call = Inputs(ODD, torch.float32).norm_router(4)
@@ -382,12 +391,14 @@ def test_a_spoilt_token_chooses_experts_that_exist():
     assert topk_weights[2].isnan().all()
 
 
+@pytest.mark.usefixtures("either_router")
 def test_a_score_that_is_no_number_is_chosen_last():
     states, weight = torch.ones(1, 16), torch.ones(5, 16)
     bias = torch.tensor([float("nan"), 0.1, float("nan"), 0.3, 0.2])
     assert routed(states, weight, bias, 3, 1.0)[0].tolist() == [[3, 4, 1]]
 
 
+@pytest.mark.usefixtures("either_router")
 def test_equal_scores_take_the_first():
     states, weight = torch.ones(2, 16), torch.ones(9, 16)
     topk_ids, topk_weights = routed(states, weight, torch.tensor([0.0, 0, 1, 0, 0, 1, 0, 0, 0]), 4, 2.0)
@@ -395,6 +406,7 @@ def test_equal_scores_take_the_first():
     torch.testing.assert_close(topk_weights, torch.full((2, 4), 0.5))
 
 
+@pytest.mark.usefixtures("either_router")
 def test_scores_that_all_vanish():
     states, weight = torch.ones(1, 16), torch.full((4, 16), -100.0)
     topk_ids, topk_weights = routed(states, weight, torch.arange(4.0), 2, 2.0)
@@ -402,6 +414,7 @@ def test_scores_that_all_vanish():
     assert topk_weights.tolist() == [[0, 0]]
 
 
+@pytest.mark.usefixtures("either_router")
 def test_router_weights_of_another_dtype():
     call = Inputs(ODD, torch.bfloat16).norm_router(5)
     call = with_arguments(call, lambda values: values.__setitem__(4, values[4].float() * 1.001))
@@ -551,7 +564,7 @@ def test_no_tokens():
     assert all(result.shape[0] == 0 for result in inputs.mla_prepare(0).run(TRITON)[:2])
 
 
-@pytest.mark.parametrize("case", ["router, 35 tokens", "attention, pages shared", "norm of many rows"])
+@pytest.mark.parametrize("case", ["router, 16 tokens", "attention, pages shared", "norm of many rows"])
 def test_the_same_bits_again(case: str):
     call = CASES[case](torch.bfloat16)
     assert all(map(torch.equal, call.run(TRITON), call.run(TRITON)))
