@@ -198,13 +198,20 @@ def _transformers(args: argparse.Namespace) -> tuple[str, Contestant]:
 
     from kimi_vl.hf import KimiVLForConditionalGeneration
 
-    from . import ladder
-
     if args.threads:
         torch.set_num_threads(args.threads)
     transformers.utils.logging.disable_progress_bar()
     dtype = getattr(torch, args.dtype)
     model = KimiVLForConditionalGeneration.from_pretrained(args.folder, dtype=dtype, device_map=args.device).eval()
+    return transformers.__version__, of_transformers(model)
+
+
+def of_transformers(model: Any) -> Contestant:
+    """``generate`` of a model of transformers."""
+    import torch
+    import transformers
+
+    from . import ladder
 
     class Moments(transformers.StoppingCriteria):
         """Notes when tokens come, and stops nothing."""
@@ -256,7 +263,7 @@ def _transformers(args: argparse.Namespace) -> tuple[str, Contestant]:
             found = model.generate(input_ids=inputs, attention_mask=mask, stopping_criteria=noting, **more)
             return moments.times, found[:, -1].tolist()
 
-    return transformers.__version__, Transformers()
+    return Transformers()
 
 
 def _vllm(args: argparse.Namespace) -> tuple[str, Contestant]:

@@ -387,6 +387,13 @@ def _rung(job: Job, rung: str) -> None:
     ladder.measure(rung, job.rehearsal, job.device, job.report, job.check)
 
 
+def transformers(job: Job) -> None:
+    """The same model in transformers."""
+    from . import ladder
+
+    ladder.measure_transformers(job.rehearsal, job.device, job.report)
+
+
 def speed_of_kernels(job: Job) -> None:
     """The table of scripts/bench_kernels."""
     _measure(job, tune=False)
@@ -433,6 +440,7 @@ SECTIONS: list[Section] = [
     Section("ladder_int8", 60, ladder_int8),
     Section("ladder_int4", 60, ladder_int4),
     Section("ladder_float8", 60, ladder_float8),
+    Section("transformers", 60, transformers),
     Section("kernels_in_graphs", 45, kernels_in_graphs),
     Section("speed_of_kernels", 90, speed_of_kernels),
     Section("tiles", 90, tiles),

@@ -26,7 +26,7 @@ from kimi_vl.model.kimi_vl import KimiVL
 from kimi_vl.quantization.weight import QuantizedWeight
 from kimi_vl.weights import loader
 
-from . import checkpoint, decode
+from . import checkpoint, contestants, decode
 from .kernels import machine
 
 RUNGS: dict[str, tuple[str, str, str | None]] = {  # operations, graphs, the form of the weights
@@ -43,12 +43,19 @@ Report = Callable[[str, Any], None]
 Check = Callable[[str, bool, Any], None]
 
 
-def config(rehearsal: bool, text_layers: int = 27, vision_blocks: int = 1, vocabulary: int = 0) -> Config:
-    """The published one but for its layers; a rehearsal has a sixteenth of its widths, two layers and few experts."""
-    layers = min(2, text_layers) if rehearsal else text_layers
-    values = checkpoint.divided(16 if rehearsal else 1, layers, vision_blocks)
+def shape(rehearsal: bool, text_layers: int = 27, vision_blocks: int = 1) -> dict[str, Any]:
+    """The values of :func:`config`."""
+    values = checkpoint.divided(
+        16 if rehearsal else 1, min(2, text_layers) if rehearsal else text_layers, vision_blocks
+    )
     if rehearsal:
         values["text_config"] |= {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 96}
+    return values
+
+
+def config(rehearsal: bool, text_layers: int = 27, vision_blocks: int = 1, vocabulary: int = 0) -> Config:
+    """The published one but for its layers; a rehearsal has a sixteenth of its widths, two layers and few experts."""
+    values = shape(rehearsal, text_layers, vision_blocks)
     return Config.from_dict(checkpoint.with_vocabulary(values, vocabulary) if vocabulary else values)
 
 
@@ -137,17 +144,17 @@ def measure(rung: str, rehearsal: bool, device: str, report: Report, check: Chec
     bandwidth = machine(torch.device(device), rehearsal).bytes_per_second
     report("copy_gb_per_s", round(bandwidth / 1e9, 1))
     began, form = time.perf_counter(), RUNGS[rung][2]
-    shape = config(rehearsal, vision_blocks=1 if rehearsal else 27)
-    model = random_model(shape, torch.device(device), form=form)
+    published = config(rehearsal, vision_blocks=1 if rehearsal else 27)
+    model = random_model(published, torch.device(device), form=form)
     always, routed = _weights(model)
     report("decoder_weights_gb", round((always + routed) / 1e9, 2))
     running = engine(model, rung, rehearsal)
-    report("layers", shape.text_config.num_hidden_layers)
+    report("layers", published.text_config.num_hidden_layers)
     report("seconds to be ready", round(time.perf_counter() - began, 1))
     _smoke(running, rehearsal, check)
     context, max_new_tokens = (9, 3) if rehearsal else (2048, 64)
     _first_tokens(rung, running, rehearsal, report)
-    text = shape.text_config
+    text = published.text_config
     latents = 2 * text.num_hidden_layers * (text.kv_lora_rank + text.qk_rope_head_dim)  # of a token, in bytes
     for sequences, length in [(3, context)] if rehearsal else [*((count, context) for count in SEQUENCES), LONG]:
         ids = decode.prompts(sequences, length, text.vocab_size)
@@ -176,10 +183,10 @@ def measure(rung: str, rehearsal: bool, device: str, report: Report, check: Chec
 def profile(rung: str, rehearsal: bool, device: str, report: Report) -> None:
     """Where the time goes of decode steps, of a prompt and of a picture: every kernel's microseconds and launches in a
     step or a request."""
-    shape = config(rehearsal, vision_blocks=1 if rehearsal else 27)
-    model = random_model(shape, torch.device(device), form=RUNGS[rung][2])
+    published = config(rehearsal, vision_blocks=1 if rehearsal else 27)
+    model = random_model(published, torch.device(device), form=RUNGS[rung][2])
     running = engine(model, rung, rehearsal)
-    pad, vocabulary = shape.media_placeholder_token_id, shape.text_config.vocab_size
+    pad, vocabulary = published.media_placeholder_token_id, published.text_config.vocab_size
     with _profiler(rehearsal):
         pass  # the first one takes seconds to begin
     (ids,) = decode.prompts(1, 20 if rehearsal else 4096, vocabulary)
@@ -234,12 +241,12 @@ def _shares(profiler: torch.profiler.profile, took: float, times: int) -> dict[s
 
 def chunks(rehearsal: bool, device: str, report: Report) -> None:
     """What the size of a step's batch of tokens costs and gains: first tokens of one prompt and of many at once."""
-    shape = config(rehearsal)
-    model = random_model(shape, torch.device(device))
+    published = config(rehearsal)
+    model = random_model(published, torch.device(device))
     long, (count, length) = (20, (2, 9)) if rehearsal else (8192, (16, 2048))
     for tokens in [8] if rehearsal else [1024, 2048, 4096, 8192]:
         running = engine(model, "graphs", rehearsal, max_num_batched_tokens=tokens)
-        vocabulary = shape.text_config.vocab_size
+        vocabulary = published.text_config.vocab_size
         (ids,) = decode.prompts(1, long, vocabulary)
         several = decode.prompts(count, length, vocabulary)
         begun = [decode.run_engine(running, several, 4)[0] for _ in range(2)]
@@ -259,6 +266,35 @@ def _weights(model: KimiVL) -> tuple[int, int]:
     sizes = {name: value.nbytes for name, value in [*language.named_parameters(), *language.named_buffers()]}
     routed = sum(size for name, size in sizes.items() if ".experts." in name)
     return sum(size for name, size in sizes.items() if "embed_tokens" not in name) - routed, routed
+
+
+def measure_transformers(rehearsal: bool, device: str, report: Report) -> None:
+    """What transformers' ``generate`` makes of the same model on the same GPU."""
+    from kimi_vl.hf import KimiVLConfig, KimiVLForConditionalGeneration
+
+    values = shape(rehearsal, vision_blocks=1)
+    with torch.device("meta"):
+        model = KimiVLForConditionalGeneration(KimiVLConfig(**values)).bfloat16()
+    model = model.to_empty(device=device).eval()
+    with torch.no_grad():
+        for parameter in [*model.parameters(), *model.buffers()]:
+            if parameter.is_floating_point():
+                parameter.fill_(1) if parameter.ndim == 1 else parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    contestant = contestants.of_transformers(model)
+    length, max_new_tokens = (9, 3) if rehearsal else (2048, 32)
+    for sequences in [2] if rehearsal else [1, 16]:
+        ids = decode.prompts(sequences, length, values["text_config"]["vocab_size"])
+        contestant.decode(ids, 3)
+        found = contestant.decode(ids, max_new_tokens)
+        figures = {
+            "rung": "transformers",
+            "sequences": sequences,
+            "context": length,
+            "step_ms": round(found["step"] * 1e3, 3),
+            "tokens_per_second": round(sequences / found["step"], 1),
+            "all_begun_s": round(found["first"], 3),
+        }
+        report(f"{sequences} sequences of {length}", figures)
 
 
 def square_picture(side: int, number: int = 0) -> Patches:
