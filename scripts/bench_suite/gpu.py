@@ -387,6 +387,13 @@ def _rung(job: Job, rung: str) -> None:
     ladder.measure(rung, job.rehearsal, job.device, job.report, job.check)
 
 
+def memory(job: Job) -> None:
+    """The plan of memory holds in the largest steps."""
+    from . import ladder
+
+    ladder.fill(job.rehearsal, job.device, job.report, job.check)
+
+
 def transformers(job: Job) -> None:
     """The same model in transformers."""
     from . import ladder
@@ -440,6 +447,7 @@ SECTIONS: list[Section] = [
     Section("ladder_int8", 60, ladder_int8),
     Section("ladder_int4", 60, ladder_int4),
     Section("ladder_float8", 60, ladder_float8),
+    Section("memory", 60, memory),
     Section("transformers", 60, transformers),
     Section("kernels_in_graphs", 45, kernels_in_graphs),
     Section("speed_of_kernels", 90, speed_of_kernels),

@@ -268,6 +268,41 @@ def _weights(model: KimiVL) -> tuple[int, int]:
     return sum(size for name, size in sizes.items() if "embed_tokens" not in name) - routed, routed
 
 
+def fill(rehearsal: bool, device: str, report: Report, check: Check) -> None:
+    """An engine whose cache takes all memory that its plan leaves, with its largest steps: a prompt of nearly the whole
+    context, pictures, and every other sequence drawing from cut distributions."""
+    published = config(rehearsal, vision_blocks=1 if rehearsal else 27)
+    model = random_model(published, torch.device(device))
+    options = EngineOptions(cache_bytes=20_000_000) if rehearsal else EngineOptions()
+    running = Engine(model, published.text_config.vocab_size, options)
+    text, size = published.text_config, options.page_size
+    report("cache_gb", round(running.cache.kv_cache.nbytes / 1e9, 1))
+    longest, others, length, max_new_tokens = (90, 3, 9, 3) if rehearsal else (100_000, 63, 1000, 200)
+    picture, pad = square_picture(4 if rehearsal else 64), published.media_placeholder_token_id
+    asked = [(decode.prompts(1, longest, text.vocab_size)[0], [], decode.GREEDY)]
+    for number, ids in enumerate(decode.prompts(others, length, text.vocab_size)):
+        pictures = [picture] if number % 8 == 0 else []
+        asked.append(
+            ([*ids, *[pad] * sum(each.tokens for each in pictures), 1], pictures, Sampling(1, 0.9, 50, number))
+        )
+    kept = []
+    for ids, pictures, sampling in asked:
+        kept.append(_Keeper(max_new_tokens, sampling))
+        running.submit(ids, pictures, max_new_tokens, kept[-1])
+    failed = []
+    for keeper in kept:
+        try:
+            keeper.wait()
+        except Exception as error:
+            failed.append(type(error).__name__)
+    check("every request is answered", not failed and running.healthy(), failed)
+    report("tokens of the cache", running.cache.kv_cache.shape[1] * size)
+    if torch.device(device).type == "cuda":
+        free, whole = torch.cuda.mem_get_info()
+        report("gb", {"peak": torch.cuda.max_memory_reserved() / 1e9, "free": free / 1e9, "whole": whole / 1e9})
+    running.close()
+
+
 def measure_transformers(rehearsal: bool, device: str, report: Report) -> None:
     """What transformers' ``generate`` makes of the same model on the same GPU."""
     from kimi_vl.hf import KimiVLConfig, KimiVLForConditionalGeneration
