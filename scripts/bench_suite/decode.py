@@ -24,8 +24,8 @@ GREEDY = Sampling(0, 1, 0, 0)
 class Clock(CountingOutputProcessor):
     """An output processor that only notes when its tokens come, and the last one."""
 
-    def __init__(self, max_new_tokens: int):
-        super().__init__(max_new_tokens, GREEDY)
+    def __init__(self, max_new_tokens: int, sampling: Sampling = GREEDY):
+        super().__init__(max_new_tokens, sampling)
         self.times: list[float] = []
         self.last = -1
 
@@ -133,10 +133,14 @@ def prompts(sequences: int, length: int, vocabulary: int) -> list[list[int]]:
     return ids.tolist()
 
 
-def run_engine(engine: Engine, ids: Sequence[list[int]], max_new_tokens: int) -> tuple[float, float, list[int]]:
-    """(seconds to the first token of the last sequence, seconds a step after that, the last token of each)."""
+def run_engine(
+    engine: Engine, ids: Sequence[list[int]], max_new_tokens: int, temperature: float = 0
+) -> tuple[float, float, list[int]]:
+    """(seconds to the first token of the last sequence, seconds a step after that, the last token of each).
+
+    Above ``temperature`` 0 a model of random weights gives every sequence tokens of its own, and so experts."""
     began = time.perf_counter()
-    clocks = [Clock(max_new_tokens) for _ in ids]
+    clocks = [Clock(max_new_tokens, Sampling(temperature, 1, 0, number)) for number, _ in enumerate(ids)]
     for prompt, clock in zip(ids, clocks, strict=True):
         engine.submit(prompt, [], max_new_tokens, clock)
     for clock in clocks:

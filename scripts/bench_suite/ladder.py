@@ -95,11 +95,16 @@ def _fill(weight: QuantizedWeight, generator: torch.Generator) -> None:
 
 
 def engine(
-    model: KimiVL, rung: str, rehearsal: bool, max_num_seqs: int = 128, max_num_batched_tokens: int = 1024
+    model: KimiVL,
+    rung: str,
+    rehearsal: bool,
+    max_num_seqs: int = 128,
+    max_num_batched_tokens: int = 1024,
+    gigabytes: float = 12,
 ) -> Engine:
     """An engine on a rung; nothing of earlier requests is used again. A rehearsal calls what a GPU replays."""
     os.environ[kernels.VARIABLE], os.environ[cuda_graphs.VARIABLE], _ = RUNGS[rung]
-    sequences, gigabytes = (4, 0.02) if rehearsal else (max_num_seqs, 12)
+    sequences, gigabytes = (4, 0.02) if rehearsal else (max_num_seqs, gigabytes)
     options = EngineOptions(
         prefix_caching=False,
         max_num_seqs=sequences,
@@ -131,8 +136,8 @@ def tokens(engine: Engine, rehearsal: bool) -> list[list[int]]:
 
 class _Keeper(decode.Clock):
     def __init__(self, max_new_tokens: int, sampling: Sampling):
-        super().__init__(max_new_tokens)
-        self.sampling, self.tokens = sampling, []
+        super().__init__(max_new_tokens, sampling)
+        self.tokens: list[int] = []
 
     def take(self, token: int) -> int | None:
         self.tokens.append(token)
@@ -152,16 +157,17 @@ def measure(rung: str, rehearsal: bool, device: str, report: Report, check: Chec
     report("layers", published.text_config.num_hidden_layers)
     report("seconds to be ready", round(time.perf_counter() - began, 1))
     _smoke(running, rehearsal, check)
-    context, max_new_tokens = (9, 3) if rehearsal else (2048, 64)
     _first_tokens(rung, running, rehearsal, report)
-    text = published.text_config
+    text, max_new_tokens = published.text_config, 3 if rehearsal else 64
     latents = 2 * text.num_hidden_layers * (text.kv_lora_rank + text.qk_rope_head_dim)  # of a token, in bytes
-    for sequences, length in [(3, context)] if rehearsal else [*((count, context) for count in SEQUENCES), LONG]:
+    sizes = [(3, 9)] if rehearsal else [*((count, 2048) for count in SEQUENCES), LONG]
+    experts = _distinct_experts(model, sorted({count for count, _ in sizes}), rehearsal)
+    for sequences, length in sizes:
         ids = decode.prompts(sequences, length, text.vocab_size)
         if not rehearsal:
             decode.run_engine(running, [prompt[:8] for prompt in ids], 3)  # compiles, captures
-        first, step, _ = decode.run_engine(running, ids, max_new_tokens)
-        share = decode.distinct_experts(text, sequences) / text.n_routed_experts
+        first, step, _ = decode.run_engine(running, ids, max_new_tokens, temperature=1)
+        share = experts[sequences] / text.n_routed_experts
         nbytes = always + share * routed + sequences * (length + max_new_tokens // 2) * latents
         figures = {
             "rung": rung,
@@ -170,6 +176,7 @@ def measure(rung: str, rehearsal: bool, device: str, report: Report, check: Chec
             "step_ms": round(step * 1e3, 3),
             "tokens_per_second": round(sequences / step, 1),
             "all_begun_s": round(first, 3),
+            "experts": round(experts[sequences], 1),
             "gb_a_step": round(nbytes / 1e9, 3),
             "gb_per_s": round(nbytes / step / 1e9, 1),
             "percent_of_copy": round(100 * nbytes / step / bandwidth, 1),
@@ -178,6 +185,19 @@ def measure(rung: str, rehearsal: bool, device: str, report: Report, check: Chec
     if torch.device(device).type == "cuda":
         report("peak_memory_gb", round(torch.cuda.max_memory_allocated() / 1e9, 1))
     running.close()
+
+
+def _distinct_experts(model: KimiVL, counts: Sequence[int], rehearsal: bool) -> dict[int, float]:
+    """How many experts of a layer so many sequences read in a step, counted where no graph hides it."""
+    found = {}
+    running = engine(model, "torch" if rehearsal else "kernels", rehearsal, gigabytes=2)
+    for sequences in counts:
+        ids = decode.prompts(sequences, 5 if rehearsal else 40, model.config.text_config.vocab_size)
+        with decode.counted_experts(running, sequences) as seen:
+            decode.run_engine(running, ids, 4 if rehearsal else 8, temperature=1)
+        found[sequences] = statistics.mean(seen)
+    running.close()
+    return found
 
 
 def profile(rung: str, rehearsal: bool, device: str, report: Report) -> None:
@@ -205,7 +225,7 @@ def profile(rung: str, rehearsal: bool, device: str, report: Report) -> None:
     for sequences in [2] if rehearsal else [1, 4, 32]:
         ids = decode.prompts(sequences, 9 if rehearsal else 2048, vocabulary)
         decode.run_engine(running, ids, 3)
-        clocks = [decode.Clock(20 if rehearsal else 800) for _ in ids]
+        clocks = [decode.Clock(20 if rehearsal else 800, Sampling(1, 1, 0, number)) for number, _ in enumerate(ids)]
         handles = [
             running.submit(prompt, [], clock.max_new_tokens, clock) for prompt, clock in zip(ids, clocks, strict=True)
         ]
