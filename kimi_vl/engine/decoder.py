@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..device import memory
-from ..kernels import Form, Ops, Widths, form_of, mlp
+from ..kernels import Form, Ops, Widths, flash_attention, form_of, mlp
 from ..kernels.attention_metadata import StepMetadata
 from ..model.config import TextConfig
 from ..model.language import LATENT_NORM_EPS, Attention, Experts, LanguageModel, Layer, Linear, Mlp, MoE, rope_tables
@@ -134,15 +134,18 @@ class FusedDecoder:
         if decoding:
             heads = ops.mla_decode(absorbed, kv_cache, step.decode, attention.scale, projections.to_value)  # (B, N, V)
             parts.append(heads.flatten(1))
+        # not measured which is faster, a FlashAttention package or a kernel
+        prefill = flash_attention.mla_prefill if flash_attention.usable(joined) else ops.mla_prefill
         for chunk in step.prefills:
-            past = kv_cache[chunk.pages].flatten(0, 1)[: chunk.end].unsqueeze(0)  # (1, L, R+P)
-            own = slice(chunk.tokens.start - decoding, chunk.tokens.stop - decoding)
+            latents = kv_cache[chunk.pages].flatten(0, 1)[: chunk.end]  # (L, R+P)
+            expanded = ops.project(latents[:, : config.kv_lora_rank], attention.kv_b_proj.weight)
             query = joined[chunk.tokens, : config.num_attention_heads * config.qk_head_dim]
-            query = query.unflatten(-1, (config.num_attention_heads, -1))[..., : config.qk_nope_head_dim]  # (S, N, Q)
-            q, r = (part.transpose(0, 1).unsqueeze(0) for part in (query, rotated[own]))  # (1, N, S, Q), (1, N, S, P)
-            parts.append(
-                attention.expanded(q, r, past, chunk.mask, ops.project)[0].transpose(0, 1).flatten(1)
-            )  # (S, N V)
+            query, expanded = (
+                states.unflatten(-1, (config.num_attention_heads, -1)) for states in (query, expanded)
+            )  # (S, N, Q+P), (L, N, Q+V)
+            own = rotated[chunk.tokens.start - decoding : chunk.tokens.stop - decoding]  # (S, N, P)
+            heads = prefill(query[..., : config.qk_nope_head_dim], own, latents, expanded, chunk, attention.scale)
+            parts.append(heads.flatten(1))  # (S, N V)
         states = parts[0] if len(parts) == 1 else torch.cat(parts)
         return ops.project(states, attention.o_proj.weight)
 

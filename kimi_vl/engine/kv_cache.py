@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 
 from ..device import cuda, memory
-from ..kernels import flash_attention
 from ..kernels.attention_metadata import DecodeMetadata, PrefillChunk, StepMetadata
 from ..model.config import TextConfig
 
@@ -68,11 +67,9 @@ class PagedCache:
         page_table = [[*chunk.pages[:most], *[-1] * (most - len(chunk.pages))] for chunk in single]
         prefills, first = [], len(single)
         for chunk in chunks[first:]:
-            count, mask = chunk.end - chunk.begin, None
-            if chunk.begin and not flash_attention.usable(self.kv_cache):
-                mask = torch.ones(count, chunk.end, dtype=torch.bool, device=device).tril(chunk.begin)  # (S, L)
+            count = chunk.end - chunk.begin
             own = cuda.tensor(chunk.pages[: -(-chunk.end // size)], torch.int64, device)
-            prefills.append(PrefillChunk(slice(first, first + count), own, chunk.end, mask))
+            prefills.append(PrefillChunk(slice(first, first + count), own, chunk.end))
             first += count
         return StepMetadata(
             self.kv_cache,
@@ -130,14 +127,18 @@ def cache_bytes(
 
 
 def attention_bytes(config: TextConfig, dtype: torch.dtype, max_num_batched_tokens: int) -> int:
-    """Of a prompt's chunk, for each token that it attends to: its latent and rotary key twice (gathered, and cut out of
-    that), expanded keys and values, both once more as contiguous copies, and a mask as truth values and as numbers, or
-    in its place what FlashAttention 2 takes: values as wide as keys."""
-    latent, heads = config.kv_lora_rank + config.qk_rope_head_dim, config.num_attention_heads
-    head = config.qk_nope_head_dim + config.v_head_dim + config.qk_head_dim + config.v_head_dim
-    mask = max_num_batched_tokens * (dtype.itemsize + 1)
-    padding = heads * (config.qk_head_dim - config.v_head_dim) * dtype.itemsize
-    return (2 * latent + heads * head) * dtype.itemsize + max(mask, padding)
+    """Of a prompt's chunk, for each token that it attends to, whatever computes its attention.
+
+    Always: its latent and rotary key as they are gathered, the latent once more where it is cut out for a quantised
+    weight, and each head's expanded key and value. A kernel needs nothing else. Which kernels are taken is not known
+    yet, so what the greatest of the others needs is left free: whole keys, and in PyTorch a mask as truth values, as
+    numbers, and as numbers in aligned rows; in FlashAttention 2 values as wide as keys.
+    """
+    heads, keys = config.num_attention_heads, config.num_attention_heads * config.qk_head_dim
+    latent = 2 * config.kv_lora_rank + config.qk_rope_head_dim
+    expanded = heads * (config.qk_nope_head_dim + config.v_head_dim)
+    mask = max_num_batched_tokens * (1 + 2 * dtype.itemsize)
+    return (latent + expanded + keys) * dtype.itemsize + max(mask, keys * dtype.itemsize)
 
 
 def drawing_bytes(config: TextConfig, sequences: int) -> int:

@@ -63,6 +63,7 @@ class Ops:
     moe: Callable[..., Tensor]
     mla_prepare: Callable[..., tuple[Tensor, Tensor]]
     mla_decode: Callable[..., Tensor]
+    mla_prefill: Callable[..., Tensor]
     block: Callable[[Weight], Weight] = lambda weight: weight
 
 
@@ -128,6 +129,7 @@ REFERENCE = Ops(
     reference.moe,
     reference.mla_prepare,
     reference.mla_decode,
+    reference.mla_prefill,
 )
 TORCH = Ops(
     "torch",
@@ -138,6 +140,7 @@ TORCH = Ops(
     plain.moe,
     plain.mla_prepare,
     plain.mla_decode,
+    plain.mla_prefill,
 )
 
 
@@ -179,7 +182,7 @@ def prepare(device: torch.device | str, use: Use) -> None:
 
 def triton_ops() -> Ops:
     """The table of all Triton kernels. Raises ImportError where Triton is missing."""
-    from .triton import linear, mla, moe, norm
+    from .triton import linear, mla, moe, norm, prefill
 
     return Ops(
         "triton",
@@ -190,6 +193,7 @@ def triton_ops() -> Ops:
         moe.moe,
         mla.mla_prepare,
         mla.mla_decode,
+        prefill.mla_prefill,
     )
 
 
@@ -210,6 +214,7 @@ def native_ops() -> Ops:
         products.moe,
         functools.partial(mla.mla_prepare, per_head=products.per_head),
         functools.partial(mla.mla_decode, per_head=products.per_head),
+        plain.mla_prefill,
         products.block,
     )
 

@@ -25,7 +25,15 @@ class PrefillChunk:
     tokens: slice  # among those of the step
     pages: Tensor  # of all tokens up to ``end``
     end: int
-    mask: Tensor | None  # (S, end); None: causal attention without a past, or FlashAttention, which needs none
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """(S, end), true where a new token may attend; None where no token is before the chunk. Made when a layer asks
+        for it first, since kernels do not."""
+        count = self.tokens.stop - self.tokens.start
+        if count == self.end:
+            return None
+        return torch.ones(count, self.end, dtype=torch.bool, device=self.pages.device).tril(self.end - count)
 
 
 @dataclass(frozen=True)

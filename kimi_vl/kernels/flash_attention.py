@@ -19,7 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Shapes: N heads, S queries, L keys, D dims of queries and keys, V of values.
+from . import reference
+from .attention_metadata import PrefillChunk
+
+# Shapes: N heads, S queries, L keys, D dims of queries and keys, V of values; R, P, Q as in `reference`.
 _MAJORS = {"flash_attn.cute": (9, 10), "flash_attn": (8, 9, 10, 12)}
 _refused: set[str] = set()
 
@@ -45,6 +48,15 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     package = _package(query.device)
     assert package is not None
     return _causal(package, query, key, value, scale)
+
+
+def mla_prefill(
+    query: Tensor, rotated: Tensor, latents: Tensor, expanded: Tensor, chunk: PrefillChunk, scale: float
+) -> Tensor:
+    """See :func:`kimi_vl.kernels.reference.mla_prefill`."""
+    heads = reference.heads_of(query, rotated, latents, expanded)
+    query, key, value = (states.transpose(0, 1).unsqueeze(0) for states in heads)  # (1, N, S or L, D)
+    return causal(query, key, value, scale)[0].transpose(0, 1)  # (S, N, V)
 
 
 def packed(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..quantization.weight import FLOAT8, QuantizedWeight, Weight
 from . import REFERENCE, Form, Ops, Widths, reference
-from .attention_metadata import DecodeMetadata
+from .attention_metadata import DecodeMetadata, PrefillChunk
 
 # The relative error of one rounding: to bfloat16 (8 significant bits) at most 2^-8; for float32, sums of some thousand
 # terms in an unknown order, some ten times 2^-24.
@@ -273,6 +273,30 @@ class Inputs:
         seq_lens = torch.tensor(lengths, dtype=torch.int32, device=self.device)
         decode = DecodeMetadata(page_table.to(self.device), seq_lens, size)
         return Call("mla_decode", (query, kv_cache, decode, scale, self.to_value(form)), roundings=4 if form else 3)
+
+    def mla_prefill(self, tokens: int, length: int) -> Call:
+        """A chunk of the last ``tokens`` of ``length``. Strides are a decoder's, and whatever lies between the values
+        that are used, or around them, is NaN."""
+        widths, nan = self.widths, float("nan")
+        query = self.normal(tokens, widths.heads, widths.nope + widths.rope)
+        query[..., widths.nope :] = nan
+        latents = self.normal(length, widths.rank + widths.rope)
+        latents[:, : widths.rank] = nan
+        arguments = (
+            self._amid(query, beside=widths.rank + widths.rope)[..., : widths.nope],
+            self._amid(self.normal(tokens, widths.heads, widths.rope)),
+            self._amid(latents),
+            self._amid(self.normal(length, widths.heads, widths.nope + widths.value)),
+            PrefillChunk(slice(0, tokens), self.shuffled(-(-length // widths.page_size)).long(), length),
+            2 * (widths.nope + widths.rope) ** -0.5,  # as in mla_decode
+        )
+        return Call("mla_prefill", arguments, roundings=2)
+
+    def _amid(self, values: Tensor, beside: int = 0) -> Tensor:
+        """``values`` (n, …) as a part of memory that is NaN before and behind them, and in further columns."""
+        rows = values.flatten(1)
+        whole = torch.full((len(rows) + 16, rows.shape[1] + beside), float("nan"), dtype=self.dtype, device=self.device)
+        return whole[8:-8, : rows.shape[1]].copy_(rows).unflatten(1, values.shape[1:])
 
     def to_value(self, form: Form | None = None) -> Weight:
         """The weight (N, V, R) out of the latent space."""

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..quantization.weight import Weight
-from . import reference
-from .attention_metadata import Block, DecodeMetadata
+from . import reference, sdpa
+from .attention_metadata import Block, DecodeMetadata, PrefillChunk
 from .linear import mlp, project
 from .reference import apply_rope_half
 
@@ -183,3 +183,13 @@ def _mixed(query: Tensor, kv_cache: Tensor, block: Block, scale: float, rank: in
         mixed = scores.softmax(-1).to(past.dtype) @ past
     mixed = mixed[..., :rank]  # (b, N, R)
     return mixed if mask is None else mixed.masked_fill(block.empty[:, None, None], 0)
+
+
+def mla_prefill(
+    query: Tensor, rotated: Tensor, latents: Tensor, expanded: Tensor, chunk: PrefillChunk, scale: float
+) -> Tensor:
+    """See :func:`kimi_vl.kernels.reference.mla_prefill`."""
+    heads = reference.heads_of(query, rotated, latents, expanded)
+    query, key, value = (states.transpose(0, 1).unsqueeze(0) for states in heads)  # (1, N, S or L, D)
+    mixed = sdpa.attention(query, key, value, chunk.mask, causal=chunk.mask is None, scale=scale)
+    return mixed[0].transpose(0, 1)  # (S, N, V)

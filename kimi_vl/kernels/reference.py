@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..quantization.weight import QuantizedWeight, Weight, dense
-from .attention_metadata import DecodeMetadata
+from .attention_metadata import DecodeMetadata, PrefillChunk
 
 # Shapes: T tokens, H hidden_size, E routed experts, K experts a token, I expert width, W shared experts' width,
 # B sequences that decode one token each, N heads, R rank of the latent, P rotary dims, Q other dims of keys, V dims of
-# values, M pages a sequence.
+# values, M pages a sequence; a prompt's chunk has S tokens, the last of L.
 
 
 def upcast(values: Tensor) -> Tensor:
@@ -165,3 +165,28 @@ def mla_decode(
     probabilities = scores.masked_fill(~seen.unsqueeze(1), float("-inf")).softmax(-1)
     mixed = probabilities.to(past.dtype) @ past[..., :rank]  # (B, N, R)
     return per_head(mixed.masked_fill((seq_lens == 0)[:, None, None], 0), to_value)
+
+
+def heads_of(query: Tensor, rotated: Tensor, latents: Tensor, expanded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Whole queries (S, N, Q+P), keys (L, N, Q+P) and values (L, N, V) from the arguments of :func:`mla_prefill`."""
+    nope, rope = query.shape[-1], rotated.shape[-1]
+    shared = latents[:, -rope:].unsqueeze(1).expand(-1, query.shape[1], -1)  # (L, N, P): one rotary key for all heads
+    key = torch.cat((expanded[..., :nope], shared), dim=-1)
+    return torch.cat((query, rotated), dim=-1), key, expanded[..., nope:]
+
+
+def mla_prefill(
+    query: Tensor, rotated: Tensor, latents: Tensor, expanded: Tensor, chunk: PrefillChunk, scale: float
+) -> Tensor:
+    """Causal attention of a chunk's S tokens, which are the last of L, over expanded keys and values: (S, N, V).
+
+    ``query`` (S, N, Q) and ``rotated`` (S, N, P) are both parts of the queries; ``latents`` (L, R+P) as they are
+    cached, of which the rotary keys are used; ``expanded`` (L, N, Q+V) the keys and values of each head that
+    ``kv_b_proj`` makes of them. ``chunk`` keeps a mask for those that need one (DeepSeek-V2 report, section 2.1.2).
+    """
+    query, key, value = heads_of(query, rotated, latents, expanded)
+    scores = torch.einsum("snd,lnd->nsl", upcast(query), upcast(key)) * scale
+    positions = torch.arange(len(key), device=key.device)  # (L)
+    ahead = positions > positions[len(key) - len(query) :].unsqueeze(1)  # (S, L)
+    probabilities = scores.masked_fill(ahead, float("-inf")).softmax(-1)  # (N, S, L)
+    return torch.einsum("nsl,lnv->snv", probabilities, upcast(value)).to(query.dtype)

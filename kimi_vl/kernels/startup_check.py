@@ -102,6 +102,12 @@ class Calls:
                 form=self._use.latent,
             )
 
+    def mla_prefill(self) -> Iterator[Call]:
+        """Chunks of new prompts, and with other tokens before them."""
+        for tokens in token_counts(self._use.max_num_batched_tokens)[1:]:  # one token is not a chunk
+            for before in (0, 333):
+                yield self._inputs.mla_prefill(tokens, before + tokens)
+
 
 def reason_against(
     operation: str, ops: Ops, calls: Iterator[Call], dtype: torch.dtype, begins: Callable[[], object] = lambda: None

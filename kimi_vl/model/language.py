@@ -8,17 +8,16 @@ modeling_kimi_vl.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import flash_attention, reference
+from ..kernels import flash_attention, reference, sdpa
 from ..kernels.linear import project
 from ..kernels.reference import apply_rope_half, upcast
-from ..quantization.weight import Weight, dense
+from ..quantization.weight import dense
 from .config import TextConfig
 
 # Shapes: B sequences, S new tokens a sequence, L tokens to attend to, H hidden_size, N heads, R kv_lora_rank,
@@ -110,29 +109,22 @@ class Attention(nn.Module):
         q_rope: Tensor,
         latent_kv: Tensor,
         mask: Tensor | None,
-        project: Callable[[Tensor, Weight], Tensor] | None = None,
     ) -> Tensor:
         """Heads (B, N, S, V) of queries over ``latent_kv`` (B, L, R+P), expanding their keys and values.
 
-        ``mask`` (…, S, L) is true where a query may attend. None is causal, for S = L queries, or with FlashAttention
-        for the last S of L.
+        ``mask`` (…, S, L) is true where a query may attend. None is causal, for S = L queries.
         """
         config = self.config
         latent, k_rope = latent_kv.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        expanded = self.kv_b_proj(latent) if project is None else project(latent, self.kv_b_proj.weight)
-        expanded = expanded.unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2)  # (B, N, L, Q+V)
+        expanded = (
+            self.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2)
+        )  # (B, N, L, Q+V)
         k_nope, value = expanded.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)  # (B, N, L, Q), (…, V)
         query = torch.cat((q_nope, q_rope), dim=-1)
         key = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, config.num_attention_heads, -1, -1)), dim=-1)
         if mask is None and flash_attention.usable(query):
             return flash_attention.causal(query, key, value, self.scale)
-        if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-            # torch's fused attention takes values as wide as keys; at 1,024 tokens it is 3 times as fast
-            value = F.pad(value, (0, max(0, config.qk_head_dim - config.v_head_dim)))
-        heads = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale
-        )  # (B, N, S, V) or wider
-        return heads[..., : config.v_head_dim]
+        return sdpa.attention(query, key, value, mask, causal=mask is None, scale=self.scale)
 
     def absorbed(self, q_nope: Tensor, q_rope: Tensor, latent_kv: Tensor, mask: Tensor | None) -> Tensor:
         """The same with queries moved into the latent space; with ``mask`` None every query attends to all tokens."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import flash_attention
+from ..kernels import flash_attention, sdpa
 from .config import VisionConfig
 
 # Shapes: P patches of all images together, N heads, D head dim, C hidden_size, T = P / 4 merged tokens.
@@ -87,9 +87,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int])
         return flash_attention.packed(query, key, value, lengths)
     if len(set(lengths)) == 1:  # equal images go as one batch
         query, key, value = (s.unflatten(0, (len(lengths), -1)).transpose(1, 2) for s in (query, key, value))
-        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(0, 1)  # (P, N, D)
+        return sdpa.attention(query, key, value).transpose(1, 2).flatten(0, 1)  # (P, N, D)
     split = [states.transpose(0, 1).split(list(lengths), dim=1) for states in (query, key, value)]  # (N, P_i, D)
-    outputs = [F.scaled_dot_product_attention(q[None], k[None], v[None])[0] for q, k, v in zip(*split, strict=True)]
+    outputs = [sdpa.attention(q[None], k[None], v[None])[0] for q, k, v in zip(*split, strict=True)]
     return torch.cat(outputs, dim=1).transpose(0, 1)  # (P, N, D)
 
 

@@ -127,6 +127,8 @@ def kernels_against_twins(job: Job) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     tokens = [1, 5] if job.rehearsal else [1, 2, 3, 17, 32, 128, 300, 1100]
     contexts = [[1, 9, 8, 0, 40]] if job.rehearsal else [[1, 31, 32, 33, 0, 2048], [5000], [300, 7] * 64]
+    chunks = [(1024, 1024), (1000, 3001), (2, 700), (16, 17), (37, 37), (129, 4096)]
+    chunks = [(2, 9), (18, 40)] if job.rehearsal else chunks
     for dtype in (torch.bfloat16, torch.float32):
         inputs = Inputs(_widths(job), dtype, job.device)
         weights = inputs.experts(), inputs.shared_experts()
@@ -146,6 +148,9 @@ def kernels_against_twins(job: Job) -> None:
         for lengths in contexts:
             call = inputs.mla_decode(lengths, 2 * max(lengths) // 8 + 1)
             hold(f"mla_decode {len(lengths)} sequences", call)
+        for new, length in chunks:
+            if dtype == torch.bfloat16 or new <= 300:
+                hold(f"mla_prefill {new} of {length}", inputs.mla_prefill(new, length))
         for splits in (1, 7):
             (result,) = call.run(ops, splits=splits)
             found = max(distances([result], call.twin()))

@@ -179,6 +179,17 @@ class Cases:
         operations = 2 * sequences * widths.heads * (context * (width + widths.rank) + widths.rank * widths.value)
         return Case("mla_decode", f"{sequences} sequences of {context}", calls, nbytes, operations)
 
+    def mla_prefill(self, tokens: int, length: int) -> Case:
+        """The last ``tokens`` of ``length``; keys and values have just been expanded, as in a model, so they are warm
+        where a cache holds them."""
+        widths = self.widths
+        values = widths.heads * (widths.nope + widths.rope + widths.value) * tokens  # queries and results
+        values += (widths.heads * (widths.nope + widths.value) + widths.rope) * length
+        pairs = tokens * (length - tokens) + tokens * (tokens + 1) // 2
+        operations = 2 * widths.heads * (widths.nope + widths.rope + widths.value) * pairs
+        call = self.inputs.mla_prefill(tokens, length)
+        return Case("mla_prefill", f"{tokens} tokens of {length}", [call], 2 * values, operations)
+
 
 def measure(case: Case, where: Machine, ops: Ops, budget: float = 0.2, **more: Any) -> dict[str, Any]:
     """One row of the table."""
@@ -234,6 +245,9 @@ def sizes(cases: Cases, cuda: bool, quick: bool) -> list[Callable[[], Case]]:
     made += [lambda pair=pair: cases.mla_decode(*pair) for pair in contexts]
     if cuda and not quick:
         made.append(lambda: cases.mla_decode(1, 32768))
+    chunks = [(3, 3), (2, 9)] if quick else [(256, 256)]
+    chunks = [(1024, 1024), (1024, 2048), (1024, 8192), (16, 8192)] if cuda and not quick else chunks
+    made += [lambda pair=pair: cases.mla_prefill(*pair) for pair in chunks]
     made += [lambda count=count: cases.moe(count) for count in [*tokens, *long]]
     return made
 
@@ -282,8 +296,13 @@ def bench(
                 report({"op": case.op, "size": case.size, "who": ops.name, "error": said[:200]})
 
 
+PREFILL_PLANS = ((64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2))
+"""Queries of a program, keys at a time, warps, stages."""
+
+
 def tune(where: Machine, cases: Cases, report: Callable[[dict[str, Any]], None], quick: bool = False) -> None:
     """Other tiles than the chosen ones, a line each."""
+    from kimi_vl.kernels.triton import prefill
     from kimi_vl.kernels.triton.mla import Tile as SplitTile
     from kimi_vl.kernels.triton.moe import FEW, MANY, PAIRS, SOME, Plan, Tile
 
@@ -348,6 +367,12 @@ def tune(where: Machine, cases: Cases, report: Callable[[dict[str, Any]], None],
             )
         ):
             attempt(case, str(share), tile=share)
+    chunks = [(3, 9)] if quick else [(1024, 1024), (1024, 8192), (200, 3001)]
+    others = [] if quick else [prefill.NARROW, *(prefill.Plan(*sizes) for sizes in PREFILL_PLANS)]
+    for tokens, length in chunks:
+        case = cases.mla_prefill(tokens, length)
+        for block in (prefill.WIDE, *others):
+            attempt(case, str(block), plan=block)
 
 
 def main(arguments: list[str]) -> int:

@@ -43,6 +43,9 @@ def test_bytes_of_a_token():
     attention = kernels.Cases(Widths(heads=2), torch.device("cpu"), 0).mla_decode(3, 50)
     assert attention.nbytes == 3 * 50 * 1152 + 2 * 3 * 2 * (576 + 128) + 2 * 2 * 512 * 128
     assert attention.operations == 3 * 50 * 2 * 2 * (576 + 512) + 3 * 2 * 2 * 512 * 128
+    chunk = kernels.Cases(Widths(heads=2), torch.device("cpu"), 0).mla_prefill(2, 5)  # they attend to 4 and 5 tokens
+    assert chunk.nbytes == 2 * (2 * 2 * (192 + 128) + 5 * (2 * 256 + 64))
+    assert chunk.operations == (4 + 5) * 2 * 2 * (192 + 128)
 
 
 def test_attention_cases_use_pages_of_their_own():
@@ -74,7 +77,7 @@ def test_the_table_is_complete(capsys: pytest.CaptureFixture[str]):
     assert "no GPU" in first
     report = json.loads(last)
     assert {row["op"] for row in report["results"]} == {
-        "add_rms_norm", "norm_router", "moe", "mla_prepare", "mla_decode",
+        "add_rms_norm", "norm_router", "moe", "mla_prepare", "mla_decode", "mla_prefill",
     }  # fmt: skip
     assert {row["who"] for row in report["results"]} - {"native"} == {"torch"}
     assert len([line for line in lines if line.startswith("|")]) == 2 + len(report["results"])

@@ -150,6 +150,12 @@ CASES: dict[str, Callable[[torch.dtype], Call]] = {
     "attention, more heads than a tile": lambda dtype: Inputs(WIDE_HEADS, dtype).mla_decode([31, 33, 140], 16),
     "attention, more sequences than a tile": lambda dtype: Inputs(ODD, dtype).mla_decode([*range(3, 200, 11)], 25),
     "attention, real width": lambda dtype: Inputs(dtype=dtype).mla_decode([31, 32, 33, 200], 16),
+    "prefill, one token": lambda dtype: Inputs(ODD, dtype).mla_prefill(1, 1),
+    "prefill, a prompt": lambda dtype: Inputs(ODD, dtype).mla_prefill(37, 37),
+    "prefill, a chunk": lambda dtype: Inputs(ODD, dtype).mla_prefill(21, 90),
+    "prefill, two tokens of many": lambda dtype: Inputs(WIDE_RANK, dtype).mla_prefill(2, 131),
+    "prefill, more than a block": lambda dtype: Inputs(WIDE_RANK, dtype).mla_prefill(67, 130),
+    "prefill, real width": lambda dtype: Inputs(dtype=dtype).mla_prefill(33, 100),
 }  # fmt: skip
 
 
@@ -549,6 +555,9 @@ def test_what_the_kernels_do_not_take():
     with pytest.raises(ValueError, match="contiguous"):
         arguments = list(inputs.mla_prepare(2).arguments)
         TRITON.mla_prepare(*arguments[:4], gaps, *arguments[5:])
+    chunk = inputs.mla_prefill(2, 5)
+    with pytest.raises(ValueError, match="contiguous"):
+        with_arguments(chunk, _changed(0, lambda query: query.mT.contiguous().mT)).run(TRITON)
     call = inputs.moe(2)
     narrow = tuple(each[: ODD.shared - 1] for each in call.arguments[5][:2])
     with pytest.raises(ValueError, match="multiple"):
@@ -559,12 +568,15 @@ def test_what_the_kernels_do_not_take():
 
 def test_no_tokens():
     inputs = Inputs(ODD, torch.float32)
-    for call in (inputs.add_rms_norm(0), inputs.norm_router(0), inputs.moe(0), inputs.mla_decode([])):
+    attention = inputs.mla_decode([]), inputs.mla_prefill(0, 9)
+    for call in (inputs.add_rms_norm(0), inputs.norm_router(0), inputs.moe(0), *attention):
         assert all(result.shape[0] == 0 for result in call.run(TRITON))
     assert all(result.shape[0] == 0 for result in inputs.mla_prepare(0).run(TRITON)[:2])
 
 
-@pytest.mark.parametrize("case", ["router, 16 tokens", "attention, pages shared", "norm of many rows"])
+@pytest.mark.parametrize(
+    "case", ["router, 16 tokens", "attention, pages shared", "norm of many rows", "prefill, a chunk"]
+)
 def test_the_same_bits_again(case: str):
     call = CASES[case](torch.bfloat16)
     assert all(map(torch.equal, call.run(TRITON), call.run(TRITON)))
@@ -644,6 +656,14 @@ MISTAKES: dict[str, tuple[str, Callable[[list[Any]], None]]] = {
     ),
     "scores not scaled": ("attention, pages shared", _changed(3, lambda scale: 1.0)),
     "another head's matrix": ("attention, pages shared", _changed(4, _unlike)),
+    "the diagonal off by one": (
+        "prefill, a chunk",
+        lambda values: values.__setitem__(slice(2, 4), [values[2][:-1], values[3][:-1]]),
+    ),
+    "rotary key left out": ("prefill, a chunk", _changed(2, torch.zeros_like)),
+    "rotary query left out": ("prefill, a chunk", _changed(1, torch.zeros_like)),
+    "scores of a chunk not scaled": ("prefill, a chunk", _changed(5, lambda scale: 1.0)),
+    "heads of a chunk in another order": ("prefill, a chunk", _changed(0, lambda query: query.roll(1, 1))),
     "rotary part left out": (
         "attention, pages shared",
         _changed(0, lambda query: F.pad(query[..., : ODD.rank], (0, ODD.rope))),

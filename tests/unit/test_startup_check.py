@@ -55,6 +55,7 @@ def test_calls_have_a_model_s_own_widths_of_keys_and_values(model, use):
     heads, rank = text.num_attention_heads, text.kv_lora_rank
     assert {call.arguments[1].shape for call in calls.of("mla_prepare")} == {(heads, rank, 32)}
     assert {call.arguments[4].shape for call in calls.of("mla_decode")} == {(heads, 24, rank)}
+    assert {call.arguments[3].shape[1:] for call in calls.of("mla_prefill")} == {(heads, 32 + 24)}
     assert {call.arguments[1].shape[-1] for call in calls.of("project")} == {text.hidden_size, heads * 24}
 
 
@@ -90,6 +91,7 @@ FAULTS: dict[str, tuple[str, Callable[..., Any], str]] = {
     ),
     "does not compile": ("mla_prepare", raising(triton.CompilationError("", ast.parse("x"), "")), "does not compile"),
     "not assembled": ("moe", raising(PTXASError("no")), "does not compile"),
+    "wrong attention of prompts": ("mla_prefill", slightly_wrong("mla_prefill"), "off by .* times what rounding explains"),
     "fails": ("mla_decode", raising(RuntimeError("an illegal memory access was encountered")), r"it fails \(RuntimeE"),
 }  # fmt: skip
 
@@ -121,20 +123,20 @@ def test_a_fault_replaces_its_operation_and_one_line_says_why(fault, use, monkey
     assert len(lines) == (1 if ops.static else 2)
     for name in kernels.OPERATIONS:
         assert getattr(ops, name) is getattr(kernels.TORCH if name == operation else TRITON, name)
-    assert ops.static == (operation in ("norm_router", "add_rms_norm"))
+    assert ops.static == (operation in ("norm_router", "add_rms_norm", "mla_prefill"))
 
 
 def test_operations_refused_for_one_reason_share_a_line(caplog):
     everything = dict.fromkeys(kernels.OPERATIONS, "no")
     kernels.report(everything, kernels.without(TRITON, everything))
     assert kernels.without(TRITON, everything) is kernels.TORCH
-    assert caplog.records[0].getMessage().endswith("mla_decode: no")
+    assert caplog.records[0].getMessage().endswith("mla_prefill: no")
     assert len(caplog.records) == 2
 
 
 @pytest.mark.parametrize(
     "refused",
-    [{"norm_router"}, {"moe"}, {"add_rms_norm", "mla_prepare", "mla_decode"}],
+    [{"norm_router"}, {"moe"}, {"mla_prefill"}, {"add_rms_norm", "mla_prepare", "mla_decode"}],
     ids=lambda each: "+".join(sorted(each)),
 )
 def test_mixed_operations_give_the_same_tokens(refused, model, monkeypatch):
