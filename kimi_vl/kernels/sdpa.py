@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# On compute capabilities 9.0 and 10.0 torch prefers cuDNN, which builds a plan for every shape that it has not seen.
-# The shapes of prompts and images are new in nearly every step, and a plan takes far longer than the attention.
+# On compute capabilities 9.0 and 10.0 torch prefers cuDNN's, which builds a plan for every shape that it has not seen;
+# the shapes of prompts and images are new in nearly every step.
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 

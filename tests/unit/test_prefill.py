@@ -144,9 +144,9 @@ def test_torch_is_kept_from_cudnn_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch
         yield
 
     monkeypatch.setattr(sdpa, "sdpa_kernel", backends)
-    given = torch.randn(3, 1, 2, 4, 8).unbind()
-    wanted = F.scaled_dot_product_attention(*given)
-    assert torch.equal(sdpa.attention(*given), wanted)
+    query, key, value = torch.randn(3, 1, 2, 4, 8).unbind()
+    wanted = F.scaled_dot_product_attention(query, key, value)
+    assert torch.equal(sdpa.attention(query, key, value), wanted)
     assert not allowed
     monkeypatch.setattr(sdpa.F, "scaled_dot_product_attention", lambda *given, **named: wanted)
     on_gpu: Any = SimpleNamespace(is_cuda=True, shape=(1, 2, 4, 8))

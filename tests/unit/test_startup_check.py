@@ -91,7 +91,7 @@ FAULTS: dict[str, tuple[str, Callable[..., Any], str]] = {
     ),
     "does not compile": ("mla_prepare", raising(triton.CompilationError("", ast.parse("x"), "")), "does not compile"),
     "not assembled": ("moe", raising(PTXASError("no")), "does not compile"),
-    "wrong attention of prompts": ("mla_prefill", slightly_wrong("mla_prefill"), "off by .* times what rounding explains"),
+    "wrong prefill": ("mla_prefill", slightly_wrong("mla_prefill"), "off by .* times what rounding explains"),
     "fails": ("mla_decode", raising(RuntimeError("an illegal memory access was encountered")), r"it fails \(RuntimeE"),
 }  # fmt: skip
 
