@@ -420,7 +420,7 @@ def mla_decode(
     _decode_combine[(-(-batch // block_b), heads, -(-values // block_v))](
         partial, lse, seq_lens, value, out, batch, heads, values, splits, *value.stride(), value_scales,
         value_scales.stride(0), QUANTIZED=isinstance(to_value, QuantizedWeight), RANK=rank, BLOCK_B=block_b,
-        BLOCK_S=block_s, BLOCK_R=block_r, BLOCK_V=block_v, BLOCK_N=tile.block_n, MIN_SPLIT=MIN_SPLIT_LEN, SINGLE_SPLIT=single,
-        num_warps=4,
+        BLOCK_S=block_s, BLOCK_R=block_r, BLOCK_V=block_v, BLOCK_N=tile.block_n, MIN_SPLIT=MIN_SPLIT_LEN,
+        SINGLE_SPLIT=single, num_warps=4,
     )  # fmt: skip
     return out
