@@ -135,6 +135,8 @@ def main() -> None:
     if args.device.type == "cpu":
         _muon._zeropower_via_newtonschulz = newton_schulz
         F.scaled_dot_product_attention = forward.plain_attention
+    # cuDNN makes a plan for every new shape, and nearly every batch has one
+    torch.backends.cuda.enable_cudnn_sdp(False)
     Experts.forward = forward.all_experts
     Gate.forward = torch.autocast(args.device.type, enabled=False)(Gate.forward)  # routing is float32, as in inference
     options = checkpoint.image_options()
