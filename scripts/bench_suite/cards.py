@@ -60,7 +60,7 @@ CARDS = {
 @dataclass(frozen=True)
 class Compiled:
     """A kernel for a card: bytes of shared memory a program, registers a thread, bytes of them that are spilled (stack
-    and local memory), and the matrix instructions in use."""
+    and local memory), the matrix instructions in use, and how many instructions load single bytes."""
 
     capability: int
     name: str
@@ -68,6 +68,7 @@ class Compiled:
     registers: int
     spilled: int
     matrix: str
+    single_bytes: int
 
     @property
     def fits(self) -> bool:
@@ -155,7 +156,8 @@ def _needs(capability: int, name: str, kernel: Any) -> Compiled:
     code = kernel.asm["ptx"]
     matrix = next((word for word in ("wgmma", "tcgen05.mma", "mma.sync") if f"{word}." in code), "none")
     spilled = int(stack[1]) + int(local[1])
-    return Compiled(capability, name, kernel.metadata.shared, int(registers[1]), spilled, matrix)
+    single = len(re.findall(r"ld\.global[.:\w]*\.[bsu]8 ", code))
+    return Compiled(capability, name, kernel.metadata.shared, int(registers[1]), spilled, matrix, single)
 
 
 def table(found: Sequence[Compiled]) -> str:

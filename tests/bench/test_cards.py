@@ -75,6 +75,12 @@ def test_products_use_the_matrix_unit(capability):
         assert {("_block_gate_up", "wgmma"), ("_block_down", "wgmma"), ("_prefill", "wgmma")} <= used
 
 
+@pytest.mark.parametrize("capability", CARDS)
+def test_weights_are_not_loaded_byte_by_byte(capability):
+    """Which is what a mask costs whose bounds the compiler cannot compare with the bytes that lie together."""
+    assert {each["name"]: each["single_bytes"] for each in compiled(capability) if each["single_bytes"]} == {}
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("form", ["int8", "int4", "int4-g128", "float8", "float8-blocks"])
 @pytest.mark.parametrize("capability", LIMITS)

@@ -57,6 +57,7 @@ PARAMS = [pytest.param(form, marks=[] if form in SOME else pytest.mark.nightly) 
 PAIRS = moe.QUANTIZED_PAIRS
 PLANS = {  # of few programs, each of which takes the interpreter as long whatever it computes
     "pairs": moe.Plan(0, dataclasses.replace(PAIRS.gate_up, block_n=32), dataclasses.replace(PAIRS.down, block_n=64)),
+    "pairs in steps": moe.Plan(0, moe.Tile(64, 0, 4, 1), moe.Tile(64, 32, 4, 2)),  # several for each expert
     "few": moe.QUANTIZED_FEW,
     "many": dataclasses.replace(moe.QUANTIZED_SOME, block_m=32),
 }
@@ -84,14 +85,38 @@ def test_projections_keep_the_dimensions_in_front():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", PARAMS)
-@pytest.mark.parametrize("plan", [*list(PLANS)[:2], pytest.param("many", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    "plan", ["pairs", "few", *(pytest.param(plan, marks=pytest.mark.nightly) for plan in ("pairs in steps", "many"))]
+)
 def test_experts(form: str, dtype: torch.dtype, plan: str):
-    inputs, tokens = Inputs(ODD, dtype), 1 if plan == "pairs" else 9
+    inputs, tokens = Inputs(ODD, dtype), 1 if plan.startswith("pairs") else 9
     shared = form != "int8 in groups"
     weights = inputs.experts(FORMS[form]), inputs.shared_experts(FORMS[form])
     call = inputs.moe(tokens, shared=shared, weights=weights)
     assert apart(call, call.run(TRITON, plan=PLANS[plan]), dtype) <= 1
     assert apart(call, call.run(kernels.TORCH), dtype) <= 1
+
+
+@pytest.mark.parametrize("form", ["int8", "int4 by channel"])
+@pytest.mark.parametrize("inner", [50, 64])
+def test_channels_need_not_be_whole_words(form: str, inner: int):
+    """Of 4 bytes, in which integers are read where channels are."""
+    widths = dataclasses.replace(ODD, hidden=114, inner=inner, shared=2 * inner)
+    inputs = Inputs(widths, torch.float32)
+    call = inputs.moe(1, weights=(inputs.experts(FORMS[form]), inputs.shared_experts(FORMS[form])))
+    assert apart(call, call.run(TRITON, plan=PLANS["pairs in steps"]), torch.float32) <= 1
+
+
+def test_a_token_gets_the_same_bits_in_any_batch_of_pairs():
+    inputs = Inputs(ODD, torch.bfloat16)
+    weights = inputs.experts(FORMS["int4"]), inputs.shared_experts(FORMS["int4"])
+    whole = inputs.moe(3, weights=weights)
+    (wanted,) = whole.run(TRITON, plan=PLANS["pairs in steps"])
+    for token in range(3):
+        states, topk_ids, topk_weights, *rest = whole.arguments
+        own = (each[token : token + 1].contiguous() for each in (states, topk_ids, topk_weights))
+        alone = TRITON.moe(*own, *rest, plan=PLANS["pairs in steps"])
+        assert torch.equal(alone[0], wanted[token])
 
 
 @pytest.mark.parametrize("tokens", [1, 6])

@@ -1,8 +1,12 @@
 """GEMMs with quantised weights, whose numbers are widened in registers: what is read is what is stored.
 
-A program computes a tile of some tokens and output channels. An integer is exact in bfloat16, and so is a number of
-float8, which a GPU converts itself from compute capability 8.9 on; a scale of a whole
-channel multiplies the sum, and those of groups the integers, which costs one rounding of each weight.
+A program computes a tile of some tokens and output channels; for the experts of few tokens there are sums of products
+without tensor cores. Masks and offsets are such that the compiler finds out how many bytes lie together: then a thread
+loads up to 16 at a time, and loads are pipelined, which takes at least 4.
+
+An integer is exact in bfloat16, and so is a number of float8, which a GPU converts itself from compute capability 8.9
+on; a scale of a whole channel multiplies the sum, and those of groups the integers, or sums of a group's products.
+A scaled integer is rounded once before it enters a tensor core.
 """
 
 # Options of a launch (num_warps and so on) are no parameters of a kernel, and one kernel's call of another returns
@@ -10,6 +14,7 @@ channel multiplies the sum, and those of groups the integers, which costs one ro
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -67,12 +72,19 @@ def first_group(begin, GROUP: tl.constexpr):
 
 @triton.jit
 def widened(codes):
-    """Numbers of 8 bits as float32."""
+    """Numbers of 8 bits as float32; codes of integers become the last bits of a mantissa, so that none is converted."""
     if codes.dtype == tl.float8e4nv:
         numbers = codes.to(tl.float32)
     else:
-        numbers = (codes.to(tl.int32) - 128).to(tl.float32)
+        numbers = (codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
     return numbers
+
+
+@triton.jit
+def _nibble(bits):
+    """The integers as float32 whose codes of 4 bits begin at bit 19 of ``bits``: they become the first bits of the
+    mantissa of a number between 16 and 32, so that nothing is converted."""
+    return ((bits & 0x780000) | 0x41800000).to(tl.float32, bitcast=True) - 24.0
 
 
 @triton.jit
@@ -96,16 +108,16 @@ def weight_tile(
     """
     PER: tl.constexpr = 1 if BITS == 16 else 8 // BITS  # pyright: ignore[reportAssignmentType]
     at = begin // PER + tl.arange(0, BLOCK_K // PER)
-    mask = inside[:, None] & (at * PER < limit)[None, :]
+    mask = inside[:, None] & (at < limit // PER)[None, :]
     values = tl.load(codes + columns[:, None] * (stride // PER) + at[None, :], mask=mask, other=0.0)
     if BITS == 8:
         values = widened(values)
     if BITS == 4:
-        values = (tl.interleave(values & 15, values >> 4).to(tl.int32) - 8).to(tl.float32)
+        values = tl.interleave(_nibble(values.to(tl.int32) << 19), _nibble(values.to(tl.int32) << 15))
     if GROUP > 0:
         if GROUP < BLOCK_K:
             groups = begin // GROUP + tl.arange(0, BLOCK_K // GROUP)
-            mask = inside[:, None] & (groups * GROUP < limit)[None, :]
+            mask = inside[:, None] & (groups < limit // GROUP)[None, :]
             found = tl.load(scales + columns[:, None] * (stride // GROUP) + groups[None, :], mask=mask, other=0.0)
             spread = tl.broadcast_to(found.to(tl.float32)[:, :, None], (BLOCK_N, BLOCK_K // GROUP, GROUP))
             values *= tl.reshape(spread, (BLOCK_N, BLOCK_K))
@@ -116,24 +128,77 @@ def weight_tile(
 
 
 @triton.jit
-def scaled_tile(
+def _field(words, FIRST: tl.constexpr, BITS: tl.constexpr):
+    """The codes of BITS bits from bit FIRST on, times 2^FIRST, as float32."""
+    MASK: tl.constexpr = 15 if BITS == 4 else 255  # pyright: ignore[reportAssignmentType]
+    return (words & (MASK << FIRST)).to(tl.float32)
+
+
+@triton.jit
+def _fields(words, BITS: tl.constexpr):
+    """(BLOCK_N, BLOCK_K), float32: the codes of words (BLOCK_N, BLOCK_K * BITS / 32) in their order, each times two to
+    the power of the bit that it begins at, since nothing is shifted."""
+    if BITS == 4:
+        evens = tl.interleave(
+            tl.interleave(_field(words, 0, 4), _field(words, 16, 4)),
+            tl.interleave(_field(words, 8, 4), _field(words, 24, 4)),
+        )
+        odds = tl.interleave(
+            tl.interleave(_field(words, 4, 4), _field(words, 20, 4)),
+            tl.interleave(_field(words, 12, 4), _field(words, 28, 4)),
+        )
+    else:
+        evens = tl.interleave(_field(words, 0, 8), _field(words, 16, 8))
+        odds = tl.interleave(_field(words, 8, 8), _field(words, 24, 8))
+    return tl.interleave(evens, odds)
+
+
+@triton.jit
+def products(
     codes,
     scales,
     columns,
     inside,
     begin,
-    limit,
-    stride,
+    limit: tl.constexpr,
+    stride: tl.constexpr,
+    state,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """:func:`weight_tile`, scaled also where a scale is for a whole channel."""
-    values = weight_tile(codes, scales, columns, inside, begin, limit, stride, BITS, GROUP, BLOCK_N, BLOCK_K)
-    if BITS < 16 and GROUP == 0:
-        values *= tl.load(scales + columns, mask=inside, other=0.0).to(tl.float32)[:, None]
-    return values
+    """(BLOCK_N, BLOCK_K / SPAN): for each SPAN inputs of some output channels, from ``begin`` on, of which there are
+    ``limit``, the sum of the products of weights and ``state`` (BLOCK_K), float32 and 0 past the limit.
+
+    Codes of integers are read as words of 4 bytes, where channels are whole ones, and masked in place, so that each
+    takes three instructions: and, conversion, multiply-add. What is common to a span is done once: the number that
+    codes stand above integers, and the scale, except that with a ``GROUP`` of 0 nothing is scaled.
+    """
+    PER: tl.constexpr = 32 // BITS  # pyright: ignore[reportAssignmentType]
+    if BITS < 16 and codes.dtype.element_ty == tl.uint8 and limit % PER == 0 and stride % PER == 0:
+        at = begin // PER + tl.arange(0, BLOCK_K // PER)
+        place = codes.to(tl.pointer_type(tl.uint32)) + columns[:, None] * (stride // PER) + at[None, :]
+        words = tl.load(place, mask=inside[:, None] & (at < limit // PER)[None, :], other=0)
+        values = _fields(words, BITS)
+        exponents = 127 - tl.arange(0, BLOCK_K) % PER * BITS
+        fitting = state * (exponents << 23).to(tl.float32, bitcast=True)
+        sums = tl.sum(tl.reshape(values * fitting[None, :], (BLOCK_N, BLOCK_K // SPAN, SPAN)), axis=2)
+        common = tl.sum(tl.reshape(state, (BLOCK_K // SPAN, SPAN)), axis=1)
+        sums -= common[None, :] * (1 << (BITS - 1))
+    else:
+        values = weight_tile(codes, scales, columns, inside, begin, limit, stride, BITS, 0, BLOCK_N, BLOCK_K)
+        sums = values.to(tl.float32) * state[None, :]
+        if SPAN > 1:
+            sums = tl.sum(tl.reshape(sums, (BLOCK_N, BLOCK_K // SPAN, SPAN)), axis=2)
+    if GROUP > 0:
+        groups = tl.arange(0, BLOCK_K // SPAN)  # as it is where a span is a group, so that several are loaded at once
+        groups = begin // GROUP + groups if SPAN == GROUP else (begin + groups * SPAN) // GROUP
+        mask = inside[:, None] & (groups < limit // GROUP)[None, :]
+        place = scales + columns[:, None] * (stride // GROUP) + groups[None, :]
+        sums *= tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    return sums
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -144,13 +209,15 @@ def _project(
     out,
     tokens,
     outputs,
-    width,
+    units,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    width = units * UNIT  # whose alignment is known, and that of its parts, without a variant for each width
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     real, inside = rows < tokens, columns < outputs
@@ -193,6 +260,11 @@ def stored(weight: Weight) -> tuple[Tensor, Tensor]:
     return weight.codes, weight.scales
 
 
+def span(bits: int, group: int) -> int:
+    """Inputs that :func:`products` sums first: 16 bytes of codes, and none of two groups."""
+    return min(128 // bits, group or 128 // bits) if bits < 16 else 1
+
+
 def project(states: Tensor, weight: Weight, plan: Plan | None = None) -> Tensor:
     """See :func:`kimi_vl.kernels.linear.project`. Floating-point weights, and those in groups that the kernel does not
     take, are computed there."""
@@ -206,8 +278,10 @@ def project(states: Tensor, weight: Weight, plan: Plan | None = None) -> Tensor:
     if not tokens:
         return out
     plan = plan or choose_plan(tokens, states.itemsize)
+    unit = math.gcd(width, 256)
     _project[(-(-outputs // plan.block_n), -(-tokens // plan.block_m))](
-        states, weight.codes, weight.scales, out, tokens, outputs, width, BITS=form[0], GROUP=form[1],
-        BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, num_warps=plan.warps, num_stages=plan.stages,
+        states, weight.codes, weight.scales, out, tokens, outputs, width // unit, BITS=form[0], GROUP=form[1],
+        UNIT=unit, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, num_warps=plan.warps,
+        num_stages=plan.stages,
     )  # fmt: skip
     return out

@@ -31,7 +31,7 @@ from torch import Tensor
 from ...quantization.weight import Weight
 from .. import plain
 from ..linear import mlp
-from .linear import first_group, groups_of, kernel_form, numbers, project, scaled_tile, stored, weight_tile
+from .linear import first_group, groups_of, kernel_form, numbers, products, project, span, stored, weight_tile
 from .moe_grouping import group, most_blocks
 
 
@@ -114,11 +114,12 @@ def _pair_gate_up(
     top_k,
     slots,
     experts,
-    width,
-    inner,
+    width: tl.constexpr,
+    inner: tl.constexpr,
     SHARED: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -130,14 +131,16 @@ def _pair_gate_up(
     gate, up = _gate_and_up(expert, gate_up, shared_gate, shared_up, size, experts, SHARED)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     at = tl.arange(0, BLOCK_K)
-    within = at < width
-    state = tl.load(states + token * width + at, mask=within, other=0.0).to(tl.float32)[None, :]
+    state = tl.load(states + token * width + at, mask=at < width, other=0.0).to(tl.float32)
     inside, size = columns < inner, inner * groups_of(width, GROUP)
     gate_scales, up_scales = _gate_and_up(expert, scales, shared_gate_scales, shared_up_scales, size, experts, SHARED)
-    gates = scaled_tile(gate, gate_scales, columns, inside, 0, width, width, BITS, GROUP, BLOCK_N, BLOCK_K)
-    acc_gate = tl.sum(gates.to(tl.float32) * state, axis=1)
-    ups = scaled_tile(up, up_scales, columns, inside, 0, width, width, BITS, GROUP, BLOCK_N, BLOCK_K)
-    acc_up = tl.sum(ups.to(tl.float32) * state, axis=1)
+    gates = products(gate, gate_scales, columns, inside, 0, width, width, state, BITS, GROUP, SPAN, BLOCK_N, BLOCK_K)
+    acc_gate = tl.sum(gates, axis=1)
+    ups = products(up, up_scales, columns, inside, 0, width, width, state, BITS, GROUP, SPAN, BLOCK_N, BLOCK_K)
+    acc_up = tl.sum(ups, axis=1)
+    if BITS < 16 and GROUP == 0:
+        acc_gate *= tl.load(gate_scales + columns, mask=inside, other=0.0).to(tl.float32)
+        acc_up *= tl.load(up_scales + columns, mask=inside, other=0.0).to(tl.float32)
     result = _silu(acc_gate) * acc_up
     tl.store(hidden + pair * inner + columns, result.to(hidden.dtype.element_ty), mask=inside)
 
@@ -154,14 +157,16 @@ def _pair_down(
     out,
     top_k,
     slots,
-    width,
-    inner,
-    shared_inner,
+    width: tl.constexpr,
+    inner: tl.constexpr,
+    shared_inner: tl.constexpr,
     SHARED: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     token = tl.program_id(1)
@@ -169,7 +174,12 @@ def _pair_down(
     inside = columns < width
     depth = tl.arange(0, BLOCK_K)
     steps = tl.cdiv(inner, BLOCK_K)  # of each expert
-    acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_K // SPAN), dtype=tl.float32)
+    SCALED: tl.constexpr = BITS < 16 and GROUP == 0
+    if SCALED:  # a scale for each expert and channel, read before the loop, whose pipeline takes no loads so narrow
+        slots_here = tl.arange(0, BLOCK_S)[None, :]
+        chosen = tl.load(topk_ids + token * top_k + slots_here, mask=slots_here < top_k, other=0).to(tl.int64)
+        factors = tl.load(scales + chosen * width + columns[:, None], mask=inside[:, None], other=0.0).to(tl.float32)
     for step in tl.range(0, top_k * steps, num_stages=STAGES):
         slot, at = step // steps, step % steps * BLOCK_K + depth
         expert = tl.load(topk_ids + token * top_k + slot).to(tl.int64)
@@ -178,17 +188,29 @@ def _pair_down(
         codes = down + expert * (width * inner // numbers(BITS))
         own = scales + expert * width * groups_of(inner, GROUP)
         begin = step % steps * BLOCK_K
-        matrix = scaled_tile(codes, own, columns, inside, begin, inner, inner, BITS, GROUP, BLOCK_N, BLOCK_K)
-        acc += matrix.to(tl.float32) * (row * weight)[None, :]
+        sums = products(
+            codes, own, columns, inside, begin, inner, inner, row * weight, BITS, GROUP, SPAN, BLOCK_N, BLOCK_K
+        )
+        if SCALED:
+            sums *= tl.sum(tl.where(slots_here == slot, factors, 0.0), axis=1)[:, None]
+        acc += sums
     if SHARED:
+        if SCALED:
+            factor = tl.load(shared_scales + columns, mask=inside, other=0.0).to(tl.float32)
         for step in tl.range(0, (slots - top_k) * steps, num_stages=STAGES):
             slot, at = step // steps, step % steps * BLOCK_K + depth
-            row = tl.load(hidden + (token * slots + top_k + slot) * inner + at, mask=at < inner, other=0.0)
+            row = tl.load(hidden + (token * slots + top_k + slot) * inner + at, mask=at < inner, other=0.0).to(
+                tl.float32
+            )
             codes = shared_down + slot * (inner // numbers(BITS))
             own = shared_scales + first_group(slot * inner, GROUP)
             begin = step % steps * BLOCK_K
-            matrix = scaled_tile(codes, own, columns, inside, begin, inner, shared_inner, BITS, GROUP, BLOCK_N, BLOCK_K)
-            acc += matrix.to(tl.float32) * row.to(tl.float32)[None, :]
+            sums = products(
+                codes, own, columns, inside, begin, inner, shared_inner, row, BITS, GROUP, SPAN, BLOCK_N, BLOCK_K
+            )
+            if SCALED:
+                sums *= factor[:, None]
+            acc += sums
     result = tl.sum(acc, axis=1)
     tl.store(out + token * width + columns, result.to(out.dtype.element_ty), mask=inside)
 
@@ -211,8 +233,8 @@ def _block_gate_up(
     num_pairs,
     slots,
     experts,
-    width,
-    inner,
+    width: tl.constexpr,
+    inner: tl.constexpr,
     SHARED: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -263,9 +285,9 @@ def _block_down(
     outputs,
     num_pairs,
     experts,
-    width,
-    inner,
-    shared_inner,
+    width: tl.constexpr,
+    inner: tl.constexpr,
+    shared_inner: tl.constexpr,
     SHARED: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -357,6 +379,7 @@ def moe(
     hidden = torch.empty(tokens * slots, inner, dtype=states.dtype, device=states.device)
     common = {"SHARED": shared is not None, "BITS": form[0], "GROUP": form[1]}
     if plan.block_m == 0:
+        common["SPAN"] = span(*form)
         _pair_gate_up[(-(-inner // plan.gate_up.block_n), tokens * slots)](
             states, topk_ids, gate_up, gate, up, gate_up_scales, gate_scales, up_scales, hidden, top_k, slots, experts,
             width, inner, BLOCK_N=plan.gate_up.block_n, BLOCK_K=triton.next_power_of_2(width),
@@ -365,8 +388,8 @@ def moe(
         _pair_down[(-(-width // plan.down.block_n), tokens)](
             hidden, topk_ids, topk_weights, down, shared_down, down_scales, shared_scales, out, top_k, slots, width,
             inner, shared_inner, BLOCK_N=plan.down.block_n,
-            BLOCK_K=min(plan.down.block_k, triton.next_power_of_2(inner)), STAGES=plan.down.stages,
-            num_warps=plan.down.warps, **common,
+            BLOCK_K=min(plan.down.block_k, triton.next_power_of_2(inner)), BLOCK_S=triton.next_power_of_2(top_k),
+            STAGES=plan.down.stages, num_warps=plan.down.warps, **common,
         )  # fmt: skip
         return out
     block_m = plan.block_m
