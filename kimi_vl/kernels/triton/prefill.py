@@ -36,10 +36,11 @@ class Plan:
 
 FEW = Plan(16, 64, 4, 3)
 """Up to 16 queries, the least that tl.dot takes."""
-NARROW = Plan(64, 32, 4, 2)
-"""Where a multiprocessor has 100 KB of shared memory: two programs share it, and no register is spilled."""
+NARROW = Plan(128, 32, 8, 3)
+"""For mma.sync, within 99 KB and 255 registers. With fewer queries than dims of a value, Triton would have all warps
+share each query, and the softmax's sums go through shared memory."""
 WIDE = Plan(64, 64, 4, 2)
-"""Two programs share 227 KB, one computes softmax while the other multiplies."""
+"""For wgmma and tcgen05: two programs share 227 KB, one computes softmax while the other multiplies."""
 FLOAT32 = Plan(16, 32, 8, 1)
 
 _WIDE_SINCE = 200 << 10  # bytes of shared memory of a program: compute capabilities 9.0 and 10.0
