@@ -27,7 +27,8 @@ from kimi_vl.engine.kv_cache import PagedCache
 from kimi_vl.engine.sampling import Sampling
 from kimi_vl.engine.scheduler import ScheduledChunk
 from kimi_vl.errors import UserError
-from kimi_vl.kernels.triton import norm
+from kimi_vl.kernels.inputs import Unset
+from kimi_vl.kernels.triton import norm, prefill
 from kimi_vl.model.kimi_vl import KimiVL
 from tests.imitated_engine import (
     OPTIONS,
@@ -334,6 +335,21 @@ def test_a_kernel_that_needs_more_shared_memory_than_a_card_has_is_reported(monk
         with pytest.raises(OutOfResources):
             route()
         assert [finding.kind for finding in machine.findings] == ["shared memory"]
+
+
+@pytest.mark.parametrize("card", [imitated_cuda.L40S, imitated_cuda.H100], ids=lambda card: card.name)
+def test_prompts_are_computed_by_a_plan_that_fits_the_card(card, monkeypatch):
+    """At the published widths, as Triton compiles it; nothing is computed."""
+    with imitated_cuda.imitated(card=card) as machine, imitated_cuda.Compiler() as machine.shared_bytes:
+        machine.computes = False
+        chunk = Unset(device="cuda").mla_prefill(40, 70)
+        prefill.mla_prefill(*chunk.arguments)
+        machine.check()
+        assert machine.counts.device_waits == 0
+        with contextlib.suppress(OutOfResources):
+            prefill.mla_prefill(*chunk.arguments, plan=replace(prefill.WIDE, stages=3))
+        refused = [] if card is imitated_cuda.H100 else ["shared memory"]
+        assert [finding.kind for finding in machine.findings] == refused
 
 
 # Memory
