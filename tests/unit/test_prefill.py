@@ -26,6 +26,8 @@ from kimi_vl.kernels.inputs import Inputs, apart, distance, with_arguments  # no
 from kimi_vl.kernels.triton import prefill  # noqa: E402
 from kimi_vl.kernels.triton.prefill import FEW, FLOAT32, NARROW, WIDE, Plan  # noqa: E402
 
+# numbers that are not finite are put in on purpose
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 FUZZ = int(os.environ.get("KIMI_VL_FUZZ", "0"))
 TINY = Widths(heads=2, rank=24, rope=6, nope=10, value=12, page_size=8)  # values are wider than keys
 ONE_HEAD = dataclasses.replace(TINY, heads=1)
