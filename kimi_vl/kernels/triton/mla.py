@@ -285,7 +285,6 @@ def _decode_combine(
     QUANTIZED: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -308,23 +307,19 @@ def _decode_combine(
         m_i = tl.full((BLOCK_B,), float("-inf"), dtype=tl.float32)
         l_i = tl.zeros((BLOCK_B,), dtype=tl.float32)
         acc = tl.zeros((BLOCK_B, BLOCK_R), dtype=tl.float32)
-        for first in range(0, tl.max(used, axis=0), BLOCK_S):
-            split = first + tl.arange(0, BLOCK_S)
-            there = split[None, :] < used[:, None]  # (BLOCK_B, BLOCK_S)
-            place = (seq[:, None] * splits + split[None, :]) * heads + head
+        for split in range(0, tl.max(used, axis=0)):
+            there = split < used
+            place = (seq * splits + split) * heads + head
             # a split without tokens must not change anything, not even the maximum
             log = tl.load(lse + place, mask=there, other=float("-inf"))
             part = tl.load(
-                partial + place[:, :, None] * RANK + ranks[None, None, :],
-                mask=there[:, :, None] & in_rank[None, None, :],
-                other=0.0,
-            )  # (BLOCK_B, BLOCK_S, BLOCK_R)
-            m_new = tl.maximum(m_i, tl.max(log, axis=1))
-            seen = m_new > float("-inf")
-            alpha = tl.where(seen, tl.exp2(m_i - m_new), 1.0)
-            p = tl.where(there & seen[:, None], tl.exp2(log - m_new[:, None]), 0.0)
-            l_i = l_i * alpha + tl.sum(p, axis=1)
-            acc = acc * alpha[:, None] + tl.sum(part * p[:, :, None], axis=1)
+                partial + place[:, None] * RANK + ranks[None, :], mask=there[:, None] & in_rank[None, :], other=0.0
+            )  # (BLOCK_B, BLOCK_R)
+            m_new = tl.where(there, tl.maximum(m_i, log), m_i)
+            alpha = tl.where(there, tl.exp2(m_i - m_new), 1.0)
+            p = tl.where(there, tl.exp2(log - m_new), 0.0)
+            l_i = l_i * alpha + p
+            acc = acc * alpha[:, None] + part * p[:, None]
             m_i = m_new
         latent = (acc / tl.where(used > 0, l_i, 1.0)[:, None]).to(out.dtype.element_ty)
     place = columns[:, None] * value_column + ranks[None, :] * value_rank
@@ -414,13 +409,13 @@ def mla_decode(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    block_b, block_s = (1, 8) if batch <= _ONE_BY_ONE else (16, 1)
+    block_b = 1 if batch <= _ONE_BY_ONE else 16
     block_v = 64 // query.itemsize
     value, value_scales = stored(to_value)
     _decode_combine[(-(-batch // block_b), heads, -(-values // block_v))](
         partial, lse, seq_lens, value, out, batch, heads, values, splits, *value.stride(), value_scales,
         value_scales.stride(0), QUANTIZED=isinstance(to_value, QuantizedWeight), RANK=rank, BLOCK_B=block_b,
-        BLOCK_S=block_s, BLOCK_R=block_r, BLOCK_V=block_v, BLOCK_N=tile.block_n, MIN_SPLIT=MIN_SPLIT_LEN,
-        SINGLE_SPLIT=single, num_warps=4,
+        BLOCK_R=block_r, BLOCK_V=block_v, BLOCK_N=tile.block_n, MIN_SPLIT=MIN_SPLIT_LEN, SINGLE_SPLIT=single,
+        num_warps=4,
     )  # fmt: skip
     return out
