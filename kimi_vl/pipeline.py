@@ -62,7 +62,7 @@ def load(
     dtype = dtype or placement.choose_dtype(config, chosen)
     refuse_without_bfloat16(chosen, dtype)
     form = placement.choose(config, dtype, chosen, options)
-    kernels.prepare(chosen, options.use(loader.planned_model(config, dtype, form, chosen)))
+    kernels.prepare(chosen, options.use(loader.planned_model(config, dtype, form, chosen), chosen))
     pipeline = Pipeline(
         loader.load(directory, dtype=dtype, device=chosen, form=form),
         Tokenizer.from_directory(directory),

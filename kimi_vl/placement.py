@@ -69,7 +69,7 @@ def place(
             text,
             dtype,
             sequences=options.max_num_seqs,
-            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_num_batched_tokens=options.batched_tokens(kind),
             images=options.embedding_bytes,
         )
     else:

@@ -55,21 +55,32 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How much an engine takes on. ``cache_bytes`` 0 takes what the device can spare."""
+    """How much an engine takes on. ``cache_bytes`` 0 takes what the device can spare, and ``max_num_batched_tokens`` 0
+    what suits it: see :meth:`batched_tokens`."""
 
     page_size: int = 32
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 1024
+    max_num_batched_tokens: int = 0
     max_waiting: int = 256
     cache_bytes: int = 0
     embedding_bytes: int = 256 << 20
     prefix_caching: bool = True
 
-    def use(self, model: KimiVL) -> kernels.Use:
-        """What this asks of the operations of ``model``'s decoder, which need not have memory yet."""
+    def batched_tokens(self, kind: str) -> int:
+        """Tokens of a step on a device of a ``kind`` ("cuda" or "cpu").
+
+        While experts are read for few tokens each, a GPU computes longer steps in hardly more time; on a CPU they only
+        keep sequences waiting that decode.
+        """
+        return self.max_num_batched_tokens or (2048 if kind == "cuda" else 1024)
+
+    def use(self, model: KimiVL, device: torch.device | None = None) -> kernels.Use:
+        """What this asks on ``device`` of the operations of ``model``'s decoder, which need not have memory yet."""
         sizes = widths(model.config.text_config, self.page_size)
         own = forms(model.language_model)
-        return kernels.Use(sizes, model.dtype, self.max_num_seqs, self.max_num_batched_tokens, *own)
+        return kernels.Use(
+            sizes, model.dtype, self.max_num_seqs, self.batched_tokens((device or model.device).type), *own
+        )
 
     def page_count(self, device: torch.device, config: TextConfig, dtype: torch.dtype, weights: int = 0) -> int:
         """How many pages the KV cache gets of the memory that there is.
@@ -81,7 +92,7 @@ class EngineOptions:
             config,
             dtype,
             sequences=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_num_batched_tokens=self.batched_tokens(device.type),
             images=self.embedding_bytes,
             weights=weights,
         )
@@ -129,7 +140,7 @@ class Engine:
             PagePool(pages),
             options.page_size,
             max_num_seqs=options.max_num_seqs,
-            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_num_batched_tokens=options.batched_tokens(self._device.type),
             prefix_caching=options.prefix_caching,
         )
         self._requests = ActiveRequests(self.scheduler, text.vocab_size, text_tokens)

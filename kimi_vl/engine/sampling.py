@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import parameters
@@ -333,6 +334,7 @@ def sample_batch_on_device(
     ).tolist()
 
 
+_BLOCK = 256  # ids whose probabilities are added up together
 _CUT_BATCH = 16  # sequences at a time where top-k or top-p is used, which bounds the memory
 
 
@@ -366,7 +368,7 @@ def sample_from_tensors(
     greedy = temperature == 0
     temperature = temperature.masked_fill(greedy, 1).float()[:, None]
     scores = logits / temperature
-    sampled = _inverse(scores.double().softmax(-1).cumsum(-1), limits, numbers)
+    sampled = _drawn(scores, numbers)
     if cut:
         top_k = limits.where(top_k == 0, torch.minimum(top_k, limits))
         if rounded:
@@ -375,6 +377,30 @@ def sample_from_tensors(
             among = _cut_sorted(scores, top_p, top_k, numbers)
         sampled = among.where((top_p < 1) | (top_k < limits), sampled)
     return likeliest.where(greedy, sampled)
+
+
+def _drawn(scores: Tensor, numbers: Tensor) -> Tensor:
+    """Ids (B,) sampled among all of ``scores`` (B, V): first a block of ids, then one of these.
+
+    A scan of the whole vocabulary keeps a GPU busy ten times as long, for it gives each sequence to one multiprocessor.
+    """
+    wide = scores.double()
+    weights = (wide - wide.amax(-1, keepdim=True)).exp()  # (B, V)
+    weights = F.pad(weights, (0, -weights.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))  # (B, V / 256, 256)
+    sums = weights.sum(-1)
+    ends = sums.cumsum(-1)
+    target = numbers[:, None] * ends[:, -1:]  # (B, 1)
+    block = torch.searchsorted(ends, target, right=True).minimum(_last(sums))
+    own = weights.gather(1, block[..., None].expand(-1, -1, _BLOCK))[:, 0]  # (B, 256)
+    # not below 0, where ids without any weight are found
+    rest = (target - (ends - sums).gather(-1, block)).clamp(min=0)
+    index = torch.searchsorted(own.cumsum(-1), rest, right=True).minimum(_last(own))
+    return (block * _BLOCK + index)[:, 0]
+
+
+def _last(weights: Tensor) -> Tensor:
+    """The index (B, 1) of the last of ``weights`` (B, N) that is more than 0."""
+    return (weights > 0).long().mul(torch.arange(weights.shape[-1], device=weights.device)).amax(-1, keepdim=True)
 
 
 def _cut_sorted(scores: Tensor, top_p: Tensor, top_k: Tensor, numbers: Tensor) -> Tensor:
@@ -409,8 +435,7 @@ def _cut_rounded(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tens
     kept = fitting.minimum(kept).where((top_p[:, None] < 1) & (kept > 0), kept).long()
     cumulative = (kept * shares).cumsum(-1)
     target = numbers[:, None] * cumulative[:, -1:]
-    last = (kept > 0).long().mul(torch.arange(len(values), device=values.device)).amax(-1, keepdim=True)
-    found = torch.searchsorted(cumulative, target, right=True).minimum(last)  # (B, 1)
+    found = torch.searchsorted(cumulative, target, right=True).minimum(_last(kept))  # (B, 1)
     passed = (target - cumulative.gather(-1, found)) / shares.gather(-1, found) + kept.gather(-1, found)
     number = passed.floor().clamp(min=0).minimum(kept.gather(-1, found) - 1)  # among the tokens of the value
     alike = (places == found).cumsum(-1, dtype=torch.int32)  # (B, V)

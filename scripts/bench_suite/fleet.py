@@ -171,7 +171,7 @@ class Replica:
             PagePool(pages),
             options.page_size,
             max_num_seqs=options.max_num_seqs,
-            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_num_batched_tokens=options.batched_tokens("cuda"),
         )
         self.chunks: list[ScheduledChunk] = []
         self.began = 0.0

@@ -204,7 +204,7 @@ def start_up(job: Job) -> None:
     device = torch.device("cuda", 0)
     for form in (None, "int8", "int4", "float8"):
         model = loader.planned_model(ladder.config(False), torch.bfloat16, form, device)
-        use, began = EngineOptions(cache_bytes=1 << 30).use(model), time.monotonic()
+        use, began = EngineOptions(cache_bytes=1 << 30).use(model, device), time.monotonic()
         refused = startup_check.refusals(device, use)
         job.report(f"{form or 'bfloat16'}: seconds of the check", round(time.monotonic() - began, 1))
         job.check(f"{form or 'bfloat16'}: nothing refused", not refused, refused)

@@ -99,7 +99,7 @@ def engine(
     rung: str,
     rehearsal: bool,
     max_num_seqs: int = 128,
-    max_num_batched_tokens: int = 1024,
+    max_num_batched_tokens: int = 0,
     gigabytes: float = 12,
 ) -> Engine:
     """An engine on a rung; nothing of earlier requests is used again. A rehearsal calls what a GPU replays."""

@@ -18,9 +18,7 @@ CLASSES = (len(pictures.KINDS), len(pictures.COLOURS), pictures.MAX_ORDER + 1)
 CLASS_WEIGHTS = (1.0, 0.5, 0.5)
 GROUND_WEIGHT = 0.2  # ground fills most patches: it counts less than what there is to see
 TENS, ONES = 11, 10  # digits of a hundredth from 0 to 100
-DIGIT_WEIGHT, VALUE_WEIGHT, WAVE_WEIGHT = 0.5, 40.0, 4.0
-PERIODS = (100, 50, 20, 10)
-"""Hundredths after which the waves repeat that a place is read as: a digit is a phase of one of them."""
+DIGIT_WEIGHT, VALUE_WEIGHT = 0.5, 40.0
 VALUE_SCALE, TENS_SCALE, ONES_SCALE = 0.1, 3.0, 10.0
 """Of what is read: a step of the optimizer moves a number by less than it is to be exact, and the logits of its digits,
 which tell close numbers apart, by more."""
@@ -29,9 +27,8 @@ which tell close numbers apart, by more."""
 class PatchReader(nn.Module):
     """Training aid, thrown away afterwards: reads what a patch shows from its vector.
 
-    Kind, colour and order are classes. The place of an object is read in three ways: as numbers, which teach the tower
-    to measure; as waves, in which numbers that differ by little are far apart, as a decoder of small gain needs them;
-    and digit by digit, which is the form that the decoder has to write: the tens, then the ones of these tens.
+    Kind, colour and order are classes. The place of an object is read twice: as numbers, which teach the tower to
+    measure, and digit by digit, which is the form that the decoder has to write: the tens, then the ones of these tens.
     """
 
     def __init__(self, width: int):
@@ -41,7 +38,6 @@ class PatchReader(nn.Module):
         self.ones_head = nn.Linear(width, labels.PLACES * ONES)
         self.ones_of_tens_head = nn.Parameter(torch.zeros(labels.PLACES, TENS, ONES))
         self.value_head = nn.Linear(width, labels.PLACES)
-        self.wave_head = nn.Linear(width, labels.PLACES * len(PERIODS) * 2)
 
     def loss(self, groups: Tensor, wanted: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Loss and figures for vectors (T, 4, C) and their labels (T, 4, 3 + PLACES)."""
@@ -56,28 +52,23 @@ class PatchReader(nn.Module):
         figures = {"patches right": kinds.float().mean().item()}
         placed = wanted[:, 3] != labels.NOWHERE
         if placed.any():
-            more, found = self.place_loss(vectors[placed], wanted[placed, 3:])
-            loss, figures = loss + more, figures | found
+            more, near = self.place_loss(vectors[placed], wanted[placed, 3:])
+            loss, figures["places near"] = loss + more, near
         return loss, figures
 
-    def place_loss(self, vectors: Tensor, places: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Loss for vectors (N, C) of objects' patches and their ``places`` (N, PLACES), the share of numbers that are
-        read with at most one hundredth of error, and the mean squared error of the shortest waves, of which the
-        square is 0.5."""
+    def place_loss(self, vectors: Tensor, places: Tensor) -> tuple[Tensor, float]:
+        """Loss for vectors (N, C) of objects' patches and their ``places`` (N, PLACES), and the share of numbers that
+        are at most one hundredth off."""
         tens = TENS_SCALE * self.tens_head(vectors).float().unflatten(1, (labels.PLACES, TENS))
         ones = ONES_SCALE * self.ones_head(vectors).float().unflatten(1, (labels.PLACES, ONES))
         values = VALUE_SCALE * self.value_head(vectors).float()
-        waves = self.wave_head(vectors).float().unflatten(1, (labels.PLACES, len(PERIODS), 2))
         tens_loss = F.cross_entropy(tens.flatten(0, 1), (places // 10).flatten())
         ones_loss = F.cross_entropy((ones + self.of_tens(places // 10)).flatten(0, 1), (places % 10).flatten())
         measured = F.smooth_l1_loss(values, places / 100, beta=0.005)
-        phases = 2 * math.pi * places.unsqueeze(-1) / places.new_tensor(PERIODS)  # (N, PLACES, W)
-        away = (waves - torch.stack((phases.cos(), phases.sin()), dim=-1)).square().mean((0, 1, 3))  # (W)
         read = tens.argmax(-1)  # (N, PLACES)
         read = 10 * read + (ones + self.of_tens(read)).argmax(-1)
         near = ((read - places).abs() <= 1).float().mean().item()
-        loss = DIGIT_WEIGHT * (tens_loss + ones_loss) + VALUE_WEIGHT * measured + WAVE_WEIGHT * away.mean()
-        return loss, {"places near": near, "waves off": away[-1].item()}
+        return DIGIT_WEIGHT * (tens_loss + ones_loss) + VALUE_WEIGHT * measured, near
 
     def of_tens(self, tens: Tensor) -> Tensor:
         """What the tens (N, PLACES) say about the ones: logits (N, PLACES, ONES)."""
@@ -105,8 +96,7 @@ class LatentReader(nn.Module):
             reader.place_loss(own[placed], places[placed]) for reader, own in zip(self.of_layer, latents, strict=True)
         ]
         loss = torch.stack([loss for loss, _ in found]).mean()
-        near, off = max(each["places near"] for _, each in found), min(each["waves off"] for _, each in found)
-        return loss, {"latents near": near, "waves off": off}
+        return loss, {"latents near": max(near for _, near in found)}
 
 
 def merged_labels(picture: pictures.Picture) -> Tensor:

@@ -147,13 +147,13 @@ with cards.launches(record):
         tokens = sum(new for _, new in lengths)
         decoder.states(torch.empty(tokens, 2048, dtype=torch.bfloat16, device="meta"), cache.step(chunks))
 
-    for tokens in range(2, options.max_num_batched_tokens + 1):
+    for tokens in range(2, options.batched_tokens("cuda") + 1):
         step((0, tokens))
     prompts = taken()
     for count in (1, 2, 3, 4, 5, 8, 15, 16, 17, 33, 63, options.max_num_seqs):
         for old in (0, 39, 700, 3001):
             step(*[(old, 1)] * count)
-            step(*[(old, 1)] * count, (0, options.max_num_batched_tokens - count - old % 7))
+            step(*[(old, 1)] * count, (0, options.batched_tokens("cuda") - count - old % 7))
             step(*[(old, 1)] * count, (64, 2 + old % 5))
         whole = torch.empty(count, 4096, dtype=torch.int32, device="meta")
         at, states = (torch.empty(count, *more, device="meta").to(dtype) for more, dtype in (

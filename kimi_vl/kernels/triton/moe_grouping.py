@@ -26,7 +26,7 @@ def group(topk_ids: Tensor, sorted_pairs: Tensor, expert_ids: Tensor, experts: i
     placed = max(tokens * top_k, shared * -(-tokens // block_m) * block_m)
     _group[(-(-placed // chunk),)](
         topk_ids, sorted_pairs, expert_ids, tokens, top_k, top_k + shared, experts, expert_ids.numel(),
-        BLOCK_M=block_m, BLOCK_E=triton.next_power_of_2(experts), CHUNK=chunk, num_warps=4,
+        BLOCK_M=block_m, BLOCK_E=triton.next_power_of_2(experts), CHUNK=chunk, COUNTED=256, num_warps=8,
     )  # fmt: skip
 
 
@@ -43,24 +43,28 @@ def _group(
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
     CHUNK: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):
     """Sorts pairs by expert: ``sorted_pairs`` gets the pairs of each block, padded with ``tokens * slots`` after an
     expert's last one, and ``expert_ids`` the expert of each block, -1 past the last block.
 
     Shared experts come first, since their pairs need no counting. Each program places CHUNK routed pairs, and counts
-    all those before them itself. That is quadratic in the number of pairs, and still far less work than the GEMMs of a
-    long prefill.
+    all those before them itself, COUNTED at a time, in a counter for each of these and each expert: they are added up
+    once, in the end. That is quadratic in the number of pairs, and still far less work than the GEMMs of a long
+    prefill.
     """
     chunk = tl.program_id(0)
     routed, num_pairs = tokens * top_k, tokens * slots
     ids, here = tl.arange(0, BLOCK_E), tl.arange(0, CHUNK)
-    before = tl.zeros((BLOCK_E,), dtype=tl.int32)
-    counts = tl.zeros((BLOCK_E,), dtype=tl.int32)
-    for begin in range(0, routed, CHUNK):
-        expert = tl.load(topk_ids + begin + here, mask=begin + here < routed, other=-1)
-        found = tl.sum((expert[:, None] == ids[None, :]).to(tl.int32), axis=0)
-        before += tl.where(begin < chunk * CHUNK, found, 0)
-        counts += found
+    found_before = tl.zeros((COUNTED, BLOCK_E), dtype=tl.int32)
+    found = tl.zeros((COUNTED, BLOCK_E), dtype=tl.int32)
+    for begin in range(0, routed, COUNTED):
+        at = begin + tl.arange(0, COUNTED)
+        expert = tl.load(topk_ids + at, mask=at < routed, other=-1)
+        one = (expert[:, None] == ids[None, :]).to(tl.int32)
+        found_before += tl.where((at < chunk * CHUNK)[:, None], one, 0)
+        found += one
+    before, counts = tl.sum(found_before, axis=0), tl.sum(found, axis=0)
     shared_blocks = tl.cdiv(tokens, BLOCK_M)
     shared_rows = shared_blocks * BLOCK_M * (slots - top_k)
     room = (counts + BLOCK_M - 1) // BLOCK_M * BLOCK_M
