@@ -32,6 +32,7 @@ def widths(config: TextConfig, page_size: int) -> Widths:
         top_k=config.num_experts_per_tok,
         inner=config.moe_intermediate_size,
         shared=config.n_shared_experts * config.moe_intermediate_size,
+        dense=config.intermediate_size,
         heads=config.num_attention_heads,
         rank=config.kv_lora_rank,
         rope=config.qk_rope_head_dim,

@@ -81,6 +81,7 @@ class Widths:
     top_k: int = 6
     inner: int = 1408
     shared: int = 2816
+    dense: int = 11264
     heads: int = 16
     rank: int = 512
     rope: int = 64

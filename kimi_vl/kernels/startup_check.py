@@ -41,7 +41,18 @@ KILLED_S = 10.0
 AGREEING = 2
 """Times :meth:`Call.tolerance`: once for the kernel and once for the reference."""
 NATIVE_WIDTHS = Widths(
-    hidden=256, experts=8, top_k=3, inner=96, shared=160, heads=2, rank=64, rope=32, nope=64, value=64, page_size=16
+    hidden=256,
+    experts=8,
+    top_k=3,
+    inner=96,
+    shared=160,
+    dense=320,
+    heads=2,
+    rank=64,
+    rope=32,
+    nope=64,
+    value=64,
+    page_size=16,
 )
 """Widths that have every format's blocks, and not only whole tiles of them."""
 COMMAND = (sys.executable, "-m", __name__)
@@ -76,7 +87,7 @@ class Calls:
         """On a GPU of quantised weights alone, since the others have no kernel of their own there."""
         widths = self._inputs.widths
         for form in self._use.projections if self._on_gpu else (None, *self._use.projections):
-            for width in {widths.hidden: None, widths.heads * widths.value: None}:
+            for width in {widths.hidden: None, widths.heads * widths.value: None, widths.dense: None}:
                 weight = self._inputs.weight(192, width, scale=1.0, form=form)
                 for tokens in token_counts(self._use.max_num_batched_tokens):
                     yield self._inputs.project(tokens, weight)

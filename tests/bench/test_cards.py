@@ -25,7 +25,7 @@ CARDS = [pytest.param(card, marks=[] if card in DEFAULT else pytest.mark.nightly
 KERNELS = {
     "_add_rms_norm", "_norm_logits", "_select_experts", "_norm_router", "_pair_gate_up", "_pair_down", "_group",
     "_block_gate_up", "_block_down",
-    "_combine", "_prepare", "_decode_split_kv", "_decode_combine", "_prefill", "_project",
+    "_combine", "_prepare", "_decode_split_kv", "_decode_combine", "_prefill", "_project", "_project_vector",
 }  # fmt: skip
 FEW_SPILLED = 16
 """Bytes of a thread: ptxas may leave a register out for more warps at a time (Triton 3.7 does so once, by 8 bytes)."""
@@ -69,7 +69,15 @@ def test_every_variant_fits_the_card_and_hardly_spills(capability):
 @pytest.mark.parametrize("capability", CARDS)
 def test_products_use_the_matrix_unit(capability):
     used = {(each["name"], each["matrix"]) for each in compiled(capability)}
-    for name in ("_norm_router", "_decode_split_kv", "_block_gate_up", "_block_down", "_prefill", "_project"):
+    for name in (
+        "_norm_router",
+        "_decode_split_kv",
+        "_block_gate_up",
+        "_block_down",
+        "_prefill",
+        "_project",
+        "_project_vector",
+    ):
         assert (name, "none") not in used
     if capability == "9.0":
         assert {("_block_gate_up", "wgmma"), ("_block_down", "wgmma"), ("_prefill", "wgmma")} <= used

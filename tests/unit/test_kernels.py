@@ -294,11 +294,13 @@ def test_the_chosen_plan(tokens: int, fences: Fences):
 
 
 def test_plans_by_size():
-    plans = [moe.choose_plan(tokens, 6, 64, 2) for tokens in (1, 2, 3, 170, 171, 1024, 1025)]
+    plans = [moe.choose_plan(tokens, 6, 64, 2) for tokens in (1, 2, 3, 170, 171, 682, 683)]
     pairs, few, some, many = moe.PAIRS, moe.FEW, moe.SOME, moe.MANY
     assert plans == [pairs, pairs, few, few, some, some, many]
     assert moe.choose_plan(1, 6, 64, 4) == pairs
     assert moe.choose_plan(1000, 6, 64, 4) == moe.FLOAT32
+    assert [moe.choose_plan(tokens, 6, 64, 2, 4) for tokens in (5, 6)] == [moe.INT4_PAIRS, moe.INT4_FEW]
+    assert [moe.choose_plan(tokens, 6, 64, 2, 8) for tokens in (5, 6)] == [moe.QUANTIZED_PAIRS, moe.QUANTIZED_FEW]
 
 
 @pytest.mark.parametrize("rows", [16, 64])
@@ -517,6 +519,8 @@ def test_lengths_on_the_host_need_no_synchronisation(monkeypatch: pytest.MonkeyP
 def test_splits_fill_the_machine_and_are_not_too_short():
     assert mla.default_splits(1, 1, 131072, 132) == 264
     assert mla.default_splits(1, 1, 2048, 132) == 32
+    assert mla.default_splits(4, 1, 4096, 132) == 64
+    assert mla.default_splits(8, 1, 4096, 132) == 16
     assert mla.default_splits(32, 1, 4096, 132) == 8
     assert mla.default_splits(128, 1, 4096, 132) == 2
     assert mla.default_splits(1000, 1, 4096, 132) == 1

@@ -73,6 +73,17 @@ def test_projections(form: str, dtype: torch.dtype, tokens: int, outputs: int, p
     assert apart(call, call.run(kernels.TORCH), dtype) <= 1
 
 
+@pytest.mark.parametrize("form", PARAMS)
+@pytest.mark.parametrize("block_k", [64, 256])  # in several steps, and in one
+def test_projections_without_tensor_cores(form: str, block_k: int):
+    inputs = Inputs(ODD, torch.float32)
+    call = inputs.project(3, inputs.quantized(FORMS[form], 41, ODD.hidden))
+    plan = triton_linear.Plan(0, 32, block_k, 4, 2)
+    assert apart(call, call.run(TRITON, plan=plan), torch.float32) <= 1
+    states, weight = call.arguments
+    assert torch.equal(TRITON.project(states[1:2], weight, plan), TRITON.project(states, weight, plan)[1:2])
+
+
 def test_projections_keep_the_dimensions_in_front():
     """As of a prompt's latents (1, L, R), which are expanded to keys and values."""
     inputs = Inputs(ODD, torch.float32)
@@ -168,7 +179,7 @@ def test_a_token_gets_the_same_bits_in_any_batch_of_a_plan():
     weight = inputs.quantized(FORMS["int4"], 48, ODD.hidden)
     states = inputs.normal(16, ODD.hidden)
     whole = TRITON.project(states, weight)
-    for count in (1, 3, 16):
+    for count in (2, 3, 16):
         assert torch.equal(TRITON.project(states[:count], weight), whole[:count])
 
 

@@ -28,7 +28,8 @@ from .. import linear
 
 @dataclass(frozen=True)
 class Plan:
-    """Tokens, output channels and inputs a step of each program, its warps and pipeline stages."""
+    """Tokens, output channels and inputs a step of each program, its warps and pipeline stages; with 0 tokens, each
+    program computes one token's products without tensor cores."""
 
     block_m: int
     block_n: int
@@ -38,16 +39,21 @@ class Plan:
 
 
 # While few tokens share a weight, many programs read it: the fewer channels each has, the more of them there are.
-FEW = Plan(16, 16, 128, 4, 4)
+# Measured on an H100 (BENCHMARKS.md) are those of up to 16 tokens.
+INT4_VECTOR = Plan(0, 8, 2048, 4, 3)
+VECTOR = Plan(0, 4, 2048, 4, 3)
+FEW = Plan(16, 16, 256, 2, 5)
 SOME = Plan(32, 64, 128, 4, 3)
 MANY = Plan(64, 128, 64, 8, 3)
 # Correctness rather than speed: no tensor cores, and twice the shared memory.
 FLOAT32 = Plan(16, 32, 64, 4, 2)
 
 
-def choose_plan(tokens: int, itemsize: int) -> Plan:
+def choose_plan(tokens: int, itemsize: int, bits: int) -> Plan:
     if itemsize != 2:
         return FLOAT32
+    if tokens == 1:
+        return INT4_VECTOR if bits == 4 else VECTOR
     return FEW if tokens <= 16 else SOME if tokens <= 128 else MANY
 
 
@@ -85,6 +91,32 @@ def _nibble(bits):
     """The integers as float32 whose codes of 4 bits begin at bit 19 of ``bits``: they become the first bits of the
     mantissa of a number between 16 and 32, so that nothing is converted."""
     return ((bits & 0x780000) | 0x41800000).to(tl.float32, bitcast=True) - 24.0
+
+
+@triton.jit
+def _field(words, FIRST: tl.constexpr, BITS: tl.constexpr):
+    """The codes of BITS bits from bit FIRST on, times 2^FIRST, as float32."""
+    MASK: tl.constexpr = 15 if BITS == 4 else 255  # pyright: ignore[reportAssignmentType]
+    return (words & (MASK << FIRST)).to(tl.float32)
+
+
+@triton.jit
+def _fields(words, BITS: tl.constexpr):
+    """(BLOCK_N, BLOCK_K), float32: the codes of words (BLOCK_N, BLOCK_K * BITS / 32) in their order, each times two to
+    the power of the bit that it begins at, since nothing is shifted."""
+    if BITS == 4:
+        evens = tl.interleave(
+            tl.interleave(_field(words, 0, 4), _field(words, 16, 4)),
+            tl.interleave(_field(words, 8, 4), _field(words, 24, 4)),
+        )
+        odds = tl.interleave(
+            tl.interleave(_field(words, 4, 4), _field(words, 20, 4)),
+            tl.interleave(_field(words, 12, 4), _field(words, 28, 4)),
+        )
+    else:
+        evens = tl.interleave(_field(words, 0, 8), _field(words, 16, 8))
+        odds = tl.interleave(_field(words, 8, 8), _field(words, 24, 8))
+    return tl.interleave(evens, odds)
 
 
 @triton.jit
@@ -128,56 +160,31 @@ def weight_tile(
 
 
 @triton.jit
-def _field(words, FIRST: tl.constexpr, BITS: tl.constexpr):
-    """The codes of BITS bits from bit FIRST on, times 2^FIRST, as float32."""
-    MASK: tl.constexpr = 15 if BITS == 4 else 255  # pyright: ignore[reportAssignmentType]
-    return (words & (MASK << FIRST)).to(tl.float32)
-
-
-@triton.jit
-def _fields(words, BITS: tl.constexpr):
-    """(BLOCK_N, BLOCK_K), float32: the codes of words (BLOCK_N, BLOCK_K * BITS / 32) in their order, each times two to
-    the power of the bit that it begins at, since nothing is shifted."""
-    if BITS == 4:
-        evens = tl.interleave(
-            tl.interleave(_field(words, 0, 4), _field(words, 16, 4)),
-            tl.interleave(_field(words, 8, 4), _field(words, 24, 4)),
-        )
-        odds = tl.interleave(
-            tl.interleave(_field(words, 4, 4), _field(words, 20, 4)),
-            tl.interleave(_field(words, 12, 4), _field(words, 28, 4)),
-        )
-    else:
-        evens = tl.interleave(_field(words, 0, 8), _field(words, 16, 8))
-        odds = tl.interleave(_field(words, 8, 8), _field(words, 24, 8))
-    return tl.interleave(evens, odds)
-
-
-@triton.jit
 def products(
     codes,
     scales,
     columns,
     inside,
     begin,
-    limit: tl.constexpr,
-    stride: tl.constexpr,
+    limit,
+    stride,
     state,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
     """(BLOCK_N, BLOCK_K / SPAN): for each SPAN inputs of some output channels, from ``begin`` on, of which there are
     ``limit``, the sum of the products of weights and ``state`` (BLOCK_K), float32 and 0 past the limit.
 
-    Codes of integers are read as words of 4 bytes, where channels are whole ones, and masked in place, so that each
-    takes three instructions: and, conversion, multiply-add. What is common to a span is done once: the number that
-    codes stand above integers, and the scale, except that with a ``GROUP`` of 0 nothing is scaled.
+    With WORDS, of which channels have to be whole numbers, codes of integers are read as words of 4 bytes and masked in
+    place, so that each takes three instructions: and, conversion, multiply-add. What is common to a span is done once:
+    the number that codes stand above integers, and the scale, except that with a ``GROUP`` of 0 nothing is scaled.
     """
     PER: tl.constexpr = 32 // BITS  # pyright: ignore[reportAssignmentType]
-    if BITS < 16 and codes.dtype.element_ty == tl.uint8 and limit % PER == 0 and stride % PER == 0:
+    if BITS < 16 and codes.dtype.element_ty == tl.uint8 and WORDS:
         at = begin // PER + tl.arange(0, BLOCK_K // PER)
         place = codes.to(tl.pointer_type(tl.uint32)) + columns[:, None] * (stride // PER) + at[None, :]
         words = tl.load(place, mask=inside[:, None] & (at < limit // PER)[None, :], other=0)
@@ -199,6 +206,42 @@ def products(
         place = scales + columns[:, None] * (stride // GROUP) + groups[None, :]
         sums *= tl.load(place, mask=mask, other=0.0).to(tl.float32)
     return sums
+
+
+@triton.jit
+def _project_vector(
+    states,
+    codes,
+    scales,
+    out,
+    outputs,
+    units,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    UNIT: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    width = units * UNIT
+    WORDS: tl.constexpr = UNIT % 8 == 0
+    token = tl.program_id(1).to(tl.int64)
+    columns = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    inside = columns < outputs
+    depth = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_N, BLOCK_K // SPAN), dtype=tl.float32)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        begin = step * BLOCK_K
+        state = tl.load(states + token * width + begin + depth, mask=begin + depth < width, other=0.0).to(tl.float32)
+        acc += products(
+            codes, scales, columns, inside, begin, width, width, state, BITS, GROUP, SPAN, BLOCK_N, BLOCK_K, WORDS
+        )
+    result = tl.sum(acc, axis=1)
+    if GROUP == 0:
+        result *= tl.load(scales + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token * outputs + columns, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -277,8 +320,17 @@ def project(states: Tensor, weight: Weight, plan: Plan | None = None) -> Tensor:
     out = torch.empty(*states.shape[:-1], outputs, dtype=states.dtype, device=states.device)
     if not tokens:
         return out
-    plan = plan or choose_plan(tokens, states.itemsize)
+    plan = plan or choose_plan(tokens, states.itemsize, weight.bits)
     unit = math.gcd(width, 256)
+    if plan.block_m == 0:
+        block_k = min(plan.block_k, triton.next_power_of_2(width))
+        steps = -(-width // block_k)
+        _project_vector[(-(-outputs // plan.block_n), tokens)](
+            states, weight.codes, weight.scales, out, outputs, width // unit, BITS=form[0], GROUP=form[1], UNIT=unit,
+            SPAN=span(*form), BLOCK_N=plan.block_n, BLOCK_K=block_k, STEPS=steps,
+            STAGES=plan.stages if steps > 1 else 1, num_warps=plan.warps,
+        )  # fmt: skip
+        return out
     _project[(-(-outputs // plan.block_n), -(-tokens // plan.block_m))](
         states, weight.codes, weight.scales, out, tokens, outputs, width // unit, BITS=form[0], GROUP=form[1],
         UNIT=unit, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, num_warps=plan.warps,

@@ -37,6 +37,7 @@ _PROGRAMS = 2  # for each multiprocessor
 _TOKENS = 16  # the least that tl.dot takes
 _ABSORBED = 64  # columns of a head's absorbed query in one program: 128 programs at the published widths
 _ONE_BY_ONE = 4  # up to so many sequences, each is combined by programs of its own
+_COMBINED = 16  # the most splits of each of more sequences
 
 
 @dataclass(frozen=True)
@@ -345,8 +346,11 @@ def _multiprocessors(device: torch.device) -> int:
 
 def default_splits(sequences: int, head_blocks: int, capacity: int, multiprocessors: int) -> int:
     """Splits of each sequence: enough programs to fill the GPU, and none with fewer than MIN_SPLIT_LEN of the
-    ``capacity`` tokens of the page table."""
+    ``capacity`` tokens of the page table. Those of several sequences are combined by fewer programs, one split after
+    another, which takes longer than more splits save."""
     wanted = max(1, _PROGRAMS * multiprocessors // (sequences * head_blocks))
+    if sequences > _ONE_BY_ONE:
+        wanted = min(wanted, _COMBINED)
     return max(1, min(wanted, -(-capacity // MIN_SPLIT_LEN)))
 
 

@@ -61,8 +61,10 @@ FEW = Plan(16, Tile(64, 128, 4, 3), Tile(64, 128, 4, 4))
 SOME = Plan(64, Tile(64, 64, 4, 4), Tile(128, 64, 4, 4))
 MANY = Plan(128, Tile(128, 64, 8, 3), Tile(256, 64, 8, 3))
 # For quantised weights, which are widened in registers.
-QUANTIZED_PAIRS = Plan(0, Tile(4, 0, 8, 1), Tile(4, 512, 4, 3))
-QUANTIZED_FEW = Plan(16, Tile(32, 128, 4, 3), Tile(32, 128, 4, 3))
+INT4_PAIRS = Plan(0, Tile(8, 0, 4, 1), Tile(8, 512, 2, 5))
+QUANTIZED_PAIRS = Plan(0, Tile(8, 0, 4, 1), Tile(8, 512, 4, 4))
+INT4_FEW = Plan(16, Tile(64, 128, 4, 3), Tile(64, 128, 4, 3))
+QUANTIZED_FEW = Plan(16, Tile(32, 256, 4, 3), Tile(32, 256, 4, 3))
 QUANTIZED_SOME = Plan(64, Tile(64, 64, 8, 3), Tile(64, 64, 8, 3))
 QUANTIZED_MANY = Plan(128, Tile(64, 64, 8, 3), Tile(128, 64, 8, 3))
 # Correctness rather than speed: no tensor cores, and twice the shared memory.
@@ -71,13 +73,16 @@ FLOAT32 = Plan(16, Tile(32, 32, 4, 2), Tile(64, 32, 4, 2))
 
 def choose_plan(tokens: int, top_k: int, experts: int, itemsize: int, bits: int = 16) -> Plan:
     """By the pairs that an expert gets on average: while reading weights dominates, short blocks waste the least."""
-    if tokens * top_k * 4 <= experts:
-        return PAIRS if bits == 16 else QUANTIZED_PAIRS
+    expected = tokens * top_k / experts
+    if expected <= (1 / 4 if bits == 16 else 1 / 2):
+        return {16: PAIRS, 8: QUANTIZED_PAIRS, 4: INT4_PAIRS}[bits]
     if itemsize != 2:
         return FLOAT32
-    few, some, many = (FEW, SOME, MANY) if bits == 16 else (QUANTIZED_FEW, QUANTIZED_SOME, QUANTIZED_MANY)
-    expected = tokens * top_k / experts
-    return few if expected <= 16 else some if expected <= 96 else many
+    if expected <= 16:
+        return {16: FEW, 8: QUANTIZED_FEW, 4: INT4_FEW}[bits]
+    if bits == 16:
+        return SOME if expected <= 64 else MANY
+    return QUANTIZED_SOME if expected <= 96 else QUANTIZED_MANY
 
 
 @triton.jit
@@ -123,6 +128,7 @@ def _pair_gate_up(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    WORDS: tl.constexpr = width % 8 == 0
     pair = tl.program_id(1)
     token, slot = pair // slots, pair % slots
     expert = tl.load(topk_ids + token * top_k + slot, mask=slot < top_k, other=0)
@@ -134,9 +140,11 @@ def _pair_gate_up(
     state = tl.load(states + token * width + at, mask=at < width, other=0.0).to(tl.float32)
     inside, size = columns < inner, inner * groups_of(width, GROUP)
     gate_scales, up_scales = _gate_and_up(expert, scales, shared_gate_scales, shared_up_scales, size, experts, SHARED)
-    gates = products(gate, gate_scales, columns, inside, 0, width, width, state, BITS, GROUP, SPAN, BLOCK_N, BLOCK_K)
+    gates = products(
+        gate, gate_scales, columns, inside, 0, width, width, state, BITS, GROUP, SPAN, BLOCK_N, BLOCK_K, WORDS
+    )
     acc_gate = tl.sum(gates, axis=1)
-    ups = products(up, up_scales, columns, inside, 0, width, width, state, BITS, GROUP, SPAN, BLOCK_N, BLOCK_K)
+    ups = products(up, up_scales, columns, inside, 0, width, width, state, BITS, GROUP, SPAN, BLOCK_N, BLOCK_K, WORDS)
     acc_up = tl.sum(ups, axis=1)
     if BITS < 16 and GROUP == 0:
         acc_gate *= tl.load(gate_scales + columns, mask=inside, other=0.0).to(tl.float32)
@@ -169,6 +177,7 @@ def _pair_down(
     BLOCK_S: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    WORDS: tl.constexpr = inner % 8 == 0
     token = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < width
@@ -189,7 +198,7 @@ def _pair_down(
         own = scales + expert * width * groups_of(inner, GROUP)
         begin = step % steps * BLOCK_K
         sums = products(
-            codes, own, columns, inside, begin, inner, inner, row * weight, BITS, GROUP, SPAN, BLOCK_N, BLOCK_K
+            codes, own, columns, inside, begin, inner, inner, row * weight, BITS, GROUP, SPAN, BLOCK_N, BLOCK_K, WORDS
         )
         if SCALED:
             sums *= tl.sum(tl.where(slots_here == slot, factors, 0.0), axis=1)[:, None]
@@ -206,7 +215,7 @@ def _pair_down(
             own = shared_scales + first_group(slot * inner, GROUP)
             begin = step % steps * BLOCK_K
             sums = products(
-                codes, own, columns, inside, begin, inner, shared_inner, row, BITS, GROUP, SPAN, BLOCK_N, BLOCK_K
+                codes, own, columns, inside, begin, inner, shared_inner, row, BITS, GROUP, SPAN, BLOCK_N, BLOCK_K, WORDS
             )
             if SCALED:
                 sums *= factor[:, None]
