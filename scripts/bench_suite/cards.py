@@ -31,7 +31,7 @@ from kimi_vl.engine.engine import EngineOptions
 from kimi_vl.kernels import OPERATIONS, Form, Use, triton_ops
 from kimi_vl.kernels.inputs import Unset
 from kimi_vl.kernels.startup_check import Calls
-from kimi_vl.kernels.triton import prefill
+from kimi_vl.kernels.triton import card
 from kimi_vl.model.config import PUBLISHED_TEXT
 
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -93,14 +93,14 @@ class _Machine:
 @contextmanager
 def launches(instead: Any) -> Iterator[_Machine]:
     """Call ``instead(launch, kernel, arguments, options)`` at each launch of a kernel."""
-    run, shared_memory, machine = JITFunction.run, prefill.shared_memory, _Machine()
+    run, shared_memory, machine = JITFunction.run, card.shared_memory, _Machine()
     driver.set_active(machine)  # pyright: ignore[reportArgumentType]
     JITFunction.run = lambda self, *arguments, **options: instead(run, self, arguments, options)
-    prefill.shared_memory = lambda device: CARDS[machine.capability].shared
+    card.shared_memory = lambda device: CARDS[machine.capability].shared
     try:
         yield machine
     finally:
-        JITFunction.run, prefill.shared_memory = run, shared_memory
+        JITFunction.run, card.shared_memory = run, shared_memory
 
 
 INT8: Form = ("int8", 0, "bfloat16")

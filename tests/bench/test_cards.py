@@ -76,7 +76,6 @@ def test_products_use_the_matrix_unit(capability):
         "_block_down",
         "_prefill",
         "_project",
-        "_project_vector",
     ):
         assert (name, "none") not in used
     if capability == "9.0":

@@ -297,6 +297,7 @@ def test_plans_by_size():
     plans = [moe.choose_plan(tokens, 6, 64, 2) for tokens in (1, 2, 3, 170, 171, 682, 683)]
     pairs, few, some, many = moe.PAIRS, moe.FEW, moe.SOME, moe.MANY
     assert plans == [pairs, pairs, few, few, some, some, many]
+    assert moe.choose_plan(2048, 6, 64, 2, 16, 99 << 10) == some
     assert moe.choose_plan(1, 6, 64, 4) == pairs
     assert moe.choose_plan(1000, 6, 64, 4) == moe.FLOAT32
     assert [moe.choose_plan(tokens, 6, 64, 2, 4) for tokens in (5, 6)] == [moe.INT4_PAIRS, moe.INT4_FEW]

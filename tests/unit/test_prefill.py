@@ -24,7 +24,7 @@ from kimi_vl.kernels import Widths, sdpa  # noqa: E402
 from kimi_vl.kernels.attention_metadata import PrefillChunk  # noqa: E402
 from kimi_vl.kernels.inputs import Inputs, apart, distance, with_arguments  # noqa: E402
 from kimi_vl.kernels.triton import prefill  # noqa: E402
-from kimi_vl.kernels.triton.prefill import FEW, FLOAT32, NARROW, WIDE, Plan  # noqa: E402
+from kimi_vl.kernels.triton.prefill import FEW, FLOAT32, NARROW, SOME, WIDE, Plan  # noqa: E402
 
 # numbers that are not finite are put in on purpose
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -116,7 +116,8 @@ def test_chunks_of_a_prompt_are_the_prompt():
 @pytest.mark.parametrize(
     ("tokens", "itemsize", "shared_memory", "plan"),
     [(2, 2, 232_448, FEW), (16, 2, 101_376, FEW), (17, 2, 101_376, NARROW), (1024, 2, 166_912, NARROW),
-     (17, 2, 232_448, WIDE), (1024, 2, 232_448, WIDE), (1024, 4, 232_448, FLOAT32), (2, 4, 101_376, FLOAT32)],
+     (17, 2, 232_448, SOME), (256, 2, 232_448, SOME), (257, 2, 232_448, WIDE),
+     (1024, 2, 232_448, WIDE), (1024, 4, 232_448, FLOAT32), (2, 4, 101_376, FLOAT32)],
 )  # fmt: skip
 def test_plans_by_size_and_card(tokens: int, itemsize: int, shared_memory: int, plan: Plan):
     assert prefill.choose_plan(tokens, itemsize, shared_memory) == plan

@@ -31,6 +31,7 @@ from torch import Tensor
 from ...quantization.weight import Weight
 from .. import plain
 from ..linear import mlp
+from . import card
 from .linear import first_group, groups_of, kernel_form, numbers, products, project, span, stored, weight_tile
 from .moe_grouping import group, most_blocks
 
@@ -71,7 +72,9 @@ QUANTIZED_MANY = Plan(128, Tile(64, 64, 8, 3), Tile(128, 64, 8, 3))
 FLOAT32 = Plan(16, Tile(32, 32, 4, 2), Tile(64, 32, 4, 2))
 
 
-def choose_plan(tokens: int, top_k: int, experts: int, itemsize: int, bits: int = 16) -> Plan:
+def choose_plan(
+    tokens: int, top_k: int, experts: int, itemsize: int, bits: int = 16, shared_memory: int = 227 << 10
+) -> Plan:
     """By the pairs that an expert gets on average: while reading weights dominates, short blocks waste the least."""
     expected = tokens * top_k / experts
     if expected <= (1 / 4 if bits == 16 else 1 / 2):
@@ -81,7 +84,7 @@ def choose_plan(tokens: int, top_k: int, experts: int, itemsize: int, bits: int 
     if expected <= 16:
         return {16: FEW, 8: QUANTIZED_FEW, 4: INT4_FEW}[bits]
     if bits == 16:
-        return SOME if expected <= 64 else MANY
+        return MANY if expected > 64 and card.is_wide(shared_memory) else SOME
     return QUANTIZED_SOME if expected <= 96 else QUANTIZED_MANY
 
 
@@ -384,7 +387,7 @@ def moe(
     if not tokens:
         return out
     slots = top_k + shared_inner // inner
-    plan = plan or choose_plan(tokens, top_k, experts, states.itemsize, form[0])
+    plan = plan or choose_plan(tokens, top_k, experts, states.itemsize, form[0], card.shared_memory(states.device))
     hidden = torch.empty(tokens * slots, inner, dtype=states.dtype, device=states.device)
     common = {"SHARED": shared is not None, "BITS": form[0], "GROUP": form[1]}
     if plan.block_m == 0:

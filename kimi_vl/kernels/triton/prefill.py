@@ -12,7 +12,6 @@ Memory traffic: each program reads (Q + P + V) values of every token that its la
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention_metadata import PrefillChunk
+from . import card
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,12 @@ FEW = Plan(16, 64, 4, 3)
 NARROW = Plan(128, 32, 8, 3)
 """For mma.sync, within 99 KB and 255 registers. With fewer queries than dims of a value, Triton would have all warps
 share each query, and the softmax's sums go through shared memory."""
-WIDE = Plan(64, 64, 4, 2)
-"""For wgmma and tcgen05: two programs share 227 KB, one computes softmax while the other multiplies."""
+SOME = Plan(64, 64, 4, 3)
+WIDE = Plan(128, 64, 8, 3)
+"""Both are for wgmma and tcgen05: on an H100 the first is the faster one for 256 queries, the second for 1,024
+(BENCHMARKS.md)."""
+SOME_TOKENS = 256
 FLOAT32 = Plan(16, 32, 8, 1)
-
-_WIDE_SINCE = 200 << 10  # bytes of shared memory of a program: compute capabilities 9.0 and 10.0
 
 
 def choose_plan(tokens: int, itemsize: int, shared_memory: int) -> Plan:
@@ -52,16 +53,9 @@ def choose_plan(tokens: int, itemsize: int, shared_memory: int) -> Plan:
         return FLOAT32
     if tokens <= FEW.block_m:
         return FEW
-    return WIDE if shared_memory >= _WIDE_SINCE else NARROW
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of it that one program may have."""
-    # Triton's interpreter has none; 227 KB are an H100's
-    if device.type != "cuda":
-        return 227 << 10
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    if not card.is_wide(shared_memory):
+        return NARROW
+    return SOME if tokens <= SOME_TOKENS else WIDE
 
 
 @triton.jit
@@ -200,7 +194,7 @@ def mla_prefill(
     out = torch.empty(tokens, heads, value, dtype=query.dtype, device=query.device)
     if not tokens:
         return out
-    plan = plan or choose_plan(tokens, query.itemsize, shared_memory(query.device))
+    plan = plan or choose_plan(tokens, query.itemsize, card.shared_memory(query.device))
     _prefill[(heads, -(-tokens // plan.block_m))](
         query, rotated, latents, expanded, out, tokens, length, *query.stride()[:2], *rotated.stride()[:2],
         latents.stride(0), *expanded.stride()[:2], heads * value, scale * math.log2(math.e),
