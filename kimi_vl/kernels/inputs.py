@@ -20,6 +20,9 @@ from .attention_metadata import DecodeMetadata, PrefillChunk
 # terms in an unknown order, some ten times 2^-24.
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-19}
 
+# Of scores far from 0, whose rounding is one of their weights: 1.1 times the above for 5,000 tokens on an H100.
+_EXPONENTIALS = ("mla_decode", "mla_prefill")
+
 FLOAT8_SPREAD = 100.0  # the standard deviation of float8 whose codes are equally likely
 
 PUBLISHED = Widths()
@@ -54,7 +57,7 @@ class Call:
     def tolerance(self, dtype: torch.dtype) -> float:
         if dtype == torch.bfloat16 and self.roundings:
             return ROUNDING[dtype] * self.roundings
-        return ROUNDING[torch.float32]
+        return ROUNDING[torch.float32] * (2 if self.op in _EXPONENTIALS else 1)
 
 
 def _doubled(values: Any) -> Any:
