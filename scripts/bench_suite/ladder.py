@@ -84,9 +84,13 @@ def random_model(
 
 
 def _fill(weight: QuantizedWeight, generator: torch.Generator) -> None:
-    """Codes that are equally likely; scales that make the standard deviation that of :func:`random_model`."""
+    """Codes that are equally likely, around 0; scales that make the standard deviation that of :func:`random_model`."""
     codes = weight.codes.view(torch.uint8)
-    codes.copy_(torch.randint(256, codes.shape, generator=generator, device=codes.device, dtype=torch.uint8))
+    if weight.bits == 4:  # without -8, or every sum has a direction of its own, whatever a token is
+        halves = torch.randint(1, 16, (2, *codes.shape), generator=generator, device=codes.device, dtype=torch.uint8)
+        codes.copy_(halves[0] | halves[1] << 4)
+    else:
+        codes.copy_(torch.randint(256, codes.shape, generator=generator, device=codes.device, dtype=torch.uint8))
     spread = (1 << weight.bits) / 12**0.5
     if weight.kind == "float8":
         codes[codes & 0x7F == 0x7F] = 0  # NaN
@@ -210,15 +214,16 @@ def profile(rung: str, rehearsal: bool, device: str, report: Report) -> None:
     with _profiler(rehearsal):
         pass  # the first one takes seconds to begin
     (ids,) = decode.prompts(1, 20 if rehearsal else 4096, vocabulary)
-    picture = square_picture(4 if rehearsal else 64)
-    for name, given, patches in (
-        (f"prompt of {len(ids)} tokens", ids, []),
-        (f"picture of {picture.tokens} tokens", [1, *[pad] * picture.tokens, 3], [picture]),
+    pictures = [square_picture(4 if rehearsal else 64, number) for number in range(4)]
+    tokens = pictures[0].tokens
+    for name, given, each in (
+        (f"prompt of {len(ids)} tokens", ids, [[]] * 4),
+        (f"picture of {tokens} tokens", [1, *[pad] * tokens, 3], [[picture] for picture in pictures]),
     ):
-        _ask(running, given, patches, 1)
+        _ask(running, given, each[0], 1)
         with _profiler(rehearsal) as profiler:
             began = time.perf_counter()
-            for _ in range(3):
+            for patches in each[1:]:
                 _ask(running, given, patches, 1)
             took = time.perf_counter() - began
         report(name, _shares(profiler, took, 3))
@@ -378,14 +383,15 @@ def _smoke(engine: Engine, rehearsal: bool, check: Check) -> None:
 
 
 def _first_tokens(rung: str, engine: Engine, rehearsal: bool, report: Report) -> None:
-    """Milliseconds to the first token: of a prompt of words, and of a picture."""
+    """Milliseconds to the first token: of a prompt of words, and of a picture, a new one each time."""
     pad, vocabulary = engine.model.config.media_placeholder_token_id, engine.model.config.text_config.vocab_size
     length, side = (20, 4) if rehearsal else (4096, 64)
-    (ids,) = decode.prompts(1, length, vocabulary)
-    picture = square_picture(side)
-    for name, given, patches in (
-        (f"{length} tokens", ids, []),
-        (f"a picture of {picture.tokens} tokens", [1, 2, *[pad] * picture.tokens, 3], [picture]),
+    (words,) = decode.prompts(1, length, vocabulary)
+    pictures = [square_picture(side, number) for number in range(1 if rehearsal else 4)]
+    pictured = [1, 2, *[pad] * pictures[0].tokens, 3]
+    for name, ids, each in (
+        (f"{length} tokens", words, [[] for _ in pictures]),
+        (f"a picture of {pictures[0].tokens} tokens", pictured, [[picture] for picture in pictures]),
     ):
-        times = [_ask(engine, given, patches, 1)[0] for _ in range(1 if rehearsal else 4)][-3:]
+        times = [_ask(engine, ids, patches, 1)[0] for patches in each][-3:]
         report(f"first token of {name}", {"rung": rung, "milliseconds": round(statistics.median(times) * 1e3, 2)})

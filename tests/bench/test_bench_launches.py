@@ -31,7 +31,7 @@ def test_no_layer_waits_where_products_are_not_grouped(sequences: int):
 
 def test_kernels_take_few_launches_and_no_layer_waits():
     one, two = (launches.count_steps("kernels", 1, layers, max_new_tokens=4) for layers in (1, 2))
-    assert launches.carried_on(one.launches, two.launches) <= 310
+    assert launches.carried_on(one.launches, two.launches) <= 330
     assert one.device_waits == two.device_waits
 
 

@@ -30,7 +30,7 @@ def test_a_gpu_has_the_context_that_the_engine_s_budget_leaves(beside, monkeypat
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
     budget = kv_cache.cache_bytes(
         max(0, free - check.PUBLISHED_BYTES), PUBLISHED_TEXT, torch.bfloat16,
-        sequences=64, max_num_batched_tokens=1024, images=256 << 20,
+        sequences=64, max_num_batched_tokens=2048, images=256 << 20,
     )  # fmt: skip
     right = min(131_072, budget // (32 * CACHED_TOKEN * 2) * 32)
     assert contexts(check.Device("cuda", "a card", 2 * free, free, 2), tmp_path) == {(right >= 4096, right)}
