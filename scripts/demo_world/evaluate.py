@@ -120,7 +120,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=192, help="questions of each task")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--tasks", nargs="*", choices=lessons.ALL_TASKS, default=list(lessons.TASKS))
-    parser.add_argument("--later", action="store_true", help="the tasks that the committed weights have not learnt")
+    parser.add_argument("--later", action="store_true", help="the tasks that the committed weights have begun to learn")
     parser.add_argument("--doors", action="store_true", help="ask the service, with videos and documents as files")
     parser.add_argument("--mistakes", type=int, default=0, help="print this many wrong answers of each task")
     args = parser.parse_args()

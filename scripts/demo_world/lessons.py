@@ -17,27 +17,27 @@ from demo_world.turns import Turn
 
 TASKS: dict[str, float] = {
     "sum": 24.0,
+    "typed_sum": 12.0,
     "object": 8.0,
     "count": 12.0,
     "place": 11.0,
     "compare": 11.0,
     "describe": 14.0,
     "second_turn": 8.0,
+    "json": 8.0,
     "text_sum": 5.0,
     "talk": 7.0,
 }
 """Names of the tasks that the committed weights have learnt and how often each is drawn, relative to the others."""
 
 LATER_TASKS: dict[str, float] = {
-    "typed_sum": 12.0,
     "box": 8.0,
     "boxes": 20.0,
     "click": 9.0,
     "film": 14.0,
     "pages": 12.0,
-    "json": 8.0,
 }
-"""Tasks that there are lessons for, and that the committed weights have not learnt."""
+"""Tasks that there are lessons for, and that the committed weights have begun to learn."""
 
 ALL_TASKS = TASKS | LATER_TASKS
 SEQUENCES = ("film", "pages")

@@ -18,7 +18,7 @@ from demo_world import evaluate, lessons
 
 TASK = "kimi_demo"
 MAX_NEW_TOKENS = 512
-ONE_PICTURE = ("sum", "object", "count", "place", "describe")
+ONE_PICTURE = ("sum", "typed_sum", "object", "count", "place", "describe", "json")
 """Tasks of one picture and one turn, which are all that a table can have."""
 
 YAML = f"""\

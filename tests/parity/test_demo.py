@@ -119,7 +119,7 @@ def test_the_service_answers_as_the_model_alone_does(examinee, monkeypatch):
     for task in ("sum", "compare", "talk"):
         asked = list(evaluate.questions(SEED, 3, task))
         assert list(service.answer(asked)) == list(examinee.answer(asked))
-    for task in lessons.SEQUENCES:  # which these weights have not learnt: an answer of any kind is one
+    for task in lessons.SEQUENCES:  # which these weights have only begun to learn: an answer of any kind is one
         asked = list(evaluate.questions(SEED, 2, task))
         assert all(answer.strip() for _, answer in service.answer(asked))
 

@@ -44,6 +44,14 @@ def test_only_the_right_answer_is_right() -> None:
         assert lmms_functions.process_results(doc, [said]) == {"right": right}
 
 
+def of_one_picture_and_turn(task: str) -> bool:
+    for conversation, pictures in evaluate.questions(SEED, 3, task):
+        asked = [message for message in conversation.messages if message["role"] == "user"]
+        if (len(pictures), len(asked)) != (1, 1):
+            return False
+    return True
+
+
 def test_a_table_has_questions_of_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "demo.tsv"
     assert lmms.main(["--tsv", str(path), "--count", "1"]) == 0
@@ -54,6 +62,7 @@ def test_a_table_has_questions_of_one_picture(tmp_path: Path, capsys: pytest.Cap
     finally:
         csv.field_size_limit(usual)
     assert [line["category"] for line in lines] == list(questions.ONE_PICTURE)
+    assert list(questions.ONE_PICTURE) == [task for task in lessons.TASKS if of_one_picture_and_turn(task)]
     assert [line["index"] for line in lines] == [str(index) for index in range(len(lines))]
     [(conversation, [picture])] = evaluate.questions(SEED, 1, "sum")
     assert lines[0]["answer"] == conversation.answer
@@ -65,14 +74,14 @@ def test_a_table_has_questions_of_one_picture(tmp_path: Path, capsys: pytest.Cap
 def test_lmms_eval_finds_what_the_demo_s_own_evaluation_finds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same questions; of 54 answers at most two may be another, as sums are rounded in another order in a batch."""
+    """The same questions; of 66 answers at most two may be another, as sums are rounded in another order in a batch."""
     monkeypatch.setenv("KIMI_VL_LMMS_EVAL", python_with("lmms_eval", "lmms-eval"))
     monkeypatch.setenv("KIMI_VL_MODEL", "demo")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert lmms.main(["--count", "6", "--out", str(tmp_path / "out")]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     due = evaluate.examine(evaluate.Examinee(resolve.DEMO), SEED, 6, list(lessons.TASKS))
-    assert found["questions"] == len(due) == 54
-    assert abs(found["right"] * 54 - sum(result.right for result in due)) <= 2.01
+    assert found["questions"] == len(due) == 66
+    assert abs(found["right"] * 66 - sum(result.right for result in due)) <= 2.01
     assert found["right"] > 0.8 and found["standard_error"] < 0.06
     assert found["tasks"].keys() == lessons.TASKS.keys()
