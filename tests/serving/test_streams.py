@@ -393,7 +393,7 @@ def test_many_at_once(demo: ServerThread) -> None:
     streams = [demo.pipeline.stream(user(f"What is {index} + 1?"), temperature=0) for index in range(len(answers))]
     expected = ["".join(event.text for event in stream if isinstance(event, Answer)) for stream in streams]
     assert answers == expected
-    assert demo.idle()
+    until(demo.idle)
 
 
 # Log-probabilities and biases
