@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import pytest
@@ -11,7 +12,9 @@ from demo_world import evaluate, lessons
 from kimi_vl.quantization.weight import QuantizedWeight
 from kimi_vl.weights import loader, resolve
 
-ALLOWED = {"int8": 0.005, "float8": 0.02, "int4": 0.02}  # of the answers, fewer exactly right
+# Of the answers, fewer right: of one task's 192, where an answer more or less is chance, and of all tasks' together.
+ALLOWED = {"int8": 0.011, "float8": 0.02, "int4": 0.03}
+ALLOWED_TOGETHER = {"int8": 0.002, "float8": 0.005, "int4": 0.01}
 
 
 class Examinee(evaluate.Examinee):
@@ -41,13 +44,29 @@ def test_a_few_sums_and_talks_are_answered_as_well():
             assert lost(wanted, right(Examinee(form), 12, task)) <= 1 / 12, (task, form)
 
 
+@functools.cache
+def examinee(form: str | None) -> Examinee:
+    return Examinee(form)
+
+
+@functools.cache
+def answered(form: str | None, task: str) -> list[bool]:
+    """Which of 192 fresh pictures, the same for each form, are answered right."""
+    return right(examinee(form), 192, task)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("task", lessons.TASKS)
 def test_every_task_is_answered_as_well(task: str):
-    """192 fresh pictures, the same for each form."""
-    wanted = right(Examinee(None), 192, task)
     for form, allowed in ALLOWED.items():
-        assert lost(wanted, right(Examinee(form), 192, task)) <= allowed, form
+        assert lost(answered(None, task), answered(form, task)) <= allowed, form
+
+
+@pytest.mark.nightly
+def test_all_tasks_together_are_answered_as_well():
+    wanted = [each for task in lessons.TASKS for each in answered(None, task)]
+    for form, allowed in ALLOWED_TOGETHER.items():
+        assert lost(wanted, [each for task in lessons.TASKS for each in answered(form, task)]) <= allowed, form
 
 
 @pytest.mark.slow
