@@ -27,8 +27,8 @@ def test_one_request_takes_its_steps() -> None:
 
 
 def test_a_long_prompt_takes_several_steps() -> None:
-    found = simulate([Arrival(0.0, "a", 2500, 1)])
-    assert found.first == [pytest.approx(3 * 0.01 + 2500 * 0.0001)]  # of 1024 tokens at the most
+    found = simulate([Arrival(0.0, "a", 4500, 1)])
+    assert found.first == [pytest.approx(3 * 0.01 + 4500 * 0.0001)]  # of 2,048 tokens at the most
 
 
 def test_a_second_request_waits_for_the_step_that_runs() -> None:
