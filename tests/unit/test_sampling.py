@@ -132,6 +132,42 @@ def test_a_batch_on_a_device_gives_the_same_tokens(options):
     assert sample_batch_on_device(logits[:0], [], [], []) == []
 
 
+@pytest.mark.parametrize("vocabulary", [1, 200, 256, 257, 700, 1024])
+def test_a_device_draws_no_token_without_probability(vocabulary):
+    """Whole blocks of tokens are ruled out at either end and between, numbers are the least and the greatest ones."""
+    generator, rng = torch.Generator().manual_seed(vocabulary), random.Random(vocabulary)
+    cases = [(0, vocabulary), (vocabulary // 2, vocabulary), (0, vocabulary // 3 + 1), (vocabulary - 1, vocabulary)]
+    allowed = torch.zeros(len(cases) + 1, vocabulary, dtype=torch.bool)
+    for own, (begin, end) in zip(allowed, cases, strict=False):
+        own[begin:end] = True
+    allowed[-1, [0, -1]] = True  # the first and the last
+    limits = [vocabulary, vocabulary, vocabulary // 2 + 1, vocabulary, vocabulary]
+    for temperature in (1e-4, 0.6, 2.0):
+        for number in (0.0, math.nextafter(1, 0), *(rng.random() for _ in range(20))):
+            logits = torch.randn(allowed.shape, generator=generator).masked_fill(~allowed, float("-inf"))
+            samplings = [Sampling(temperature, 1.0, 0, 0)] * len(logits)
+            found = sample_batch_on_device(logits, samplings, [number] * len(logits), limits)
+            for own, token, limit in zip(logits, found, limits, strict=True):
+                assert token < limit
+                assert (own / temperature).double().softmax(-1)[token] > 0
+            if number < math.nextafter(1, 0):  # which rounding decides
+                assert found == sample_batch(logits, samplings, [number] * len(logits), limits)
+
+
+@pytest.mark.parametrize("away", [-1, 0, 1])
+def test_a_device_draws_no_token_without_probability_where_a_block_ends(away):
+    """Numbers beside what the blocks before sum up to, which rounding may give to either block."""
+    count = 300
+    logits = torch.randn(count, 768, generator=torch.Generator().manual_seed(1))
+    logits[:, 512:600] = float("-inf")
+    sums = (logits.double() - logits.amax(-1, keepdim=True)).exp().unflatten(-1, (3, 256)).sum(-1)
+    shares = (sums[:, 0] + sums[:, 1]) / sums.cumsum(-1)[:, -1]
+    numbers = [share if away == 0 else math.nextafter(share, share + away) for share in shares.tolist()]
+    found = sample_batch_on_device(logits, [Sampling(1.0, 1.0, 0, 0)] * count, numbers, [768] * count)
+    assert all(logits[range(count), found] > float("-inf"))
+    assert all(256 <= token < 768 for token in found)
+
+
 @pytest.mark.parametrize("spread", [0.05, 3.0, 30.0])
 @pytest.mark.parametrize("options", [OPTIONS, [*OPTIONS, *GREEDY]], ids=["cut", "all"])
 def test_bfloat16_logits_need_no_sorting(options, spread):
