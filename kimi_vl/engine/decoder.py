@@ -45,13 +45,16 @@ def widths(config: TextConfig, page_size: int) -> Widths:
     )
 
 
-def forms(model: LanguageModel) -> tuple[Form | None, tuple[Form, ...], Form | None]:
-    """How the weights of experts, of projections (each form once), and of ``kv_b_proj`` are quantised."""
+def forms(model: LanguageModel) -> tuple[Form | None, tuple[Form, ...], Form | None, Form | None]:
+    """How the weights of experts, of projections (each form once), of ``kv_b_proj``, and of shared experts are
+    quantised."""
     layers = [layer for layer in model.model.layers if isinstance(layer, Layer)]
-    experts = next((form_of(layer.mlp.experts.gate_up_proj) for layer in layers if isinstance(layer.mlp, MoE)), None)
+    sparse = next((layer.mlp for layer in layers if isinstance(layer.mlp, MoE)), None)
+    experts = form_of(sparse.experts.gate_up_proj) if sparse else None
+    shared = form_of(sparse.shared_experts.gate_proj.weight) if sparse else None
     linear = [module.weight for module in model.modules() if isinstance(module, Linear)]
     projections = tuple(sorted({form for weight in linear if (form := form_of(weight)) is not None}))
-    return experts, projections, form_of(layers[0].self_attn.kv_b_proj.weight)
+    return experts, projections, form_of(layers[0].self_attn.kv_b_proj.weight), shared
 
 
 class FusedDecoder:

@@ -110,7 +110,7 @@ def form_of(weight: Weight) -> Form | None:
 @dataclass(frozen=True)
 class Use:
     """What an engine will call the operations with: the widths of its model, the sizes of its largest step, and how the
-    weights of experts, of projections, and into and out of the latent space are quantised."""
+    weights of experts, of projections, into and out of the latent space, and of shared experts are quantised."""
 
     widths: Widths
     dtype: torch.dtype
@@ -119,6 +119,7 @@ class Use:
     experts: Form | None = None
     projections: tuple[Form, ...] = ()
     latent: Form | None = None
+    shared: Form | None = None
 
 
 REFERENCE = Ops(

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import queue
 import subprocess
@@ -84,17 +85,23 @@ class Calls:
             yield self._inputs.norm_router(tokens)
 
     def project(self) -> Iterator[Call]:
-        """On a GPU of quantised weights alone, since the others have no kernel of their own there."""
+        """On a GPU of quantised weights alone, since the others have no kernel of their own there.
+
+        Only widths that a form's groups divide: there are no other weights.
+        """
         widths = self._inputs.widths
+        own = [widths.hidden, widths.heads * widths.value, widths.dense, widths.rank]
+        if self._use.shared != self._use.experts:  # they are projections then
+            own.append(widths.shared)
         for form in self._use.projections if self._on_gpu else (None, *self._use.projections):
-            for width in {widths.hidden: None, widths.heads * widths.value: None, widths.dense: None}:
+            for width in [each for each in dict.fromkeys(own) if not (form and form[1] and each % form[1])]:
                 weight = self._inputs.weight(192, width, scale=1.0, form=form)
                 for tokens in token_counts(self._use.max_num_batched_tokens):
                     yield self._inputs.project(tokens, weight)
 
     def moe(self) -> Iterator[Call]:
         inputs, form = self._inputs, self._use.experts
-        weights = inputs.experts(form), inputs.shared_experts(form)
+        weights = inputs.experts(form), inputs.shared_experts(self._use.shared)
         for tokens in token_counts(self._use.max_num_batched_tokens):
             yield inputs.moe(tokens, shared=inputs.widths.shared > 0, weights=weights)
 
@@ -239,6 +246,14 @@ def check(
     return refused
 
 
+def native_widths(use: Use) -> Widths:
+    """:data:`NATIVE_WIDTHS`, widened to whole groups of the experts' weights, and to more than one."""
+    group = math.lcm(*(form[1] or 1 for form in (use.experts, use.shared) if form))
+    names = "hidden", "inner", "shared"
+    wider = {name: max(2, -(-getattr(NATIVE_WIDTHS, name) // group)) * group for name in names}
+    return dataclasses.replace(NATIVE_WIDTHS, **wider)
+
+
 def check_native(use: Use) -> dict[str, str]:
     """:func:`check` for native kernels, at widths that take a second. What a library has passed is not checked again.
 
@@ -246,7 +261,7 @@ def check_native(use: Use) -> dict[str, str]:
     """
     from .cpu import build
 
-    use = dataclasses.replace(use, widths=NATIVE_WIDTHS, max_num_seqs=17, max_num_batched_tokens=100)
+    use = dataclasses.replace(use, widths=native_widths(use), max_num_seqs=17, max_num_batched_tokens=100)
     device = torch.device("cpu")
     passed = Path(build.library()._name).with_suffix(f".{zlib.crc32(_encoded(device, use, OPERATIONS).encode()):08x}")
     if passed.exists():
@@ -318,6 +333,7 @@ def main(ops: Ops | None = None) -> int:
         "experts": values["experts"] and tuple(values["experts"]),
         "projections": tuple(map(tuple, values["projections"])),
         "latent": values["latent"] and tuple(values["latent"]),
+        "shared": values["shared"] and tuple(values["shared"]),
     }
     use = Use(**values | decoded)
     told = os.fdopen(os.dup(1), "w")

@@ -123,7 +123,7 @@ def calls(options: EngineOptions | None = None, dtype: torch.dtype = torch.bfloa
     exact = form if form and form[0] != "int4" and not form[1] else INT8
     projections = tuple({form: None, exact: None}) if form else ()
     latent = exact if form else None
-    use = Use(sizes, dtype, options.max_num_seqs, options.batched_tokens("cuda"), form, projections, latent)
+    use = Use(sizes, dtype, options.max_num_seqs, options.batched_tokens("cuda"), form, projections, latent, form)
     return Calls(use, "cpu", Unset(use.widths, dtype))
 
 

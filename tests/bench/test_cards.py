@@ -103,8 +103,9 @@ def test_every_form_is_compiled_where_it_can_be(capability: str, form: str):
         assert each["spilled"] <= FEW_SPILLED, each
 
 
-VARIANTS = """
+RECORDED = """
 import json
+import sys
 from dataclasses import replace
 
 import torch
@@ -119,6 +120,7 @@ from kimi_vl.engine.engine import EngineOptions
 from kimi_vl.engine.decoder import FusedDecoder
 from kimi_vl.kernels import OPERATIONS, triton_ops
 from kimi_vl.kernels.startup_check import Calls
+from kimi_vl.quantization.weight import QuantizedWeight
 
 options, ops, seen = EngineOptions(), triton_ops(), set()
 
@@ -135,8 +137,12 @@ def taken():
     global seen
     seen, last = set(), seen
     return last
+"""
+"""What every launch is compiled for, instead of the launch."""
 
-
+VARIANTS = (
+    RECORDED
+    + """
 with cards.launches(record):
     for operation in OPERATIONS:
         for call in cards.calls(options).of(operation):
@@ -172,6 +178,7 @@ with cards.launches(record):
 
 print(json.dumps([sorted(warmed), sorted(prompts), sorted(mixed)]))
 """
+)
 
 
 def test_steps_launch_what_was_compiled_before_and_nothing_else():
@@ -180,3 +187,56 @@ def test_steps_launch_what_was_compiled_before_and_nothing_else():
     assert len(prompts) > 8 and len(mixed) > 8
     assert prompts | mixed <= warmed, sorted((prompts | mixed) - warmed)
     assert len(warmed) < 40
+
+
+QUANTIZED = (
+    RECORDED
+    + """
+changes, beside = json.loads(sys.argv[1])
+text = replace(PUBLISHED_TEXT, num_hidden_layers=2, vocab_size=512, **changes)
+vision = VisionConfig(14, 64, 64, 2, 1, 32, 32, (2, 2))
+model = loader.planned_model(Config(vision, text, 500), form="int4")
+mlp = model.language_model.model.layers[1].mlp.shared_experts
+for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj) if beside else ():
+    shape = linear.weight.shape
+    del linear.weight
+    linear.weight = QuantizedWeight(
+        torch.empty(shape, dtype=torch.uint8, device="meta"),
+        torch.empty(shape[0], 1, dtype=torch.bfloat16, device="meta"), 8,
+    )
+use = options.use(model, torch.device("cuda"))
+
+with cards.launches(record):
+    calls = Calls(use, "cpu", cards.Unset(use.widths, use.dtype))
+    calls._on_gpu = True  # as on a card: quantised weights alone are kernels' there
+    for operation in OPERATIONS:
+        for call in calls.of(operation):
+            call.run(ops)
+    warmed = taken()
+    decoder = FusedDecoder(model.language_model, ops)
+    cache = PagedCache(text, 64, options.page_size, dtype=torch.bfloat16, device="meta")
+    prompts = [(0, 2), (0, 17), (0, 150), (0, 700), (0, 2048)]
+    for decoding, new in [*prompts, (1, 0), (2, 0), (5, 0), (6, 0), (64, 0), (3, 9)]:
+        chunks = [Chunk(list(range(22)), 700, 701)] * decoding + [Chunk(list(range(64)), 0, new)] * bool(new)
+        states = torch.empty(decoding + new, text.hidden_size, dtype=torch.bfloat16, device="meta")
+        decoder.states(states, cache.step(chunks))
+
+print(json.dumps([sorted(warmed), sorted(taken())]))
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "beside"),
+    [
+        ({"kv_lora_rank": 256}, True),
+        pytest.param({"hidden_size": 4096}, False, marks=pytest.mark.nightly),
+        pytest.param({}, True, marks=pytest.mark.nightly),
+    ],
+    ids=["both", "widths", "shared"],
+)
+def test_steps_of_quantised_models_launch_what_was_compiled_before(changes: dict[str, int], beside: bool):
+    """A dense layer and one of experts: at other widths, and with shared experts in 8 bits beside routed ones in 4."""
+    warmed, launched = map(set, json.loads(python("-c", QUANTIZED, json.dumps([changes, beside]))[-1]))
+    assert len(launched) > 20
+    assert launched <= warmed, sorted(launched - warmed)

@@ -216,6 +216,21 @@ def test_a_wrong_kernel_is_refused_and_the_weights_stay_as_they_are(monkeypatch:
         assert ops.block(weight) is weight
 
 
+@pytest.mark.parametrize("group", [0, 32, 64, 128])
+@pytest.mark.parametrize("shared", ["int4", "int8", ""])
+def test_kernels_are_checked_with_groups_of_any_size(group: int, shared: str):
+    """Sound kernels are taken, also where shared experts are of another form than the routed ones."""
+    form, other = ("int4", group, "bfloat16"), (shared, group, "bfloat16") if shared else None
+    use = kernels.Use(GROUPED, torch.bfloat16, 3, 3, form, (form,), shared=other)
+    use = dataclasses.replace(use, widths=startup_check.native_widths(use))
+    ops = kernels.native_ops()
+    calls = startup_check.Calls(use, "cpu", Inputs(use.widths, use.dtype, block=ops.block))
+    for operation in ("moe", "project"):
+        assert startup_check.reason_against(operation, ops, calls.of(operation), use.dtype) == ""
+    weights = [weight for call in calls.of("moe") for weight in call.arguments[3:5]]
+    assert {kernels.form_of(weight) for weight in weights} == {form}
+
+
 def test_a_library_is_checked_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     library, asked = tmp_path / "key.so", []
     monkeypatch.setattr(build, "library", lambda: SimpleNamespace(_name=str(library)))

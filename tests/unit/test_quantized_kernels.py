@@ -328,4 +328,5 @@ def test_the_use_of_a_model_names_its_forms(model: Any):
     assert (dtype, use.experts in use.projections) == ("bfloat16", True)
     assert ("int8", 0, "bfloat16") in use.projections  # the output head's
     assert (kind, group) in (("int8", 0), ("int4", 32))
+    assert use.shared == use.experts
     assert EngineOptions().use(loader.planned_model(model.config, torch.float32)).projections == ()

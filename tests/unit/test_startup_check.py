@@ -56,7 +56,7 @@ def test_calls_have_a_model_s_own_widths_of_keys_and_values(model, use):
     assert {call.arguments[1].shape for call in calls.of("mla_prepare")} == {(heads, rank, 32)}
     assert {call.arguments[4].shape for call in calls.of("mla_decode")} == {(heads, 24, rank)}
     assert {call.arguments[3].shape[1:] for call in calls.of("mla_prefill")} == {(heads, 32 + 24)}
-    assert {call.arguments[1].shape[-1] for call in calls.of("project")} == {text.hidden_size, heads * 24}
+    assert {call.arguments[1].shape[-1] for call in calls.of("project")} == {text.hidden_size, heads * 24, rank}
 
 
 def raising(error: Exception) -> Callable[..., Any]:
