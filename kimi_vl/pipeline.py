@@ -62,7 +62,8 @@ def load(
     dtype = dtype or placement.choose_dtype(config, chosen)
     refuse_without_bfloat16(chosen, dtype)
     form = placement.choose(config, dtype, chosen, options)
-    kernels.prepare(chosen, options.use(loader.planned_model(config, dtype, form, chosen), chosen))
+    planned = loader.planned_model(config, dtype, form, chosen, directory)
+    kernels.prepare(chosen, options.use(planned, chosen))
     pipeline = Pipeline(
         loader.load(directory, dtype=dtype, device=chosen, form=form),
         Tokenizer.from_directory(directory),

@@ -90,10 +90,17 @@ def planned_model(
     dtype: torch.dtype = torch.bfloat16,
     form: str | None = None,
     device: torch.device | str = "cpu",
+    directory: Path | None = None,
 ) -> KimiVL:
-    """What :func:`load` makes of a checkpoint with ``config`` for ``device``, without memory."""
+    """What :func:`load` makes of a checkpoint with ``config`` for ``device``, without memory.
+
+    A quantised checkpoint's scales have the dtype that they have in ``directory``; None takes it for bfloat16, which
+    it is where this package quantised the weights.
+    """
     model = empty_model(config, dtype)
-    Plan(model, config.quantization, form, float8=cuda.has_float8(torch.device(device))).hold_quantized(model, {})
+    plan = Plan(model, config.quantization, form, float8=cuda.has_float8(torch.device(device)))
+    headers = read_headers(directory, plan.expected) if directory and config.quantization else {}
+    plan.hold_quantized(model, _joined(headers))
     return model
 
 
@@ -130,7 +137,7 @@ def load(
     model = empty_model(config, dtype)
     plan = Plan(model, config.quantization, form, float8=cuda.has_float8(device))
     headers = read_headers(directory, plan.expected)
-    plan.hold_quantized(model, {name: stored for header in headers.values() for name, stored in header.items()})
+    plan.hold_quantized(model, _joined(headers))
     _give_memory(model, device)
     model.eval()
     total = sum(stored.nbytes for header in headers.values() for stored in header.values())
@@ -140,6 +147,11 @@ def load(
     seconds = time.monotonic() - began
     log.info("loaded %.2f GB in %.1f s (%.2f GB/s)", total / 1e9, seconds, total / 1e9 / seconds)
     return model
+
+
+def _joined(headers: Mapping[str, Mapping[str, Stored]]) -> dict[str, Stored]:
+    """Tensors of all files by their names."""
+    return {name: stored for header in headers.values() for name, stored in header.items()}
 
 
 def default_threads() -> int:

@@ -14,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kimi_vl import kernels, pipeline
 from kimi_vl.device import cuda
+from kimi_vl.engine.engine import EngineOptions
 from kimi_vl.errors import CheckpointError
 from kimi_vl.model.config import Config
 from kimi_vl.model.kimi_vl import KimiVL
@@ -49,6 +51,29 @@ def test_float8_stays_where_the_device_has_it(tmp_path, demo, kind, monkeypatch)
     assert (Q_PROJ in modules) == (kind != "FP8 block")
     planned = loader.planned_model(Config.from_directory(tmp_path), torch.float32)
     assert [(*each,) for each in shapes(planned)] == [(*each,) for each in shapes(model)]
+
+
+@pytest.mark.parametrize("kind", ["W4A16 group", "int8"])
+def test_what_is_checked_while_weights_load_is_what_the_engine_asks_for(tmp_path, demo, kind):
+    """Or else the check would run twice; scales are of the files' dtype, float32 here."""
+    written(tmp_path, FOREIGN[kind], demo)
+    planned = loader.planned_model(Config.from_directory(tmp_path), torch.float32, directory=tmp_path)
+    options, gpu = EngineOptions(), torch.device("cuda")
+    use = options.use(loader.load(tmp_path, dtype=torch.float32))
+    assert options.use(planned, torch.device("cpu")) == use
+    assert {dtype for _, _, dtype in use.projections} == {"float32"}
+    assert options.use(planned, gpu).max_num_batched_tokens == options.batched_tokens("cuda") == 2048
+
+
+def test_the_pipeline_prepares_what_its_engine_asks_for(tmp_path, demo, monkeypatch):
+    written(tmp_path, FOREIGN["W4A16 group"], demo)
+    asked, select = [], kernels.select_ops
+    monkeypatch.setattr(EngineOptions, "batched_tokens", lambda self, kind: {"cpu": 99}[kind])
+    monkeypatch.setattr(kernels, "prepare", lambda device, use: asked.append(use))
+    monkeypatch.setattr(kernels, "select_ops", lambda device, use: asked.append(use) or select(device, "torch"))
+    pipeline.load(str(tmp_path), "cpu", torch.float32, EngineOptions(max_num_seqs=2, cache_bytes=1 << 20)).close()
+    first, second = asked
+    assert first == second and first.max_num_seqs == 2
 
 
 def shapes(model: KimiVL) -> Iterator[tuple[str, torch.Size]]:
