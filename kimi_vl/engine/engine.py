@@ -70,9 +70,9 @@ class EngineOptions:
         """Tokens of a step on a device of a ``kind`` ("cuda" or "cpu").
 
         While experts are read for few tokens each, a GPU computes longer steps in hardly more time; on a CPU they only
-        keep sequences waiting that decode.
+        keep sequences waiting that decode. Every running sequence has its token in a step.
         """
-        return self.max_num_batched_tokens or (2048 if kind == "cuda" else 1024)
+        return self.max_num_batched_tokens or max(self.max_num_seqs, 2048 if kind == "cuda" else 1024)
 
     def use(self, model: KimiVL, device: torch.device | None = None) -> kernels.Use:
         """What this asks on ``device`` of the operations of ``model``'s decoder, which need not have memory yet."""

@@ -2,8 +2,8 @@
 
 FlashAttention 4 (``flash_attn.cute``) is for compute capabilities 9 and 10 and takes values of fewer dims than keys.
 FlashAttention 2 (``flash_attn``) is for 8.0 and later, and needs the values padded. Both are optional: without one,
-:func:`usable` is false and the caller falls back to torch. A package is compared with torch before its first use, and
-never used if it fails.
+:func:`usable` is false and the caller takes a kernel or torch. A package is compared with torch before its first use,
+and never used if it fails.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kimi_vl.engine import kv_cache
+from kimi_vl.engine.engine import EngineOptions
 from kimi_vl.engine.kv_cache import PagedCache
 from kimi_vl.model.config import PUBLISHED_TEXT as TEXT
 
@@ -86,3 +87,11 @@ def test_a_cpu_gives_a_tenth_and_four_gigabytes_at_most(monkeypatch):
     for total, right in ((20 * GB, 2 * GB), (400 * GB, 4 * GB)):
         monkeypatch.setattr(kv_cache.memory, "total", lambda total=total: total)
         assert kv_cache.spare_bytes(torch.device("cpu"), TEXT, torch.float32, **STEPS) == right
+
+
+@pytest.mark.parametrize(("kind", "tokens"), [("cuda", 2048), ("cpu", 1024)])
+def test_steps_have_a_token_for_every_sequence(kind, tokens):
+    """Unless a number is asked for, which is taken as it is."""
+    assert EngineOptions().batched_tokens(kind) == tokens
+    assert EngineOptions(max_num_seqs=3000).batched_tokens(kind) == 3000
+    assert EngineOptions(max_num_seqs=3000, max_num_batched_tokens=9).batched_tokens(kind) == 9
