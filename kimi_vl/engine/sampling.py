@@ -384,9 +384,11 @@ def _drawn(scores: Tensor, numbers: Tensor) -> Tensor:
 
     A scan of the whole vocabulary keeps a GPU busy ten times as long, for it gives each sequence to one multiprocessor.
     """
-    wide = scores.double()
-    weights = (wide - wide.amax(-1, keepdim=True)).exp()  # (B, V)
-    weights = F.pad(weights, (0, -weights.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))  # (B, V / 256, 256)
+    weights = scores.double()
+    weights.sub_(weights.amax(-1, keepdim=True)).exp_()  # (B, V)
+    if missing := -weights.shape[-1] % _BLOCK:  # padding by nothing would copy all of them
+        weights = F.pad(weights, (0, missing))
+    weights = weights.unflatten(-1, (-1, _BLOCK))  # (B, V / 256, 256)
     sums = weights.sum(-1)
     ends = sums.cumsum(-1)
     target = numbers[:, None] * ends[:, -1:]  # (B, 1)

@@ -116,9 +116,8 @@ class Attention(nn.Module):
         """
         config = self.config
         latent, k_rope = latent_kv.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        expanded = (
-            self.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2)
-        )  # (B, N, L, Q+V)
+        expanded = self.kv_b_proj(latent)  # (B, L, N (Q+V))
+        expanded = expanded.unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2)  # (B, N, L, Q+V)
         k_nope, value = expanded.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)  # (B, N, L, Q), (…, V)
         query = torch.cat((q_nope, q_rope), dim=-1)
         key = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, config.num_attention_heads, -1, -1)), dim=-1)

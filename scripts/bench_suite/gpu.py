@@ -21,9 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .gpu_sections import SECTIONS, Job, Section
+from .gpu_sections import ROOT, SECTIONS, Job, Section
 
-ROOT = Path(__file__).parents[2]
 LIMIT = 8 * 60.0  # of everything
 COMMAND = [sys.executable, "-P", "-m", "bench_suite.gpu"]
 

@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -332,34 +333,11 @@ def engine_against_plain(job: Job) -> None:
         job.check(f"{rung}: requests alike", alike >= 0.8 * len(wanted), f"{alike} of {len(wanted)}")
 
 
-def ladder_torch(job: Job) -> None:
-    """The full model in plain PyTorch."""
-    _rung(job, "torch")
+def _rung(job: Job, rung: str) -> None:
+    """The full model on a rung of the ladder."""
+    from . import ladder
 
-
-def ladder_kernels(job: Job) -> None:
-    """And with kernels."""
-    _rung(job, "kernels")
-
-
-def ladder_graphs(job: Job) -> None:
-    """And with graphs."""
-    _rung(job, "graphs")
-
-
-def ladder_int8(job: Job) -> None:
-    """Graphs, and weights of 8 bits."""
-    _rung(job, "int8")
-
-
-def ladder_int4(job: Job) -> None:
-    """Graphs, and weights of 4 bits."""
-    _rung(job, "int4")
-
-
-def ladder_float8(job: Job) -> None:
-    """Graphs, and weights in float8."""
-    _rung(job, "float8")
+    ladder.measure(rung, job.rehearsal, job.device, job.report, job.check)
 
 
 def chunks(job: Job) -> None:
@@ -374,12 +352,6 @@ def profile(job: Job) -> None:
     from . import ladder
 
     ladder.profile("graphs", job.rehearsal, job.device, job.report)
-
-
-def _rung(job: Job, rung: str) -> None:
-    from . import ladder
-
-    ladder.measure(rung, job.rehearsal, job.device, job.report, job.check)
 
 
 def memory(job: Job) -> None:
@@ -431,17 +403,17 @@ SECTIONS: list[Section] = [
     Section("kernels_against_twins", 90, kernels_against_twins),
     Section("decoder_against_float64", 45, decoder_against_float64),
     Section("engine_against_plain", 60, engine_against_plain),
-    Section("ladder_graphs", 90, ladder_graphs),
-    Section("ladder_kernels", 60, ladder_kernels),
-    Section("ladder_torch", 60, ladder_torch),
+    Section("ladder_graphs", 90, partial(_rung, rung="graphs")),
+    Section("ladder_kernels", 60, partial(_rung, rung="kernels")),
+    Section("ladder_torch", 60, partial(_rung, rung="torch")),
     Section("start_up", 90, start_up),
     Section("demo", 60, demo),
     Section("quantised_kernels_against_twins", 90, quantised_kernels_against_twins),
     Section("profile", 90, profile),
     Section("chunks", 60, chunks),
-    Section("ladder_int8", 60, ladder_int8),
-    Section("ladder_int4", 60, ladder_int4),
-    Section("ladder_float8", 60, ladder_float8),
+    Section("ladder_int8", 60, partial(_rung, rung="int8")),
+    Section("ladder_int4", 60, partial(_rung, rung="int4")),
+    Section("ladder_float8", 60, partial(_rung, rung="float8")),
     Section("memory", 60, memory),
     Section("transformers", 60, transformers),
     Section("kernels_in_graphs", 45, kernels_in_graphs),

@@ -1,8 +1,8 @@
 """GEMMs with quantised weights, whose numbers are widened in registers: what is read is what is stored.
 
-A program computes a tile of some tokens and output channels; for the experts of few tokens there are sums of products
-without tensor cores. Masks and offsets are such that the compiler finds out how many bytes lie together: then a thread
-loads up to 16 at a time, and loads are pipelined, which takes at least 4.
+A program computes a tile of some tokens and output channels. Projections of one token, and the experts of few, are sums
+of products without tensor cores. Masks and offsets are such that the compiler finds out how many bytes lie together:
+then a thread loads up to 16 at a time, and loads are pipelined, which takes at least 4.
 
 An integer is exact in bfloat16, and so is a number of float8, which a GPU converts itself from compute capability 8.9
 on; a scale of a whole channel multiplies the sum, and those of groups the integers, or sums of a group's products.

@@ -18,7 +18,6 @@ Memory traffic of a decode step: 2 (R + P) bytes a cached token in bfloat16, 2 N
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from ...quantization.weight import QuantizedWeight, Weight
 from ..attention_metadata import DecodeMetadata
+from . import card
 from .linear import stored, widened
 
 # The least cached tokens of a split: with fewer, the partial sums would be more bytes than the tokens.
@@ -338,12 +338,6 @@ def _decode_combine(
     tl.store(out + place, output.to(out.dtype.element_ty), mask=real[:, None] & inside[None, :])
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    # Triton's interpreter has none; 132 is an H100's
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
 def default_splits(sequences: int, head_blocks: int, capacity: int, multiprocessors: int) -> int:
     """Splits of each sequence: enough programs to fill the GPU, and none with fewer than MIN_SPLIT_LEN of the
     ``capacity`` tokens of the page table. Those of several sequences are combined by fewer programs, one split after
@@ -380,7 +374,7 @@ def mla_decode(
     head_blocks = -(-heads // block_h)
     tile = tile or (BFLOAT16 if query.itemsize == 2 else FLOAT32)
     if not splits:
-        splits = default_splits(batch, head_blocks, page_table.shape[1] * page_size, _multiprocessors(query.device))
+        splits = default_splits(batch, head_blocks, page_table.shape[1] * page_size, card.multiprocessors(query.device))
     single = splits == 1
     # partial sums of the splits; of a single one the result
     partial = torch.empty(

@@ -73,7 +73,7 @@ FLOAT32 = Plan(16, Tile(32, 32, 4, 2), Tile(64, 32, 4, 2))
 
 
 def choose_plan(
-    tokens: int, top_k: int, experts: int, itemsize: int, bits: int = 16, shared_memory: int = 227 << 10
+    tokens: int, top_k: int, experts: int, itemsize: int, bits: int = 16, shared_memory: int = card.H100_SHARED_MEMORY
 ) -> Plan:
     """By the pairs that an expert gets on average: while reading weights dominates, short blocks waste the least."""
     expected = tokens * top_k / experts
