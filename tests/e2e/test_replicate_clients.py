@@ -1,8 +1,9 @@
 """Replicate's own clients against a server that runs here, as far as they can be pointed at it.
 
-The JavaScript client takes a base URL. The Python client asks below /v1, wants a model and a version in every answer,
-and an answer at once where it does not wait: a transport, which is an option of that client, does this for Replicate.
-Streaming with either needs a URL that Replicate's API adds and Cog's server does not have.
+The JavaScript client takes a base URL, and a `fetch` that asks again where Cog is at capacity. The Python client asks
+below /v1, wants a model and a version in every answer, and an answer at once where it does not wait: a transport, which
+is an option of that client, does this for Replicate. Streaming with either needs a URL that Replicate's API adds and
+Cog's server does not have.
 """
 
 from __future__ import annotations
@@ -53,7 +54,15 @@ create = client.predictions.create
 JAVASCRIPT = """
 const Replicate = require("replicate");
 const { readFileSync } = require("node:fs");
-const client = new Replicate({ auth: "none", baseUrl: process.env.SERVER });
+const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+const patient = async (...request) => {  // Cog refuses some of those that come together though it has a slot for each
+  for (let wait = 5; ; wait = Math.min(250, 2 * wait)) {
+    const response = await fetch(...request);
+    if (response.status !== 409) return response;
+    await pause(wait);
+  }
+};
+const client = new Replicate({ auth: "none", baseUrl: process.env.SERVER, fetch: patient });
 const model = "a/b:" + process.env.VERSION;
 const picture = "data:image/png;base64," + readFileSync("images/math_problem.png").toString("base64");
 const error = async (work) => { try { await work(); return "none"; } catch (error) { return error.message; } };
@@ -61,7 +70,7 @@ const long = { prompt: "Tell me a long story.", temperature: 0, max_length_token
 const untilCanceled = async (id) => {
   for (;;) {
     try { await client.predictions.cancel(id); } catch (error) { if (error.response.status === 404) return; }
-    await new Promise((resolve) => setTimeout(resolve, 20));
+    await pause(20);
   }
 };
 """
