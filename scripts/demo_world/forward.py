@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ class SharedPast:
     def __init__(self, past: dict[int, Tensor] | None = None, rows: Tensor | None = None) -> None:
         self.past, self.rows = past or {}, rows
         self.present: dict[int, Tensor] = {}
+        self.queries: dict[int, Tensor] = {}
 
     def before(self, rows: Tensor) -> SharedPast:
         """A cache in which row r is preceded by row ``rows[r]`` of this one."""
@@ -88,7 +90,7 @@ class SharedPast:
         return self
 
     def attend(self, layer: int, attention: Attention, q_nope: Tensor, q_rope: Tensor, new_kv: Tensor) -> Tensor:
-        self.present[layer] = new_kv
+        self.present[layer], self.queries[layer] = new_kv, torch.cat((q_nope, q_rope), dim=-1)
         if self.rows is None:
             return attention.expanded(q_nope, q_rope, new_kv, None)
         seen = torch.cat((self.past[layer].index_select(0, self.rows), new_kv), dim=1)
@@ -107,18 +109,38 @@ def read_pictures(model: KimiVL, batch: gallery.LessonBatch) -> SharedPast | Non
     return past
 
 
-def latents(model: KimiVL, batch: gallery.LessonBatch, past: SharedPast) -> list[Tensor]:
-    """What each layer's cache keeps of the pictures' tokens, without their positions: (T, R) each."""
+def latents(model: KimiVL, batch: gallery.LessonBatch, past: SharedPast, layers: Sequence[int]) -> list[Tensor]:
+    """What the caches of some layers keep of the pictures' tokens, without their positions: (T, R) each."""
     shown = batch.shared_ids == model.config.media_placeholder_token_id
     rank = model.config.text_config.kv_lora_rank
-    return [past.present[layer][shown][:, :rank] for layer in sorted(past.present)]
+    return [past.present[layer][shown][:, :rank] for layer in layers]
 
 
-def learnt(
-    model: KimiVL, batch: gallery.LessonBatch, past: SharedPast | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Logits (N, vocab_size), targets (N,) and rows (N,) of all tokens to learn, for rows of about equal length at a
-    time: the batch's padding and its prompts cost little."""
+class Kept(threading.local):
+    """What a layer gave last in this thread: (r, S, H)."""
+
+    states: Tensor
+
+    def of(self, layer: nn.Module) -> Kept:
+        layer.register_forward_hook(lambda _, __, states: setattr(self, "states", states))
+        return self
+
+
+@dataclass
+class Learnt:
+    """Some rows of a batch, of about equal length, as the network sees them."""
+
+    rows: Tensor  # (r,)
+    length: int  # S
+    logits: Tensor  # (N, vocab_size) of all tokens to learn
+    targets: Tensor  # (N,)
+    of_row: Tensor  # (N,): which of the batch's rows each is in
+    states: Tensor  # (r, S, H), what was kept of a layer
+    cache: SharedPast | None
+
+
+def learnt(model: KimiVL, batch: gallery.LessonBatch, past: SharedPast | None, kept: Kept) -> Iterator[Learnt]:
+    """All tokens to learn, for rows of about equal length at a time: padding and prompts cost little."""
     shared_length = 0 if batch.shared_ids is None else batch.shared_ids.shape[1]
     steps = torch.arange(batch.ids.shape[1], device=batch.ids.device)
     lengths = (steps * (batch.targets >= 0)).amax(-1) + 1  # (R,)
@@ -130,7 +152,8 @@ def learnt(
         positions = (shared_length + steps[: ids.shape[1]]).expand_as(ids)
         states = model.language_model(model.embed(ids), positions, own)  # (r, S, H)
         due = targets >= 0
-        yield model.language_model.logits(states[due]), targets[due], rows[due.nonzero()[:, 0]]
+        logits, of_row = model.language_model.logits(states[due]), rows[due.nonzero()[:, 0]]
+        yield Learnt(rows, ids.shape[1], logits, targets[due], of_row, kept.states, own)
 
 
 def initialise(model: KimiVL) -> None:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from demo_world import artists, labels, lessons, patches, pictures, printing, training
+from demo_world import alignment, artists, labels, lessons, patches, pictures, printing, training
 from kimi_vl.media.images import ImageOptions, preprocess
 from kimi_vl.model.config import num_image_tokens
 from kimi_vl.model.kimi_vl import KimiVL
@@ -46,7 +46,9 @@ NARROW_TASKS = ("sum", "typed_sum", "object", "box")
 TALKS = {
     "place": 4,
     "compare": 4,
-    "boxes": 3,
+    "box": 3,
+    "boxes": 4,
+    "click": 3,
     "film": 3,
     "pages": 3,
 }  # conversations a visit: where there is more to ask
@@ -92,6 +94,8 @@ class LessonBatch:
     groups: Tensor | None = None  # (T, 4, C) of all shared rows' pictures
     shared_row: Tensor | None = None  # (R,): which of the B rows comes before a conversation
     places: Tensor | None = None  # (T, PLACES): where the object is that a token of the pictures shows, or NOWHERE
+    shown: Tensor | None = None  # (T, 4): the objects that a token of the pictures shows, or NOTHING
+    aligned: alignment.Alignment | None = None  # (R, S): of the token after each
 
     @property
     def kind(self) -> str:
@@ -101,8 +105,9 @@ class LessonBatch:
         def moved(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.to(device)
 
-        shared = moved(self.shared_ids), moved(self.groups), moved(self.shared_row), moved(self.places)
-        return LessonBatch(self.ids.to(device), self.targets.to(device), *shared)
+        shared = (self.shared_ids, self.groups, self.shared_row, self.places, self.shown)
+        aligned = self.aligned and self.aligned.to(device)
+        return LessonBatch(self.ids.to(device), self.targets.to(device), *map(moved, shared), aligned)
 
 
 def token_places(picture: pictures.Picture) -> Tensor:
@@ -242,7 +247,7 @@ class Teacher:
 
     def picture_batch(self, rng: random.Random, exhibits: Sequence[Exhibit]) -> LessonBatch:
         system = lessons.system_message(rng, exhibits[0].task)
-        shared, rows, shared_row = [], [], []
+        shared, rows, shared_row, aligned = [], [], [], []
         for index, exhibit in enumerate(exhibits):
             for _ in range(exhibit.talks):
                 talk = lessons.converse(rng, exhibit.task, exhibit.pictures, system)
@@ -250,13 +255,18 @@ class Teacher:
                 begin = len(prompt) - prompt[::-1].index(self.tokenizer.special["<|media_end|>"])
                 rows.append((prompt[begin:], *self.completion(rng, talk)))
                 shared_row.append(index)
+                aligned.append(alignment.align(self.tokenizer, talk, exhibit.pictures, rows[-1][2]))
             shared.append(prompt[:begin])
+        ids, targets = self.rows(rows)
         return LessonBatch(
-            *self.rows(rows),
+            ids,
+            targets,
             torch.tensor(shared),
             torch.cat([exhibit.groups for exhibit in exhibits]),
             torch.tensor(shared_row),
             torch.cat([token_places(picture) for exhibit in exhibits for picture in exhibit.pictures]),
+            torch.cat([alignment.shown_in(exhibit.pictures) for exhibit in exhibits]),
+            self.beside(rows, aligned, ids.shape[1]),
         )
 
     def rows(self, parts: Sequence[tuple[list[int], list[int], list[int]]]) -> tuple[Tensor, Tensor]:
@@ -269,6 +279,20 @@ class Teacher:
             ids[row, :end] = torch.tensor([*prompt, *silent, *learnt])
             targets[row, begin - 1 : end - 1] = torch.tensor(learnt)  # the token before predicts each
         return ids, targets
+
+    def beside(
+        self,
+        parts: Sequence[tuple[list[int], list[int], list[int]]],
+        aligned: Sequence[alignment.Alignment],
+        length: int,
+    ) -> alignment.Alignment:
+        """What is ``aligned`` with the tokens learnt, at the tokens that predict them."""
+        made = alignment.Alignment.empty(len(parts), length)
+        for row, ((prompt, silent, learnt), own) in enumerate(zip(parts, aligned, strict=True)):
+            begin = len(prompt) + len(silent) - 1
+            for whole, part in zip(made.tensors, own.tensors, strict=True):
+                whole[row, begin : begin + len(learnt)] = part
+        return made
 
     def completion(
         self, rng: random.Random, talk: lessons.Conversation, given: bool = False

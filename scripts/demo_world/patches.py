@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,30 +72,6 @@ class PatchReader(nn.Module):
     def of_tens(self, tens: Tensor) -> Tensor:
         """What the tens (N, PLACES) say about the ones: logits (N, PLACES, ONES)."""
         return ONES_SCALE * self.ones_of_tens_head[torch.arange(labels.PLACES, device=tens.device), tens]
-
-
-class LatentReader(nn.Module):
-    """Training aid for the second phase: reads places from what each of the decoder's layers keeps of an image token.
-
-    A conversation tells places only once an attention head finds the object and its latent has the place; this asks
-    for the second alone.
-    """
-
-    def __init__(self, layers: int, width: int):
-        super().__init__()
-        self.of_layer = [PatchReader(width) for _ in range(layers)]
-        self.readers = nn.ModuleList(self.of_layer)
-
-    def loss(self, latents: Sequence[Tensor], places: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Loss and figures for a latent (T, R) of each layer and the tokens' ``places`` (T, PLACES)."""
-        placed = places[:, 0] != labels.NOWHERE
-        if not placed.any():
-            return latents[0].new_zeros(()), {}
-        found = [
-            reader.place_loss(own[placed], places[placed]) for reader, own in zip(self.of_layer, latents, strict=True)
-        ]
-        loss = torch.stack([loss for loss, _ in found]).mean()
-        return loss, {"latents near": max(near for _, near in found)}
 
 
 def merged_labels(picture: pictures.Picture) -> Tensor:

@@ -46,6 +46,11 @@ def _click(item: Item, picture: Picture) -> str:
     return f"pyautogui.click(x={x}, y={y})"
 
 
+def texts(item: Item, picture: Picture) -> tuple[str, str]:
+    """What an answer may say of an object's place: its box, or a click on it."""
+    return _box(item, picture), _click(item, picture)
+
+
 def _detect(labels: str) -> str:
     return prompts.detect(labels)[0]["content"][1]["text"]
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import _muon
 
-from demo_world import checkpoint, forward, gallery, lessons, patches, training
+from demo_world import aids, checkpoint, forward, gallery, lessons, patches, projector, training
 from demo_world.optimizer import Optimizer, newton_schulz
 from kimi_vl.media.images import ImageOptions
 from kimi_vl.model.kimi_vl import KimiVL
@@ -24,7 +24,6 @@ from kimi_vl.weights import loader
 
 SEED = 20260101
 READER_STEPS = 60  # of the reader alone, where the tower has learnt already
-LATENT_WEIGHT = 0.02  # of the loss of places that are read from latents
 
 
 def learn_pictures(model: KimiVL, tokenizer: Tokenizer, options: ImageOptions, args: argparse.Namespace) -> None:
@@ -53,13 +52,19 @@ def learn_pictures(model: KimiVL, tokenizer: Tokenizer, options: ImageOptions, a
 
 
 def learn_lessons(model: KimiVL, tokenizer: Tokenizer, options: ImageOptions, args: argparse.Namespace) -> None:
-    """Phase two: projector and decoder learn to think and answer; the vision tower stays as it is."""
+    """Phase two: the decoder learns to think and answer; the vision tower and the projector stay as they are.
+
+    The projector's exactness would not survive the large steps of this phase.
+    """
     model.vision_tower.requires_grad_(False)
+    model.multi_modal_projector.requires_grad_(False)
     exhibits = gallery.opened(args.work / "gallery.pt", model, options, args)
     teacher = gallery.Teacher(args.seed, tokenizer, exhibits, args.batch_tokens)
-    text = model.config.text_config
-    reader = patches.LatentReader(text.num_hidden_layers, text.kv_lora_rank).to(args.device)
-    learners = nn.ModuleDict({"model": model, "reader_head": reader})
+    if args.place_steps:
+        projector.learn_places(model, teacher, args)
+    readers = aids.Aids(model.config.text_config).to(args.device)
+    kept = forward.Kept().of(model.language_model.model.layers[aids.ANSWER_LAYER])
+    learners = nn.ModuleDict({"model": model, "reader_head": readers})
     learnt = {name: p for name, p in learners.named_parameters() if p.requires_grad}
     optimizer = Optimizer(learnt, args.matrix_rate, args.rate, plateau=0.1)
     phase = training.Phase(
@@ -72,17 +77,15 @@ def learn_lessons(model: KimiVL, tokenizer: Tokenizer, options: ImageOptions, ar
         loss, wrong = torch.zeros((), device=args.device), torch.zeros(len(batch.ids), dtype=torch.bool)
         with args.autocast:
             past = forward.read_pictures(model, batch)
-            for logits, targets, rows in forward.learnt(model, batch, past):
-                loss = loss + F.cross_entropy(logits, targets, reduction="sum")
-                wrong[rows[logits.argmax(-1) != targets].cpu()] = True
+            parts = list(forward.learnt(model, batch, past, kept))
+            for some in parts:
+                loss = loss + F.cross_entropy(some.logits, some.targets, reduction="sum")
+                wrong[some.of_row[some.logits.argmax(-1) != some.targets].cpu()] = True
             loss, whole = loss / (batch.targets >= 0).sum(), 1 - wrong.float().mean().item()
             figures = {f"{batch.kind} loss": loss.item(), f"{batch.kind} conversations right": whole}
-            places = torch.zeros((), device=args.device)
-            if past is not None and batch.places is not None:
-                places, near = reader.loss(forward.latents(model, batch, past), batch.places)
-                figures |= near
-        ((loss + LATENT_WEIGHT * places) / args.accumulate).backward()
-        return figures[f"{batch.kind} loss"], figures
+            more, found = readers.loss(model, batch, past, parts)
+        ((loss + more) / args.accumulate).backward()
+        return figures[f"{batch.kind} loss"], figures | found
 
     def on_save(index: int) -> None:
         checkpoint.write(args.work / "lessons", model, tokenizer)
@@ -112,6 +115,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--picture-patches", type=int, default=8192, help="patches a batch in the first phase")
     parser.add_argument("--gallery", type=int, default=900, help="batches of pictures that the second phase has")
     parser.add_argument("--patches", type=int, default=8192, help="patches a batch of these")
+    parser.add_argument("--place-steps", type=int, default=1500, help="steps of the projector between; 0 leaves it out")
     parser.add_argument("--text-steps", type=int, default=1200, help="its first steps, without pictures")
     parser.add_argument("--lesson-steps", type=int, default=8000, help="steps of the second phase")
     parser.add_argument("--batch-tokens", type=int, default=5000, help="tokens of a batch, about")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import random
@@ -13,12 +14,30 @@ import torch
 from torch import Tensor, nn
 from torch.optim import _muon
 
-from demo_world import artists, checkpoint, forward, gallery, lessons, patches, training
+from demo_world import (
+    aids,
+    alignment,
+    artists,
+    checkpoint,
+    forward,
+    gallery,
+    lessons,
+    patches,
+    pictures,
+    places,
+    projector,
+    training,
+    turns,
+    waves,
+)
 from demo_world.labels import NOWHERE, PLACES
 from demo_world.optimizer import Optimizer, newton_schulz
 from demo_world.printing import find_fonts
 from kimi_vl.media.images import preprocess
+from kimi_vl.model.kimi_vl import KimiVL
 from kimi_vl.model.language import Experts
+from kimi_vl.model.projector import Projector
+from kimi_vl.text.thinking import THINK_CLOSE, THINK_OPEN
 from kimi_vl.text.tokenizer import Tokenizer
 from kimi_vl.weights import loader, resolve
 
@@ -131,6 +150,7 @@ def test_picture_batches_begin_anywhere_and_the_reader_learns_them() -> None:
 def test_conversations_that_share_pictures_are_computed_as_if_each_had_them() -> None:
     """The training's arithmetic beside the model's own, on whole sequences one by one."""
     model = loader.load(resolve.DEMO, dtype=torch.float32)
+    kept = forward.Kept().of(model.language_model.model.layers[aids.ANSWER_LAYER])
     visits: dict[int, list[tuple[gallery.Exhibit, torch.Tensor, list[tuple[int, int]]]]] = {1: [], 2: []}
     for task, count in (("boxes", 1), ("boxes", 1), ("film", 2)):
         artist = artists.Artist(random.Random(f"{task} {visits}"), find_fonts(), [(112, 140)])
@@ -147,21 +167,147 @@ def test_conversations_that_share_pictures_are_computed_as_if_each_had_them() ->
         assert batch.shared_ids is not None and batch.shared_row is not None
         past = forward.read_pictures(model, batch)
         assert past is not None and batch.places is not None and batch.groups is not None
-        for latent in forward.latents(model, batch, past):
+        for latent in forward.latents(model, batch, past, range(4)):
             assert latent.shape == (len(batch.groups), model.config.text_config.kv_lora_rank)
         assert len(batch.places) == len(batch.groups)
         logits = torch.zeros(*batch.ids.shape, model.config.text_config.vocab_size)
-        for found, targets, rows in forward.learnt(model, batch, past):
-            assert not (batch.targets[rows] < 0).all(-1).any()
-            for row in rows.unique().tolist():
-                assert targets[rows == row].tolist() == batch.targets[row][batch.targets[row] >= 0].tolist()
-                logits[row, batch.targets[row] >= 0] = found[rows == row]
+        parts = list(forward.learnt(model, batch, past, kept))
+        for part in parts:
+            assert part.of_row.unique().tolist() == part.rows.sort().values.tolist()
+            for row in part.rows.tolist():
+                own = part.of_row == row
+                assert part.targets[own].tolist() == batch.targets[row][batch.targets[row] >= 0].tolist()
+                logits[row, batch.targets[row] >= 0] = part.logits[own]
+        check_aids(model, batch, past, parts)
         for row, of in enumerate(batch.shared_row.tolist()):
             _, pixels, grids = visit[of]
             whole = torch.cat((batch.shared_ids[of], batch.ids[row])).unsqueeze(0)
             alone = model(whole, pixels, grids)[0, batch.shared_ids.shape[1] :]
+            check_kept(batch, parts, kept.states[0, batch.shared_ids.shape[1] :], row)
             due = batch.targets[row] >= 0
             assert due.any() and (logits[row] - alone)[due].abs().max() < 1e-3
+
+
+def check_kept(batch: gallery.LessonBatch, parts: list[forward.Learnt], alone: Tensor, row: int) -> None:
+    """What was kept of a layer for the tokens of a row is what it gives on the row alone, (S, H)."""
+    [part] = [part for part in parts if row in part.rows.tolist()]
+    [at] = (part.rows == row).nonzero()[0].tolist()
+    due = batch.targets[row][: part.length] >= 0
+    assert (part.states[at] - alone[: part.length])[due].abs().max() < 1e-3
+
+
+def check_aids(
+    model: KimiVL, batch: gallery.LessonBatch, past: forward.SharedPast, parts: list[forward.Learnt]
+) -> None:
+    """The attention that an aid computes again is the network's, token by token."""
+    assert batch.aligned is not None and batch.shown is not None and batch.shared_row is not None
+    assert batch.shared_ids is not None
+    about = batch.aligned.about
+    image = batch.shared_ids == model.config.media_placeholder_token_id
+    layer, head, attention = aids.ANSWER_LAYER, aids.ANSWER_HEAD, aids.attention_of(model)
+    config = attention.config
+    for part in parts:
+        assert part.cache is not None
+        due = []
+        for row, step in (about[part.rows, : part.length] != alignment.NOTHING).nonzero()[:: aids.EVERY].tolist():
+            of = int(batch.shared_row[part.rows[row]])
+            seen = torch.cat((past.present[layer][of], part.cache.present[layer][row, : step + 1]))  # (L, R+P)
+            shown = batch.shown.view(len(image), -1, 4)[of] == about[part.rows[row], step]
+            places = image[of].nonzero()[:, 0][shown.any(-1)]
+            latent, rope = seen.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+            keys = attention.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1))[:, head]
+            keys = torch.cat((keys[:, : config.qk_nope_head_dim], rope), dim=-1)
+            scores = keys @ part.cache.queries[layer][row, head, step] * attention.scale  # (L,)
+            due.append(-scores.softmax(-1)[places].sum().log())
+        assert len(due) > 3
+        assert torch.allclose(aids.overlooked(model, batch, part), torch.stack(due), atol=1e-3)
+    loss, figures = aids.Aids(model.config.text_config).loss(model, batch, past, parts)
+    assert loss > 0 and {"latents near", "overlooked"} <= figures.keys()
+    assert ("answers near" in figures) == ("numbers off" in figures) == bool((batch.aligned.said != NOWHERE).any())
+
+
+@pytest.mark.parametrize("task", [*lessons.ALL_TASKS])
+def test_a_completion_looks_at_what_it_says(task: str) -> None:
+    """Tokens that are about an object spell its name, or its glyph, or its place; all that is read is looked at."""
+    tokenizer, rng = Tokenizer.from_directory(resolve.DEMO), random.Random(task)
+    for _ in range(20):
+        shown = artists.pictures_for(artists.Artist(rng, find_fonts()), task)
+        talk = lessons.converse(rng, task, shown, lessons.system_message(rng, task))
+        text = THINK_OPEN + talk.thinking + THINK_CLOSE + talk.answer
+        ids = [*tokenizer.encode(text), tokenizer.im_end_id]
+        made = alignment.align(tokenizer, talk, shown, ids) if shown else alignment.Alignment.empty(len(ids))
+        about, said = made.about, made.said
+        items = {int(alignment.number_of(n, item.order)): item for n, each in enumerate(shown) for item in each.items}
+        spoken: dict[int, str] = {}
+        for token, number in zip(ids, about.tolist(), strict=True):
+            if number != alignment.NOTHING:
+                spoken[number] = spoken.get(number, "") + tokenizer.decode([token])
+        for number, item in items.items():
+            if item.kind in alignment.UNREAD:
+                assert number not in spoken
+            else:
+                assert (turns.name_of(item) if item.colour else item.kind) in spoken[number]
+        assert about[-1] == alignment.NOTHING and spoken.keys() <= items.keys()
+        for item in talk.wanted:
+            number = int(alignment.number_of(0, item.order))
+            assert any(text in spoken[number] for text in places.texts(item, shown[0]))
+            place = pictures.hundredths(item, shown[0].size)
+            numbers = torch.tensor([*place.box, *place.centre])
+            own = (said == numbers).all(-1) & (about == number)
+            written = [
+                tokenizer.decode([ids[at] for at in (own & (made.writing == n)).nonzero()]) for n in range(PLACES)
+            ]
+            due = [f"{value % 100:02}" for value in numbers.tolist()]
+            assert written == ([*due[:4], "", ""] if task != "click" else ["", "", "", "", *due[4:]])
+        if not talk.wanted:
+            assert (said == NOWHERE).all() and (made.writing == alignment.NOTHING).all()
+
+
+def test_objects_of_tokens_are_those_of_their_patches() -> None:
+    shown = artists.pictures_for(artists.Artist(random.Random(4), find_fonts(), [(140, 112)]), "film", 3)
+    of_tokens = alignment.shown_in(shown)
+    assert of_tokens.shape == (3 * 20, 4)
+    for number, picture in enumerate(shown):
+        seen = of_tokens[20 * number : 20 * number + 20].unique().tolist()
+        assert seen == [alignment.NOTHING, *(alignment.number_of(number, item.order) for item in picture.items)]
+
+
+def test_waves_are_read_as_the_places_that_made_them() -> None:
+    numbers = torch.arange(101)
+    every = torch.stack([numbers.roll(n) for n in range(PLACES)], dim=1)
+    made = waves.waves(every)
+    assert made.shape == (101, waves.WAVES) and made.abs().max() <= 1
+    for lengths in (1, 2, 3):
+        some = made[:, : lengths * waves.OF_ONE_LENGTH]
+        assert torch.equal(waves.read(some), every) and waves.near(some, every) == 1
+    torch.manual_seed(0)
+    noisy = made + 0.1 * torch.randn_like(made)
+    assert ((waves.read(noisy) - every).abs() <= 2).all() and waves.near(noisy, every) > 0.9
+    assert waves.near(made, (every + 2).clamp(max=100)) < 0.05
+
+
+def test_the_projector_learns_places_and_keeps_what_is_minded() -> None:
+    """From vectors that hold places as coordinates, as the tower's do, among others."""
+    torch.manual_seed(0)
+    old = Projector(checkpoint.demo_config())
+    tokens, width = 6000, 128
+    numbers = torch.randint(0, 101, (tokens, PLACES))
+    numbers[::2] = NOWHERE
+    mixed = torch.randn(PLACES, 4 * width) / 100
+    others = torch.randn(tokens, 4 * width)
+    groups = others + torch.where(numbers == NOWHERE, 0.0, numbers - 50.0) @ mixed
+    hidden = old.linear_2.out_features
+    basis = torch.linalg.qr(torch.randn(hidden, hidden)).Q
+    mind = basis @ torch.diag(torch.cat((torch.zeros(hidden // 2), 2 * torch.ones(hidden // 2)))) @ basis.T
+    made = copy.deepcopy(old)
+    with torch.no_grad():
+        seen = projector.Seen(groups.view(tokens, 4, width), numbers)
+        near = projector.teach(made, seen, mind, 30)
+        change = made(seen.groups) - old(seen.groups)
+    minded, other = change @ basis[:, hidden // 2 :], change @ basis[:, : hidden // 2]
+    before = (old(seen.groups) @ basis[:, hidden // 2 :]).var()
+    assert near > 0.3  # of numbers by chance: 0.03
+    assert other.square().mean() > 1 and minded.square().mean() < 0.2 * before
 
 
 @torch.inference_mode()
