@@ -21,9 +21,9 @@ LATENT_LAYERS = (2, 3)
 """The latents of image tokens are to keep places in these layers."""
 ANSWER_LAYER, ANSWER_HEAD = 2, 3
 """With this head a token is to look at what the next one is about; after this layer it is to know the place that the
-next ones say, and of its numbers the one that they are a digit of."""
+next ones say, and what the digit due tells of it."""
 EVERY = 4  # tokens: attention is computed again for one of so many
-LATENT_WEIGHT, ANSWER_WEIGHT, NUMBER_WEIGHT, LOOK_WEIGHT = 0.3, 0.2, 0.3, 0.03
+LATENT_WEIGHT, ANSWER_WEIGHT, DIGIT_WEIGHT, LOOK_WEIGHT = 0.3, 0.2, 1.0, 0.03
 
 
 class Aids(nn.Module):
@@ -33,7 +33,7 @@ class Aids(nn.Module):
         super().__init__()
         self.of_latents = nn.ModuleList(nn.Linear(config.kv_lora_rank, waves.WAVES) for _ in LATENT_LAYERS)
         self.of_answer = nn.Linear(config.hidden_size, waves.WAVES)
-        self.of_number = nn.Linear(config.hidden_size, waves.WAVES // labels.PLACES)
+        self.of_digit = nn.Linear(config.hidden_size, waves.WAVES // labels.PLACES)
 
     def loss(
         self,
@@ -68,11 +68,21 @@ class Aids(nn.Module):
             total = total + ANSWER_WEIGHT * F.mse_loss(values, wanted)
             figures["answers near"] = waves.near(values, places)
             digit = writing != alignment.NOTHING
-            number = wanted[digit].unflatten(1, (-1, labels.PLACES))[range(int(digit.sum())), :, writing[digit]]
-            off = F.mse_loss(self.of_number(states[digit]).float(), number)
-            total = total + NUMBER_WEIGHT * off
-            figures["numbers off"] = off.item()
+            off = F.mse_loss(self.of_digit(states[digit]).float(), of_digits(places[digit], writing[digit]))
+            total = total + DIGIT_WEIGHT * off
+            figures["digits off"] = off.item()
         return total, figures
+
+
+def of_digits(places: Tensor, writing: Tensor) -> Tensor:
+    """What digits ``writing`` (N,) tell of ``places`` (N, PLACES): (N, WAVES / PLACES), the waves of their number.
+
+    Where the tens are written and odd, the short ones count from these tens on: they are turned by half."""
+    number, ones, each = writing // 2, writing % 2, torch.arange(len(places), device=places.device)
+    own = waves.of_numbers(waves.waves(places))[each, number]
+    long, short = own.split((2, own.shape[1] - 2), dim=1)
+    odd = ones * (places[each, number] // 10 % 2)
+    return torch.cat((long, (1 - 2 * odd)[:, None] * short), dim=1)
 
 
 def attention_of(model: KimiVL) -> Attention:

@@ -17,7 +17,7 @@ from demo_world.pictures import Item, Picture, hundredths
 from kimi_vl.text.tokenizer import Tokenizer
 
 NOTHING = -1
-NUMBER = re.compile(r"[01]\.(\d\d)")
+NUMBER = re.compile(r"[01]\.(\d)(\d)")
 UNREAD = "=?"
 """Glyphs of a sum that no reading repeats."""
 
@@ -78,7 +78,8 @@ def place_spans(talk: Conversation, picture: Picture) -> Iterator[Span]:
 @dataclass(frozen=True)
 class Alignment:
     """Of the tokens of a completion: what each is about (N,), NOTHING of most; the place that it helps to say
-    (N, PLACES), NOWHERE of most; and which of the numbers of this place it is a digit of (N,), NOTHING of most."""
+    (N, PLACES), NOWHERE of most; and which digit of this place it is (N,), NOTHING of most: 2n the tens of number n,
+    2n + 1 its ones."""
 
     about: Tensor
     said: Tensor
@@ -127,5 +128,6 @@ def align(tokenizer: Tokenizer, talk: Conversation, pictures: Sequence[Picture],
             made.said[tokens] = torch.tensor([*place.box, *place.centre])
             begin = 0 if talk.task in BOXES else 4
             for index, digits in enumerate(NUMBER.finditer(text, offset + first, offset + last), start=begin):
-                made.writing[within(*digits.span(1))] = index
+                for digit in (1, 2):
+                    made.writing[within(*digits.span(digit))] = 2 * index + digit - 1
     return made

@@ -106,8 +106,9 @@ class LessonBatch:
             return None if value is None else value.to(device)
 
         shared = (self.shared_ids, self.groups, self.shared_row, self.places, self.shown)
-        aligned = self.aligned and self.aligned.to(device)
-        return LessonBatch(self.ids.to(device), self.targets.to(device), *map(moved, shared), aligned)
+        made = LessonBatch(self.ids.to(device), self.targets.to(device), *map(moved, shared))
+        made.aligned = self.aligned and self.aligned.to(device)
+        return made
 
 
 def token_places(picture: pictures.Picture) -> Tensor:

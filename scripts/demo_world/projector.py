@@ -21,8 +21,6 @@ from demo_world import forward, gallery, labels, training, waves
 from kimi_vl.model.kimi_vl import KimiVL
 from kimi_vl.model.projector import Projector
 
-WAVES = 2 * waves.OF_ONE_LENGTH
-"""Of the two longest wavelengths: the decoder makes the shortest, which would take more units than there are."""
 SCALE = 8.0
 """Of the waves in the projector's output: the decoder's matrices learn large parts of their input soon."""
 MINDED_TOKENS = 150_000  # of pictures, from which it is known what the decoder minds
@@ -85,8 +83,8 @@ class Steps:
         self.old, self.mind = old, mind
         width = len(mind)
         directions = torch.linalg.eigh(mind + 1e-3 * torch.eye(width)).eigenvectors
-        mixed = torch.linalg.qr(torch.randn(WAVES, WAVES)).Q
-        self.directions = directions[:, :WAVES] @ mixed  # (H, WAVES), those that are minded least
+        mixed = torch.linalg.qr(torch.randn(waves.WAVES, waves.WAVES)).Q
+        self.directions = directions[:, : waves.WAVES] @ mixed  # (H, WAVES), those that are minded least
         self.rest = torch.eye(width) - self.directions @ self.directions.T
         self.metric = mind + LEAST * torch.eye(width)
         inputs = old.pre_norm(seen.groups[fit].float()).flatten(1)
@@ -102,7 +100,7 @@ class Steps:
     def wanted(self, outputs: Tensor, places: Tensor) -> Tensor:
         """What is due for the old ``outputs`` (N, H): the same, with waves, or nothing, in their directions."""
         placed = (places[:, 0] != labels.NOWHERE)[:, None]
-        due = torch.where(placed, waves.waves(places)[:, :WAVES], 0.0)
+        due = torch.where(placed, waves.waves(places), 0.0)
         return outputs @ self.rest + SCALE * due @ self.directions.T
 
     def _ramps(self) -> None:

@@ -223,7 +223,7 @@ def check_aids(
         assert torch.allclose(aids.overlooked(model, batch, part), torch.stack(due), atol=1e-3)
     loss, figures = aids.Aids(model.config.text_config).loss(model, batch, past, parts)
     assert loss > 0 and {"latents near", "overlooked"} <= figures.keys()
-    assert ("answers near" in figures) == ("numbers off" in figures) == bool((batch.aligned.said != NOWHERE).any())
+    assert ("answers near" in figures) == ("digits off" in figures) == bool((batch.aligned.said != NOWHERE).any())
 
 
 @pytest.mark.parametrize("task", [*lessons.ALL_TASKS])
@@ -254,11 +254,10 @@ def test_a_completion_looks_at_what_it_says(task: str) -> None:
             place = pictures.hundredths(item, shown[0].size)
             numbers = torch.tensor([*place.box, *place.centre])
             own = (said == numbers).all(-1) & (about == number)
-            written = [
-                tokenizer.decode([ids[at] for at in (own & (made.writing == n)).nonzero()]) for n in range(PLACES)
-            ]
-            due = [f"{value % 100:02}" for value in numbers.tolist()]
-            assert written == ([*due[:4], "", ""] if task != "click" else ["", "", "", "", *due[4:]])
+            digits = [own & (made.writing == index) for index in range(2 * PLACES)]
+            written = [tokenizer.decode(torch.tensor(ids)[at].tolist()) for at in digits]
+            due = [digit for value in numbers.tolist() for digit in f"{value % 100:02}"]
+            assert written == ([*due[:8], *[""] * 4] if task != "click" else [*[""] * 8, *due[8:]])
         if not talk.wanted:
             assert (said == NOWHERE).all() and (made.writing == alignment.NOTHING).all()
 
@@ -277,13 +276,22 @@ def test_waves_are_read_as_the_places_that_made_them() -> None:
     every = torch.stack([numbers.roll(n) for n in range(PLACES)], dim=1)
     made = waves.waves(every)
     assert made.shape == (101, waves.WAVES) and made.abs().max() <= 1
-    for lengths in (1, 2, 3):
-        some = made[:, : lengths * waves.OF_ONE_LENGTH]
-        assert torch.equal(waves.read(some), every) and waves.near(some, every) == 1
+    assert torch.equal(waves.read(made), every) and waves.near(made, every) == 1
     torch.manual_seed(0)
     noisy = made + 0.1 * torch.randn_like(made)
     assert ((waves.read(noisy) - every).abs() <= 2).all() and waves.near(noisy, every) > 0.9
     assert waves.near(made, (every + 2).clamp(max=100)) < 0.05
+
+
+def test_ones_are_told_by_the_short_waves_alone_once_the_tens_are_written() -> None:
+    numbers = torch.arange(100)
+    every = numbers[:, None].expand(-1, PLACES)
+    for number in range(PLACES):
+        tens = aids.of_digits(every, torch.full((100,), 2 * number))
+        assert torch.equal(tens, waves.of_numbers(waves.waves(every))[:, number])
+        ones = aids.of_digits(every, torch.full((100,), 2 * number + 1))[:, 2:].unflatten(0, (10, 10))
+        assert torch.allclose(ones, ones[:1].expand(10, -1, -1), atol=1e-5)  # whatever the tens are
+        assert torch.cdist(ones[0], ones[0]).fill_diagonal_(9).min() > 0.3  # and different for each
 
 
 def test_the_projector_learns_places_and_keeps_what_is_minded() -> None:
