@@ -27,13 +27,13 @@ TASKS: dict[str, float] = {
     "json": 8.0,
     "text_sum": 5.0,
     "talk": 7.0,
+    "box": 8.0,
+    "boxes": 20.0,
+    "click": 9.0,
 }
 """Names of the tasks that the committed weights have learnt and how often each is drawn, relative to the others."""
 
 LATER_TASKS: dict[str, float] = {
-    "box": 8.0,
-    "boxes": 20.0,
-    "click": 9.0,
     "film": 14.0,
     "pages": 12.0,
 }

@@ -17,8 +17,8 @@ from typing import Any
 from bench_suite.openai_server import OpenAIServer
 
 from cog_local.server import model_environment, say
-from demo_world import evaluate, lessons
-from evals.questions import ONE_PICTURE, TASK, write_table, write_task
+from demo_world import evaluate
+from evals.questions import BY_TEXT, ONE_PICTURE, TASK, write_table, write_task
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 TIMEOUT_S = 1800
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--url", default="", help="a server that runs, as http://host:8000; otherwise one is started")
     parser.add_argument("--count", type=int, default=24, help="questions of each task (24)")
     parser.add_argument("--seed", type=int, default=evaluate.SEED, help="of the questions")
-    parser.add_argument("--tasks", nargs="+", choices=lessons.TASKS, help="which tasks (all)")
+    parser.add_argument("--tasks", nargs="+", choices=BY_TEXT, help="which tasks (all)")
     parser.add_argument("--concurrent", type=int, default=16, help="requests at a time (16)")
     parser.add_argument("--out", type=Path, help="a new folder for questions, answers and logs, which is kept")
     parser.add_argument("--tsv", type=Path, help="only write questions of one picture for VLMEvalKit to this file")
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--out: {args.out} is there already")
     with tempfile.TemporaryDirectory() as scratch, served(args.url) as url:
         out = (args.out or Path(scratch) / "out").resolve()
-        folder = write_task(out / "task", args.seed, args.count, args.tasks or list(lessons.TASKS))
+        folder = write_task(out / "task", args.seed, args.count, args.tasks or list(BY_TEXT))
         key = os.environ.get("OPENAI_API_KEY", "none")
         found = run_lmms_eval(python, url, folder, out / "logs", args.concurrent, key)
     print("| task | answer exactly right |\n|---|---|")

@@ -14,12 +14,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from demo_world import evaluate, lessons
+from demo_world import evaluate, grading, lessons
 
 TASK = "kimi_demo"
 MAX_NEW_TOKENS = 512
+BY_TEXT = tuple(task for task in lessons.TASKS if task not in (*grading.BOXES, "click"))
+"""Tasks whose answers are right word for word, as other programs judge them; places may be a little off."""
 ONE_PICTURE = ("sum", "typed_sum", "object", "count", "place", "describe", "json")
-"""Tasks of one picture and one turn, which are all that a table can have."""
+"""Those of one picture and one turn, which are all that a table can have."""
 
 YAML = f"""\
 task: {TASK}

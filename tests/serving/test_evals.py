@@ -21,9 +21,9 @@ SEED = evaluate.SEED
 
 
 def test_a_task_has_the_conversations_with_their_pictures(tmp_path: Path) -> None:
-    folder = questions.write_task(tmp_path / "task", SEED, 1, list(lessons.TASKS))
+    folder = questions.write_task(tmp_path / "task", SEED, 1, list(questions.BY_TEXT))
     docs = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
-    assert [doc["task"] for doc in docs] == list(lessons.TASKS)
+    assert [doc["task"] for doc in docs] == list(questions.BY_TEXT)
     for doc in docs:
         [(conversation, pictures)] = evaluate.questions(SEED, 1, doc["task"])
         assert doc["answer"] == conversation.answer
@@ -62,7 +62,7 @@ def test_a_table_has_questions_of_one_picture(tmp_path: Path, capsys: pytest.Cap
     finally:
         csv.field_size_limit(usual)
     assert [line["category"] for line in lines] == list(questions.ONE_PICTURE)
-    assert list(questions.ONE_PICTURE) == [task for task in lessons.TASKS if of_one_picture_and_turn(task)]
+    assert list(questions.ONE_PICTURE) == [task for task in questions.BY_TEXT if of_one_picture_and_turn(task)]
     assert [line["index"] for line in lines] == [str(index) for index in range(len(lines))]
     [(conversation, [picture])] = evaluate.questions(SEED, 1, "sum")
     assert lines[0]["answer"] == conversation.answer
@@ -80,8 +80,8 @@ def test_lmms_eval_finds_what_the_demo_s_own_evaluation_finds(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert lmms.main(["--count", "6", "--out", str(tmp_path / "out")]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    due = evaluate.examine(evaluate.Examinee(resolve.DEMO), SEED, 6, list(lessons.TASKS))
+    due = evaluate.examine(evaluate.Examinee(resolve.DEMO), SEED, 6, list(questions.BY_TEXT))
     assert found["questions"] == len(due) == 66
     assert abs(found["right"] * 66 - sum(result.right for result in due)) <= 2.01
     assert found["right"] > 0.8 and found["standard_error"] < 0.06
-    assert found["tasks"].keys() == lessons.TASKS.keys()
+    assert found["tasks"].keys() == set(questions.BY_TEXT)
