@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -102,13 +103,9 @@ class LessonBatch:
         return "text" if self.shared_ids is None else "picture"
 
     def to(self, device: torch.device) -> LessonBatch:
-        def moved(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value.to(device)
-
-        shared = (self.shared_ids, self.groups, self.shared_row, self.places, self.shown)
-        made = LessonBatch(self.ids.to(device), self.targets.to(device), *map(moved, shared))
-        made.aligned = self.aligned and self.aligned.to(device)
-        return made
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in values.items()}
+        return LessonBatch(**moved)
 
 
 def token_places(picture: pictures.Picture) -> Tensor:
