@@ -1,7 +1,7 @@
-"""Training aids of the second phase, thrown away afterwards: what is asked of the decoder beside the next token.
+"""Auxiliary losses of the second phase: what is asked of the decoder beside the next token.
 
 Digits tell a place only once an attention head finds the object, its latent has the place, and the rest of the network
-writes it. The aids ask for the first two alone, in layers chosen here.
+writes it. These losses ask for the first two alone, in layers chosen here. Their readers are thrown away afterwards.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LATENT_WEIGHT, ANSWER_WEIGHT, DIGIT_WEIGHT, LOOK_WEIGHT = 0.3, 0.2, 1.0, 0.03
 
 
 class Aids(nn.Module):
-    """Linear readers of places, and the losses of all aids."""
+    """Linear probes for places, and all auxiliary losses."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -42,7 +42,7 @@ class Aids(nn.Module):
         past: forward.SharedPast | None,
         parts: Sequence[forward.Learnt],
     ) -> tuple[Tensor, dict[str, float]]:
-        """The weighted sum and figures of all aids that a batch has something for."""
+        """The weighted sum and figures of all losses that a batch has something for."""
         total, figures = torch.zeros((), device=batch.ids.device), {}
         if past is None or batch.places is None or batch.aligned is None:
             return total, figures

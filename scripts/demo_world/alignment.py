@@ -13,7 +13,7 @@ from torch import Tensor
 from demo_world import labels, patches, places, turns
 from demo_world.grading import BOXES
 from demo_world.lessons import Conversation
-from demo_world.pictures import Item, Picture, hundredths
+from demo_world.pictures import MAX_ORDER, Item, Picture, hundredths
 from kimi_vl.text.tokenizer import Tokenizer
 
 NOTHING = -1
@@ -27,7 +27,7 @@ Span = tuple[int, int, int, Item]
 
 def number_of(picture: int, order: int | Tensor) -> int | Tensor:
     """Of an object among all those of a conversation's pictures, by its place in the reading order."""
-    return picture * 8 + order
+    return picture * (MAX_ORDER + 1) + order
 
 
 def shown_in(pictures: Sequence[Picture]) -> Tensor:

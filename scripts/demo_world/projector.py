@@ -46,7 +46,7 @@ class Seen:
         return cls(torch.cat([exhibit.groups for exhibit in exhibits]), torch.cat(places))
 
 
-def minded(model: KimiVL, teacher: gallery.Teacher, tokens: int) -> Tensor:
+def minded(model: KimiVL, teacher: gallery.Teacher, kept: forward.Kept, tokens: int) -> Tensor:
     """How much the loss of lessons minds a change of the projector's output: (H, H), the mean of outer products of its
     gradients (Fisher's information), of 1 on the diagonal's mean."""
     outputs: list[Tensor] = []
@@ -58,7 +58,6 @@ def minded(model: KimiVL, teacher: gallery.Teacher, tokens: int) -> Tensor:
     width, seen = model.config.text_config.hidden_size, 0
     made = torch.zeros(width, width, device=model.device)
     hook = model.multi_modal_projector.register_forward_hook(keep)
-    kept = forward.Kept().of(model.language_model.model.layers[0])
     for batch in teacher.batches(0):
         if batch.kind == "text":
             continue
@@ -149,13 +148,13 @@ def _solved(inputs: Tensor, targets: Tensor, ridge: float, weights: Tensor | flo
     return torch.linalg.solve(gram + ridge * torch.eye(len(gram)), (inputs * weights).T @ targets)
 
 
-def learn_places(model: KimiVL, teacher: gallery.Teacher, args: argparse.Namespace) -> None:
+def learn_places(model: KimiVL, teacher: gallery.Teacher, kept: forward.Kept, args: argparse.Namespace) -> None:
     """Change the projector in place, or take it from --work where a training is resumed."""
     path = args.work / "projector.pt"
     if args.resume and path.exists():
         model.multi_modal_projector.load_state_dict(torch.load(path, weights_only=True))
         return
-    mind = minded(model, teacher, MINDED_TOKENS).cpu()
+    mind = minded(model, teacher, kept, MINDED_TOKENS).cpu()
     projector = copy.deepcopy(model.multi_modal_projector).cpu()
     with torch.no_grad():
         teach(projector, Seen.of(teacher.exhibits), mind, args.place_steps)

@@ -60,10 +60,10 @@ def learn_lessons(model: KimiVL, tokenizer: Tokenizer, options: ImageOptions, ar
     model.multi_modal_projector.requires_grad_(False)
     exhibits = gallery.opened(args.work / "gallery.pt", model, options, args)
     teacher = gallery.Teacher(args.seed, tokenizer, exhibits, args.batch_tokens)
-    if args.place_steps:
-        projector.learn_places(model, teacher, args)
-    readers = aids.Aids(model.config.text_config).to(args.device)
     kept = forward.Kept().of(model.language_model.model.layers[aids.ANSWER_LAYER])
+    if args.place_steps:
+        projector.learn_places(model, teacher, kept, args)
+    readers = aids.Aids(model.config.text_config).to(args.device)
     learners = nn.ModuleDict({"model": model, "reader_head": readers})
     learnt = {name: p for name, p in learners.named_parameters() if p.requires_grad}
     optimizer = Optimizer(learnt, args.matrix_rate, args.rate, plateau=0.1)
