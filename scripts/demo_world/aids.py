@@ -19,11 +19,12 @@ from kimi_vl.model.language import Attention, Layer
 
 LATENT_LAYERS = (2, 3)
 """The latents of image tokens are to keep places in these layers."""
-ANSWER_LAYER, ANSWER_HEAD = 2, 3
-"""With this head a token is to look at what the next one is about; after this layer it is to know the place that the
-next ones say, and what the digit due tells of it."""
+ANSWER_LAYER, ANSWER_HEAD, RECALL_HEAD = 2, 3, 2
+"""With one head a token is to look at the object that the next one is about, with another at what the next one repeats;
+after this layer it is to know the place that the next ones say, and what the digit due tells of it."""
 EVERY = 4  # tokens: attention is computed again for one of so many
-LATENT_WEIGHT, ANSWER_WEIGHT, DIGIT_WEIGHT, LOOK_WEIGHT = 0.3, 0.2, 1.0, 0.03
+LATENT_WEIGHT, ANSWER_WEIGHT, DIGIT_WEIGHT, LOOK_WEIGHT, LABEL_WEIGHT = 0.3, 0.2, 1.0, 0.03, 0.05
+DIGITS = 10
 
 
 class Aids(nn.Module):
@@ -32,6 +33,7 @@ class Aids(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.of_latents = nn.ModuleList(nn.Linear(config.kv_lora_rank, waves.WAVES) for _ in LATENT_LAYERS)
+        self.of_label = nn.Linear(config.kv_lora_rank, gallery.LABELS * DIGITS)
         self.of_answer = nn.Linear(config.hidden_size, waves.WAVES)
         self.of_digit = nn.Linear(config.hidden_size, waves.WAVES // labels.PLACES)
 
@@ -44,8 +46,21 @@ class Aids(nn.Module):
     ) -> tuple[Tensor, dict[str, float]]:
         """The weighted sum and figures of all losses that a batch has something for."""
         total, figures = torch.zeros((), device=batch.ids.device), {}
-        if past is None or batch.places is None or batch.aligned is None:
+        if batch.aligned is None:
             return total, figures
+        forgotten = torch.cat([unrecalled(model, batch, part) for part in parts])
+        if len(forgotten):
+            total = total + LOOK_WEIGHT * forgotten.mean()
+            figures["unrecalled"] = forgotten.mean().item()
+        if past is None or batch.places is None or batch.labels is None:
+            return total, figures
+        if (batch.labels != alignment.NOTHING).any():
+            [of_layer] = forward.latents(model, batch, past, (ANSWER_LAYER,))
+            logits = self.of_label(of_layer).float().unflatten(1, (gallery.LABELS, DIGITS))
+            due = batch.labels.flatten()
+            mislabelled = F.cross_entropy(logits.flatten(0, 1), due, ignore_index=alignment.NOTHING)
+            total = total + LABEL_WEIGHT * mislabelled
+            figures["mislabelled"] = mislabelled.item()
         placed = batch.places[:, 0] != labels.NOWHERE
         if placed.any():
             wanted = waves.waves(batch.places[placed])
@@ -53,10 +68,10 @@ class Aids(nn.Module):
             values = [head(own[placed]).float() for head, own in zip(self.of_latents, of_layers, strict=True)]
             total = total + LATENT_WEIGHT * torch.stack([F.mse_loss(each, wanted) for each in values]).mean()
             figures["latents near"] = max(waves.near(each, batch.places[placed]) for each in values)
-        missed = torch.cat([overlooked(model, batch, part) for part in parts])
-        if len(missed):
-            total = total + LOOK_WEIGHT * missed.mean()
-            figures["overlooked"] = missed.mean().item()
+        unseen = torch.cat([overlooked(model, batch, part) for part in parts])
+        if len(unseen):
+            total = total + LOOK_WEIGHT * unseen.mean()
+            figures["overlooked"] = unseen.mean().item()
         aligned = [batch.aligned.of(part.rows, part.length) for part in parts]
         saying = [own.said[..., 0] != labels.NOWHERE for own in aligned]
         states = torch.cat([part.states[at] for part, at in zip(parts, saying, strict=True)])
@@ -92,26 +107,51 @@ def attention_of(model: KimiVL) -> Attention:
     return layer.self_attn
 
 
-def overlooked(model: KimiVL, batch: gallery.LessonBatch, part: forward.Learnt) -> Tensor:
-    """How far ANSWER_HEAD is from looking at what the next token is about, and nowhere else: -log of its attention
-    there, (M,) of every EVERY-th of these tokens."""
-    assert batch.aligned is not None and batch.shared_ids is not None and batch.shown is not None
-    assert part.cache is not None and part.cache.rows is not None
-    about, cache, rows = batch.aligned.of(part.rows, part.length).about, part.cache, part.cache.rows
-    row, step = (about != alignment.NOTHING).nonzero().T[:, ::EVERY]
-    attention = attention_of(model)
-    config = attention.config
-    seen = torch.cat((cache.past[ANSWER_LAYER].index_select(0, rows), cache.present[ANSWER_LAYER]), dim=1)
+def attended(model: KimiVL, part: forward.Learnt, head: int, row: Tensor, step: Tensor) -> Tensor:
+    """Logarithms of what a head of ANSWER_LAYER attends to, for tokens ``step`` (M,) of rows ``row`` (M,) of a part:
+    (M, L), with what the rows share before their own tokens."""
+    attention, cache = attention_of(model), part.cache
+    config, seen = attention.config, cache.present[ANSWER_LAYER]
+    own = seen.shape[1]
+    if cache.rows is not None:
+        seen = torch.cat((cache.past[ANSWER_LAYER].index_select(0, cache.rows), seen), dim=1)
     latent, k_rope = seen.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)  # (r, L, R), (r, L, P)
-    up = attention.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1))[ANSWER_HEAD]
+    up = attention.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1))[head]
     keys = torch.cat((latent @ up[: config.qk_nope_head_dim].T, k_rope), dim=-1)  # (r, L, Q+P)
-    query = cache.queries[ANSWER_LAYER][row, ANSWER_HEAD, step]  # (M, Q+P)
+    query = cache.queries[ANSWER_LAYER][row, head, step]  # (M, Q+P)
     scores = torch.einsum("md,mld->ml", query, keys[row]).float() * attention.scale  # (M, L)
+    later = torch.arange(seen.shape[1], device=scores.device) > seen.shape[1] - own + step[:, None]
+    return scores.masked_fill(later, float("-inf")).log_softmax(-1)
+
+
+def missed(attends: Tensor, there: Tensor) -> Tensor:
+    """-log of the attention (M, L) to where ``there`` (M, L) is true, of those that have such a place."""
+    known = there.any(-1)
+    return -attends.masked_fill(~there, float("-inf"))[known].logsumexp(-1)
+
+
+def overlooked(model: KimiVL, batch: gallery.LessonBatch, part: forward.Learnt) -> Tensor:
+    """How far ANSWER_HEAD is from looking at what the next token is about, and nowhere else: (M,), of every EVERY-th of
+    these tokens."""
+    assert batch.aligned is not None and batch.shared_ids is not None and batch.shown is not None
+    about, rows = batch.aligned.of(part.rows, part.length).about, part.cache.rows
+    assert rows is not None
+    row, step = (about != alignment.NOTHING).nonzero().T[:, ::EVERY]
     shared = batch.shared_ids.shape[1]
-    later = torch.arange(seen.shape[1], device=scores.device) > shared + step[:, None]
-    attended = scores.masked_fill(later, float("-inf")).log_softmax(-1)[:, :shared]
-    objects = torch.full((*batch.shared_ids.shape, 4), alignment.NOTHING, device=scores.device)
+    attends = attended(model, part, ANSWER_HEAD, row, step)[:, :shared]
+    objects = torch.full((*batch.shared_ids.shape, 4), alignment.NOTHING, device=attends.device)
     objects[batch.shared_ids == model.config.media_placeholder_token_id] = batch.shown
-    there = (objects[rows][row] == about[row, step][:, None, None]).any(-1)  # (M, shared)
-    shown = there.any(-1)
-    return -attended.masked_fill(~there, float("-inf"))[shown].logsumexp(-1)
+    return missed(attends, (objects[rows][row] == about[row, step][:, None, None]).any(-1))
+
+
+def unrecalled(model: KimiVL, batch: gallery.LessonBatch, part: forward.Learnt) -> Tensor:
+    """How far RECALL_HEAD is from looking at what the next token repeats: (M,)."""
+    assert batch.aligned is not None
+    aligned = batch.aligned.of(part.rows, part.length)
+    row, step = (aligned.wanted != alignment.NOTHING).nonzero().T
+    attends = attended(model, part, RECALL_HEAD, row, step)  # (M, L)
+    # what is known at a token stands at the one before it; a token's own name does not count
+    before = attends.shape[1] - part.length
+    known = F.pad(aligned.known, (before + 1, -1), value=alignment.NOTHING)  # (r, L)
+    earlier = torch.arange(attends.shape[1], device=attends.device) < before + step[:, None]
+    return missed(attends, (known[row] == aligned.wanted[row, step][:, None]) & earlier)

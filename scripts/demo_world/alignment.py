@@ -1,23 +1,30 @@
-"""Which object of its pictures each token of a completion is about, as the vision tower's labels number them."""
+"""What each token of a completion is about: an object of the pictures, as the vision tower's labels number them, or
+something that was written before."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from demo_world import labels, patches, places, turns
 from demo_world.grading import BOXES
 from demo_world.lessons import Conversation
 from demo_world.pictures import MAX_ORDER, Item, Picture, hundredths
+from kimi_vl.text.thinking import THINK_CLOSE, THINK_OPEN
 from kimi_vl.text.tokenizer import Tokenizer
 
 NOTHING = -1
 NUMBER = re.compile(r"[01]\.(\d)(\d)")
+ASKED = re.compile(r"Asked: ([^,.]+), number (\d)")
+FOUND = re.compile(r" (yes|no)[,.]")
+SIDE = re.compile(r"[:,] (left|right) (nothing|[a-z]+ [a-z]+)(?: (same|different))?(?=[.,])")
+ELSE = "else"
+LABEL = re.compile(r"\d\d:\d\d:\d\d|[Pp]age \d")
 UNREAD = "=?"
 """Glyphs of a sum that no reading repeats."""
 
@@ -41,18 +48,18 @@ def shown_in(pictures: Sequence[Picture]) -> Tensor:
 
 def read_spans(thinking: str, pictures: Sequence[Picture]) -> Iterator[Span]:
     """Where a thinking reads the objects of its pictures, one after another."""
-    begins, cursor = [], 0
+    begins: list[int | None] = []
+    cursor = 0
     for picture in pictures:
         at = cursor if picture.label is None else thinking.find(f"{picture.label}: ", cursor)
-        if at < 0:
-            return
-        cursor = at if picture.label is None else at + len(picture.label) + 2
-        begins.append(cursor)
-    ends = [*begins[1:], len(thinking)]
-    cursor = 0
-    for number, (picture, begin, end) in enumerate(zip(pictures, begins, ends, strict=True)):
+        cursor = max(at, cursor)
+        begins.append(None if at < 0 else at if picture.label is None else at + len(picture.label) + 2)
+    for number, (picture, begin) in enumerate(zip(pictures, begins, strict=True)):
+        if begin is None:
+            continue
+        end = next((later for later in begins[number + 1 :] if later is not None), len(thinking))
         labelled = picture.label is not None
-        cursor = begin if labelled else cursor
+        cursor = begin if labelled else max(cursor, begin)
         for item in picture.items:
             if item.kind in UNREAD:
                 continue
@@ -75,19 +82,79 @@ def place_spans(talk: Conversation, picture: Picture) -> Iterator[Span]:
         yield at, at + len(text), 0, item
 
 
+Mention = tuple[int, int, str]
+"""First character, end, and what is known there, or wanted."""
+
+
+@dataclass(frozen=True)
+class Recall:
+    """What a completion takes from what it said before, and has to find by something else: where it is ``known``, and
+    where it is ``wanted``."""
+
+    known: list[Mention]
+    wanted: list[Mention]
+
+    @classmethod
+    def of(cls, text: str) -> Recall:
+        known, wanted = [], []
+        thinking, _, _ = text.partition(THINK_CLOSE)
+        for asked in ASKED.finditer(thinking):  # the number of an object, by its name
+            name, number = asked.groups()
+            at = thinking.find(f"{number} {name}")
+            if 0 <= at < asked.start():
+                end = at + len(f"{number} {name}")
+                known.append((end - 1, end, f"number {number}"))
+                wanted.append((asked.start(2), asked.end(2), f"number {number}"))
+        labelled, said = list(LABEL.finditer(thinking)), LABEL.search(text, len(thinking))
+        if labelled and said is not None:  # the label of the last frame or page that was read
+            for back in range(1, 1 + min(len(said[0]), len(labelled[-1][0]))):
+                if text[said.end() - back].isdigit():
+                    known.append((labelled[-1].end() - back, labelled[-1].end() - back + 1, f"label {back}"))
+                    wanted.append((said.end() - back, said.end() - back + 1, f"label {back}"))
+        if said is None and not labelled:
+            return cls(known, wanted)
+        # whether what was just read is what was asked for, or as it was before; else nothing is to be found
+        known.append((len(THINK_OPEN) - 1, len(THINK_OPEN), ELSE))
+        if asked := re.match(rf"{THINK_OPEN}Asked: (.*?)\. ", thinking):
+            known.append((asked.end(1) - 1, asked.end(1), "asked"))
+            wanted += [(*found.span(1), ELSE if found[1] == "no" else "asked") for found in FOUND.finditer(thinking)]
+        for side in SIDE.finditer(thinking):
+            key = f"{side[1]} {side[2]}"
+            known.append((side.end(2) - 1, side.end(2), key))
+            if side[3]:
+                wanted.append((*side.span(3), key if side[3] == "same" else ELSE))
+        return cls(known, wanted)
+
+
+class Spelt:
+    """The text of some tokens, and which of its characters each has."""
+
+    def __init__(self, tokenizer: Tokenizer, tokens: Sequence[int]):
+        pieces = [tokenizer.decode([token]) for token in tokens]
+        self.text = "".join(pieces)
+        self.borders = torch.tensor([0, *accumulate(map(len, pieces))])
+
+    def within(self, first: int, last: int) -> Tensor:
+        """Which tokens have characters from ``first`` to before ``last``: (N,) bool."""
+        return (self.borders[:-1] < last) & (self.borders[1:] > first)
+
+
 @dataclass(frozen=True)
 class Alignment:
     """Of the tokens of a completion: what each is about (N,), NOTHING of most; the place that it helps to say
-    (N, PLACES), NOWHERE of most; and which digit of this place it is (N,), NOTHING of most: 2n the tens of number n,
-    2n + 1 its ones."""
+    (N, PLACES), NOWHERE of most; which digit of this place it is (N,), NOTHING of most: 2n the tens of number n, 2n + 1
+    its ones; a number of what is known there (N,) and of what has to be found where it is known (N,), NOTHING of
+    most."""
 
     about: Tensor
     said: Tensor
     writing: Tensor
+    known: Tensor
+    wanted: Tensor
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.about, self.said, self.writing
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.about, self.said, self.writing, self.known, self.wanted
 
     def to(self, device: torch.device) -> Alignment:
         return Alignment(*(each.to(device) for each in self.tensors))
@@ -99,29 +166,30 @@ class Alignment:
     @classmethod
     def empty(cls, *shape: int) -> Alignment:
         said = torch.full((*shape, labels.PLACES), labels.NOWHERE)
-        return cls(torch.full(shape, NOTHING), said, torch.full(shape, NOTHING))
+        about, writing, known, wanted = (torch.full(shape, NOTHING) for _ in range(4))
+        return cls(about, said, writing, known, wanted)
 
 
-def align(tokenizer: Tokenizer, talk: Conversation, pictures: Sequence[Picture], learnt: Sequence[int]) -> Alignment:
-    """The alignment of a completion, whose last token ends the turn."""
-    made = Alignment.empty(len(learnt))
-    pieces = [tokenizer.decode([token]) for token in learnt[:-1]]
-    text, ends = "".join(pieces), [0]
-    for piece in pieces:
-        ends.append(ends[-1] + len(piece))
-    answer = len(text) - len(talk.answer)
+def align_text(spelt: Spelt) -> Alignment:
+    """The alignment of a completion that is about no picture."""
+    made, recall = Alignment.empty(len(spelt.borders) - 1), Recall.of(spelt.text)
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(key for _, _, key in recall.known))}
+    for whole, mentions in ((made.known, recall.known), (made.wanted, recall.wanted)):
+        for first, last, key in mentions:
+            whole[spelt.within(first, last)] = numbers[key]
+    return made
+
+
+def align(spelt: Spelt, talk: Conversation, pictures: Sequence[Picture]) -> Alignment:
+    """The alignment of a completion about ``pictures``."""
+    made, text = align_text(spelt), spelt.text
+    answer = text.rindex(talk.answer)
     spans = [(answer, True, span) for span in place_spans(talk, pictures[0])]
     thinking = text.find(talk.thinking, 0, answer)
     if thinking >= 0:
         spans += [(thinking, False, span) for span in read_spans(talk.thinking, pictures)]
-    borders = torch.tensor(ends)
-
-    def within(first: int, last: int) -> Tensor:
-        """Which tokens have characters from ``first`` to before ``last``; the end of the turn has none."""
-        return F.pad((borders[:-1] < last) & (borders[1:] > first), (0, 1))
-
     for offset, placed, (first, last, number, item) in spans:
-        tokens = within(offset + first, offset + last)
+        tokens = spelt.within(offset + first, offset + last)
         made.about[tokens] = int(number_of(number, item.order))
         if placed:
             place = hundredths(item, pictures[number].size)
@@ -129,5 +197,5 @@ def align(tokenizer: Tokenizer, talk: Conversation, pictures: Sequence[Picture],
             begin = 0 if talk.task in BOXES else 4
             for index, digits in enumerate(NUMBER.finditer(text, offset + first, offset + last), start=begin):
                 for digit in (1, 2):
-                    made.writing[within(*digits.span(digit))] = 2 * index + digit - 1
+                    made.writing[spelt.within(*digits.span(digit))] = 2 * index + digit - 1
     return made

@@ -136,7 +136,7 @@ class Learnt:
     targets: Tensor  # (N,)
     of_row: Tensor  # (N,): which of the batch's rows each is in
     states: Tensor  # (r, S, H), what was kept of a layer
-    cache: SharedPast | None
+    cache: SharedPast
 
 
 def learnt(model: KimiVL, batch: gallery.LessonBatch, past: SharedPast | None, kept: Kept) -> Iterator[Learnt]:
@@ -148,7 +148,7 @@ def learnt(model: KimiVL, batch: gallery.LessonBatch, past: SharedPast | None, k
     for length in padded.unique().tolist():
         rows = (padded == length).nonzero().squeeze(-1)  # (r,)
         ids, targets = batch.ids[rows, :length], batch.targets[rows, :length]
-        own = past.before(batch.shared_row[rows]) if past is not None and batch.shared_row is not None else None
+        own = past.before(batch.shared_row[rows]) if past and batch.shared_row is not None else SharedPast()
         positions = (shared_length + steps[: ids.shape[1]]).expand_as(ids)
         states = model.language_model(model.embed(ids), positions, own)  # (r, S, H)
         due = targets >= 0

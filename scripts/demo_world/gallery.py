@@ -30,7 +30,7 @@ from kimi_vl.text.tokenizer import Tokenizer
 
 PICTURE_TASKS = {
     "sum": 24,
-    "typed_sum": 10,
+    "typed_sum": 22,
     "object": 6,
     "count": 10,
     "place": 12,
@@ -40,7 +40,7 @@ PICTURE_TASKS = {
     "boxes": 22,
     "json": 8,
 }
-GROUP_TASKS = {"compare": 16, "film": 16, "pages": 14, "click": 10}
+GROUP_TASKS = {"compare": 16, "film": 30, "pages": 30, "click": 16}
 """Tasks of several pictures, or with a system message of their own: a page of the sketchbook has one of these alone."""
 NARROW_TASKS = ("sum", "typed_sum", "object", "box")
 """Whose pictures may be banners or as small as frames."""
@@ -62,6 +62,7 @@ NARROW_SHARE = 0.2  # of the pages of the sketchbook are of NARROW_TASKS alone
 WIDE_SHARE = 0.4  # of the pictures of every task are drawn as by any program
 SMALL, LARGE = 294, 448  # longest sides in pixels
 TALK_TOKENS = 130  # of a conversation without its pictures, about
+LABELS = 2  # last characters of a frame's or a page's label: they tell it from the others
 BLANK = Image.new("RGB", (1, 1))
 
 
@@ -90,11 +91,12 @@ class LessonBatch:
     """Conversations to learn; those about the same pictures share what comes before the first question's words."""
 
     ids: Tensor  # (R, S)
-    targets: Tensor  # (R, S), -100 where nothing is to be learnt
+    targets: Tensor  # (R, S), IGNORED where nothing is to be learnt
     shared_ids: Tensor | None = None  # (B, P): up to the end of the pictures
     groups: Tensor | None = None  # (T, 4, C) of all shared rows' pictures
     shared_row: Tensor | None = None  # (R,): which of the B rows comes before a conversation
     places: Tensor | None = None  # (T, PLACES): where the object is that a token of the pictures shows, or NOWHERE
+    labels: Tensor | None = None  # (T, LABELS): the last digits of the label before a token's picture, or NOTHING
     shown: Tensor | None = None  # (T, 4): the objects that a token of the pictures shows, or NOTHING
     aligned: alignment.Alignment | None = None  # (R, S): of the token after each
 
@@ -114,6 +116,19 @@ def token_places(picture: pictures.Picture) -> Tensor:
     first = (shown[..., 0] != labels.NOWHERE).int().argmax(1)  # (T,)
     return shown[torch.arange(len(shown)), first]
 
+
+def label_digits(exhibit: Exhibit) -> Tensor:
+    """The last digits of the label before the picture that each token shows: (T, LABELS), NOTHING where it has none."""
+    made = []
+    for picture, tokens in zip(exhibit.pictures, exhibit.tokens, strict=True):
+        last = [int(each) if each.isdigit() else alignment.NOTHING for each in (picture.label or "")[-LABELS:]]
+        made.append(torch.tensor(last or [alignment.NOTHING] * LABELS).expand(tokens, LABELS))
+    return torch.cat(made)
+
+
+Part = tuple[list[int], list[int], list[int], list[int]]
+"""Ids of a prompt, ids that are put after it, ids that are written then, and what is due of these, or IGNORED."""
+IGNORED = -100
 
 Drawn = tuple[list[tuple[str, tuple[pictures.Picture, ...]]], Tensor, list[tuple[int, int]]]
 
@@ -241,7 +256,9 @@ class Teacher:
             else:
                 talk, given = lessons.converse(rng, task, (), lessons.system_message(rng, task)), False
             rows.append((chat.encode(self.tokenizer, talk.messages, []), *self.completion(rng, talk, given)))
-        return LessonBatch(*self.rows(rows))
+        aligned = [alignment.align_text(alignment.Spelt(self.tokenizer, written)) for _, _, written, _ in rows]
+        ids, targets = self.rows(rows)
+        return LessonBatch(ids, targets, aligned=self.beside(rows, aligned, ids.shape[1]))
 
     def picture_batch(self, rng: random.Random, exhibits: Sequence[Exhibit]) -> LessonBatch:
         system = lessons.system_message(rng, exhibits[0].task)
@@ -253,7 +270,8 @@ class Teacher:
                 begin = len(prompt) - prompt[::-1].index(self.tokenizer.special["<|media_end|>"])
                 rows.append((prompt[begin:], *self.completion(rng, talk)))
                 shared_row.append(index)
-                aligned.append(alignment.align(self.tokenizer, talk, exhibit.pictures, rows[-1][2]))
+                spelt = alignment.Spelt(self.tokenizer, rows[-1][2])
+                aligned.append(alignment.align(spelt, talk, exhibit.pictures))
             shared.append(prompt[:begin])
         ids, targets = self.rows(rows)
         return LessonBatch(
@@ -263,48 +281,62 @@ class Teacher:
             torch.cat([exhibit.groups for exhibit in exhibits]),
             torch.tensor(shared_row),
             torch.cat([token_places(picture) for exhibit in exhibits for picture in exhibit.pictures]),
+            torch.cat([label_digits(exhibit) for exhibit in exhibits]),
             torch.cat([alignment.shown_in(exhibit.pictures) for exhibit in exhibits]),
             self.beside(rows, aligned, ids.shape[1]),
         )
 
-    def rows(self, parts: Sequence[tuple[list[int], list[int], list[int]]]) -> tuple[Tensor, Tensor]:
-        """Ids and targets of prompts, what is put after them and what is due then, padded on the right."""
-        longest = max(sum(map(len, part)) for part in parts)
+    def rows(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+        """Ids and targets, padded on the right."""
+        longest = max(len(prompt) + len(silent) + len(written) for prompt, silent, written, _ in parts)
         ids = torch.full((len(parts), longest), self.tokenizer.pad_id)
-        targets = torch.full((len(parts), longest), -100)
-        for row, (prompt, silent, learnt) in enumerate(parts):
-            begin, end = len(prompt) + len(silent), len(prompt) + len(silent) + len(learnt)
-            ids[row, :end] = torch.tensor([*prompt, *silent, *learnt])
-            targets[row, begin - 1 : end - 1] = torch.tensor(learnt)  # the token before predicts each
+        targets = torch.full((len(parts), longest), IGNORED)
+        for row, (prompt, silent, written, due) in enumerate(parts):
+            begin, end = len(prompt) + len(silent), len(prompt) + len(silent) + len(written)
+            ids[row, :end] = torch.tensor([*prompt, *silent, *written])
+            targets[row, begin - 1 : end - 1] = torch.tensor(due)  # the token before predicts each
         return ids, targets
 
-    def beside(
-        self,
-        parts: Sequence[tuple[list[int], list[int], list[int]]],
-        aligned: Sequence[alignment.Alignment],
-        length: int,
-    ) -> alignment.Alignment:
-        """What is ``aligned`` with the tokens learnt, at the tokens that predict them."""
+    def beside(self, parts: Sequence[Part], aligned: Sequence[alignment.Alignment], length: int) -> alignment.Alignment:
+        """What is ``aligned`` with the tokens written, at the tokens that predict them."""
         made = alignment.Alignment.empty(len(parts), length)
-        for row, ((prompt, silent, learnt), own) in enumerate(zip(parts, aligned, strict=True)):
+        for row, ((prompt, silent, written, _), own) in enumerate(zip(parts, aligned, strict=True)):
             begin = len(prompt) + len(silent) - 1
             for whole, part in zip(made.tensors, own.tensors, strict=True):
-                whole[row, begin : begin + len(learnt)] = part
+                whole[row, begin : begin + len(written)] = part
         return made
 
     def completion(
         self, rng: random.Random, talk: lessons.Conversation, given: bool = False
-    ) -> tuple[list[int], list[int]]:
-        """Ids that are put there and ids that are learnt.
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Ids that are put there, ids that are written after them, and what is due of these: themselves, or IGNORED.
 
-        All of them are learnt, but for the reading where it is ``given``; at times the thinking is cut short, as a
-        budget does, and the answer alone is learnt.
+        All are due, but for what is read of pictures where that is ``given``; at times the thinking is cut short, as
+        a budget does, and the answer alone is written.
         """
         encode, end = self.tokenizer.encode, [self.tokenizer.im_end_id]
         thinking = THINK_OPEN + talk.thinking
-        if not given and rng.random() < CUT_SHARE:
+        if given:
+            return [], *self.concluded(thinking, talk)
+        if rng.random() < CUT_SHARE:
             ids = encode(thinking)
             cut = ids[: rng.randint(len(encode(THINK_OPEN)), len(ids))]
-            return cut + encode(THINK_CLOSE), encode(talk.answer) + end
-        read = encode(THINK_OPEN + talk.read) if given else []
-        return read, encode(thinking + THINK_CLOSE + talk.answer)[len(read) :] + end
+            written = encode(talk.answer) + end
+            return cut + encode(THINK_CLOSE), written, written
+        written = encode(thinking + THINK_CLOSE + talk.answer) + end
+        return [], written, written
+
+    def concluded(self, thinking: str, talk: lessons.Conversation) -> tuple[list[int], list[int]]:
+        """A completion whose reading is given: what is written, and what is due of it.
+
+        Places are seen and not concluded, so an answer that says them is left out."""
+        placed = bool(talk.wanted)
+        written = self.tokenizer.encode(thinking + THINK_CLOSE + ("" if placed else talk.answer))
+        written += [] if placed else [self.tokenizer.im_end_id]
+        spelt, cursor = alignment.Spelt(self.tokenizer, written), 0
+        seen = spelt.within(0, len(THINK_OPEN))
+        for read in talk.read:
+            begin = spelt.text.index(read, cursor)
+            cursor = begin + len(read)
+            seen |= spelt.within(begin, cursor)
+        return written, torch.where(seen, IGNORED, torch.tensor(written)).tolist()

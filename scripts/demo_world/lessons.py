@@ -43,6 +43,9 @@ ALL_TASKS = TASKS | LATER_TASKS
 SEQUENCES = ("film", "pages")
 """Tasks of several pictures, each with its label."""
 
+CONCLUSIONS = {"place": 1, "compare": 1, "film": 2, "pages": 2, "boxes": 1, "click": 2}
+"""Tasks in which more is concluded than a number, and how often each is."""
+
 SYSTEM_SHARE = 0.08
 GUI_SHARE = 0.5
 
@@ -53,7 +56,7 @@ Message = dict[str, object]
 class Conversation:
     """A chat that ends with the user's message, and the thinking and the answer that are due.
 
-    ``read`` is the beginning of the thinking that says what is seen; ``wanted`` are the objects whose places the answer
+    ``read`` are the parts of the thinking that say what is seen; ``wanted`` are the objects whose places the answer
     says.
     """
 
@@ -61,7 +64,7 @@ class Conversation:
     messages: list[Message]
     thinking: str
     answer: str
-    read: str = ""
+    read: tuple[str, ...] = ()
     wanted: tuple[Item, ...] = ()
 
 
@@ -158,13 +161,13 @@ def converse(rng: random.Random, task: str, pictures: Sequence[Picture], system:
 
 
 def conclusion(rng: random.Random) -> Conversation:
-    """A question about pictures that nobody draws; its thinking begins with what is read of them.
+    """A question about pictures that nobody draws; its thinking says what is read of them.
 
     With the reading given, what is left to learn is to conclude from it.
     """
-    task = rng.choice(("place", "compare", "film", "pages"))
+    task = rng.choices(list(CONCLUSIONS), list(CONCLUSIONS.values()))[0]
     turn = _turns(rng, task, pictures_for(Sketcher(rng, ()), task), gui=False)[0]
-    return Conversation(task, [_user(turn.question, ())], turn.thinking, turn.answer, turn.read)
+    return Conversation(task, [_user(turn.question, ())], turn.thinking, turn.answer, turn.read, turn.wanted)
 
 
 def _study(artist: Artist, task: str | None, conversations: int) -> Study:

@@ -105,7 +105,7 @@ class PictureBatches(torch.utils.data.Dataset):
         index += self.begin
         rng = random.Random(f"{self.seed} pictures {index}")
         high = 364 if index < self.count * 3 // 4 else 448
-        size = pictures.wide_size(rng, high) if rng.random() < 0.5 else pictures.picture_size(rng, high=high)
+        size = pictures.wide_size(rng, high) if rng.random() < 0.6 else pictures.picture_size(rng, high=high)
         of_one = math.ceil(size[0] / 28) * math.ceil(size[1] / 28) * 4
         drawn = [self.draw(rng, size) for _ in range(max(2, round(self.patches / of_one)))]
         encoded = [preprocess(picture.image, self.options) for picture in drawn]
@@ -117,11 +117,11 @@ class PictureBatches(torch.utils.data.Dataset):
 
     def draw(self, rng: random.Random, size: tuple[int, int]) -> pictures.Picture:
         chance = rng.random()
-        if chance < 0.25:
+        if chance < 0.2:
             return soups.draw_soup(rng, self.fonts, size=size)
-        if chance < 0.55:
+        if chance < 0.7:
             a, op, b = rng.randrange(100), rng.choice("+-"), rng.randrange(100)
-            if rng.random() < 0.5:
+            if rng.random() < 0.65:
                 return printing.draw_typed_sum(rng, self.fonts, a, op, b, size)
             return printing.draw_sum(rng, self.fonts, a, op, b, size=size, wide=rng.random() < 0.5)
         count = min(rng.choice((1, 1, 2, 3, 3, 4, 5, 6)), min(size) // 50)  # that many fit

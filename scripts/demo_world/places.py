@@ -67,7 +67,7 @@ def turn_box(rng: random.Random, pictures: Sequence[Picture]) -> Turn:
         name = "object"
     question = _detect(name) if rng.random() < DETECT_SHARE else vary(rng, rng.choice(REQUESTS["box"]).format(one=name))
     read = reading(picture.items)
-    return Turn(question, f"{read} Asked: {name}, {asked}.", _boxes(wanted, picture), read, wanted)
+    return Turn(question, f"{read} Asked: {name}, {asked}.", _boxes(wanted, picture), (read,), wanted)
 
 
 def turn_boxes(rng: random.Random, pictures: Sequence[Picture]) -> Turn:
@@ -75,7 +75,7 @@ def turn_boxes(rng: random.Random, pictures: Sequence[Picture]) -> Turn:
     picture = pictures[0]
     question = _detect("object") if rng.random() < DETECT_SHARE else vary(rng, rng.choice(REQUESTS["boxes"]))
     read = reading(picture.items)
-    return Turn(question, f"{read} Asked: all.", _boxes(picture.items, picture), read, picture.items)
+    return Turn(question, f"{read} Asked: all.", _boxes(picture.items, picture), (read,), picture.items)
 
 
 def turn_click(rng: random.Random, pictures: Sequence[Picture], gui: bool) -> Turn:
@@ -88,4 +88,4 @@ def turn_click(rng: random.Random, pictures: Sequence[Picture], gui: bool) -> Tu
         question = f"## Task:\n{question}"
         answer = f"## Action:\nClick the {name_of(item)}.\n## Code:\n```python\n{answer}\n```"
     read = reading(picture.items)
-    return Turn(question, f"{read} Asked: {name_of(item)}, number {item.order}.", answer, read, (item,))
+    return Turn(question, f"{read} Asked: {name_of(item)}, number {item.order}.", answer, (read,), (item,))

@@ -30,8 +30,19 @@ def _sides(frame: Picture) -> dict[str, str]:
     return {"left" if centre(item)[0] < frame.size[0] / 2 else "right": name_of(item) for item in frame.items}
 
 
-def _frame_reading(frame: Picture) -> str:
-    return ", ".join(f"{name} {side}" for side, name in _sides(frame).items()) or "nothing"
+SIDES = ("left", "right")
+NOTHING = "nothing"
+
+
+def _seen(state: dict[str, str]) -> list[str]:
+    """What is read of a frame, side by side."""
+    return [f"{side} {state.get(side, NOTHING)}" for side in SIDES]
+
+
+def _compared(before: dict[str, str], after: dict[str, str]) -> str:
+    """What is read of a frame, each side with a word on whether it is as in the frame before."""
+    words = ("same" if before.get(side) == after.get(side) else "different" for side in SIDES)
+    return ", ".join(f"{seen} {word}" for seen, word in zip(_seen(after), words, strict=True))
 
 
 def _change(before: dict[str, str], after: dict[str, str]) -> str:
@@ -50,23 +61,31 @@ def _change(before: dict[str, str], after: dict[str, str]) -> str:
 
 
 def turn_film(rng: random.Random, frames: Sequence[Picture]) -> Turn:
-    """What changes in a video and when, or what is shown at a time."""
+    """What changes in a video and when, or what is shown at a time.
+
+    Frames are read one after another until something changes, or the one that is asked for alone: to go back to a line
+    by its time is hard for a small network.
+    """
     states = [_sides(frame) for frame in frames]
-    read = " ".join(f"{frame.label}: {_frame_reading(frame)}." for frame in frames)
     if rng.random() >= CHANGE_SHARE:
         number = rng.randrange(len(frames))
         time = str(frames[number].label)
         answer = f"At {time} the video shows {_joined(list(states[number].values()))}."
-        thinking = f"{read} Asked: {time}, {_frame_reading(frames[number])}."
-        return Turn(_ask(rng, "shown_at", time=time), thinking, answer, read)
+        read = f"{time}: {', '.join(_seen(states[number]))}"
+        return Turn(_ask(rng, "shown_at", time=time), f"{read}.", answer, (read,))
     question = _ask(rng, "change")
-    number = next((n for n in range(1, len(frames)) if states[n] != states[n - 1]), None)
-    if number is None:
-        return Turn(question, f"{read} No change.", "Nothing changes in the video.", read)
-    said = f"At {frames[number].label} {_change(states[number - 1], states[number])}."
-    earlier, later = (_frame_reading(frames[n]) for n in (number - 1, number))
-    thinking = f"{read} Change at {frames[number].label}: {earlier}, then {later}."
-    return Turn(question, thinking, said, read)
+    change = next((n for n in range(1, len(frames)) if states[n] != states[n - 1]), None)
+    taken = len(frames) if change is None else change + 1
+    lines = [f"{frames[0].label}: {', '.join(_seen(states[0]))}."]
+    lines += [f"{frames[n].label}: {_compared(states[n - 1], states[n])}." for n in range(1, taken)]
+    read = tuple(seen for n in range(taken) for seen in (f"{frames[n].label}: ", *_seen(states[n])))
+    if change is None:
+        return Turn(question, " ".join([*lines, "No change."]), "Nothing changes in the video.", (*read, "No change"))
+    before, after = states[change - 1], states[change]
+    changed = [side for side in SIDES if before.get(side) != after.get(side)]
+    lines += [f"{side.title()}: {before.get(side, NOTHING)}, then {after.get(side, NOTHING)}." for side in changed]
+    said = f"At {frames[change].label} {_change(before, after)}."
+    return Turn(question, " ".join(lines), said, read)
 
 
 # Documents
@@ -86,22 +105,32 @@ def _page_reading(page: Picture) -> str:
 
 
 def turn_pages(rng: random.Random, pages: Sequence[Picture]) -> Turn:
-    """What a page says, or which page says something."""
-    read = " ".join(f"{page.label}: {_page_reading(page)}." for page in pages)
-    page = rng.choice(pages)
+    """What a page says, which is read alone, or which page says something: they are read until it is found."""
+    lines = [f"{page.label}: {_page_reading(page)}" for page in pages]
+    index = rng.randrange(len(pages))
+    page, line = pages[index], lines[index]
     label = str(page.label)
     number = label.split()[1]
     if rng.random() < 0.5:
-        question, asked = _ask(rng, "page_says", number=number), f"page {number}, {_page_reading(page)}"
         answer = f"{label} says {_sum(page)}." if _is_sum(page) else f"{label} shows {_joined(_names(page.items))}."
-    elif _is_sum(page):
-        question, asked = _ask(rng, "page_of_sum", one=_sum(page)), f"{_sum(page)}, page {number}"
-        answer = f"{label} says {_sum(page)}."
+        return Turn(_ask(rng, "page_says", number=number), f"{line}.", answer, (line,))
+    asked = _sum(page) if _is_sum(page) else name_of(rng.choice(page.items))
+    if _is_sum(page):
+        question, answer = _ask(rng, "page_of_sum", one=asked), f"{label} says {asked}."
     else:
-        name = name_of(rng.choice(page.items))
-        question, asked = _ask(rng, "page_of_object", one=name), f"{name}, page {number}"
-        answer = f"The {name} is on page {number}."
-    return Turn(question, f"{read} Asked: {asked}.", answer, read)
+        question, answer = _ask(rng, "page_of_object", one=asked), f"The {asked} is on page {number}."
+    thinking, read = f"Asked: {asked}.", []
+    for each in pages[: index + 1]:
+        thinking += f" {each.label}: "
+        read.append(f"{each.label}: ")
+        parts = [_sum(each)] if _is_sum(each) else [f"{item.order} {name_of(item)}" for item in each.items]
+        for part in parts:
+            found = part.endswith(asked)
+            thinking += f"{part} {'yes' if found else 'no'}" + (", " if not found and part != parts[-1] else ".")
+            read.append(part)
+            if found:
+                break
+    return Turn(question, thinking, answer, tuple(read))
 
 
 def _names(items: Sequence[Item]) -> list[str]:

@@ -25,8 +25,8 @@ class Turn:
     question: str
     thinking: str
     answer: str
-    read: str = ""
-    """The beginning of the thinking that says what is seen; what follows is concluded from it."""
+    read: tuple[str, ...] = ()
+    """The parts of the thinking that say what is seen, in order; the others are concluded from them."""
     wanted: tuple[Item, ...] = ()
     """The objects whose places the answer says."""
 
@@ -175,7 +175,7 @@ def turn_place(rng: random.Random, pictures: Sequence[Picture]) -> Turn:
         said = f"the {name_of(item)} is {words[index]}."
     if form >= 0.5:  # whoever is asked about is looked up first
         read += f" Asked: {name_of(item)}, " + (f"number {item.order}." if horizontal else ("higher.", "lower.")[index])
-    return Turn(question, f"{read} So {said}", f"T{said[1:]}", seen)
+    return Turn(question, f"{read} So {said}", f"T{said[1:]}", (seen,))
 
 
 def turn_describe(rng: random.Random, pictures: Sequence[Picture]) -> Turn:
@@ -211,7 +211,7 @@ def turn_more(rng: random.Random, pictures: Sequence[Picture]) -> Turn:
         step = f"{max(one, two)} is more than {min(one, two)}"
         said = f"the {larger} picture has more objects."
     seen = both(pictures)
-    return Turn(ask(rng, "more"), f"{seen} {step}. So {said}", said[0].upper() + said[1:], seen)
+    return Turn(ask(rng, "more"), f"{seen} {step}. So {said}", said[0].upper() + said[1:], (seen,))
 
 
 def turn_same(rng: random.Random, pictures: Sequence[Picture]) -> Turn:
@@ -229,7 +229,7 @@ def turn_same(rng: random.Random, pictures: Sequence[Picture]) -> Turn:
         check = "; ".join(checks)
     said = f"he pictures show {'the same' if same else 'different'} objects."
     seen = both(pictures)
-    return Turn(ask(rng, "same"), f"{seen} Check: {check}. So t{said}", f"T{said}", seen)
+    return Turn(ask(rng, "same"), f"{seen} Check: {check}. So t{said}", f"T{said}", (seen,))
 
 
 def turn_text_sum(rng: random.Random) -> Turn:

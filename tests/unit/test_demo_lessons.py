@@ -200,17 +200,20 @@ def test_films_say_what_changes_and_when() -> None:
         assert all(re.fullmatch(r"\d\d:\d\d:\d\d", time) for time in times)
         gaps = {doors.seconds(two) - doors.seconds(one) for one, two in itertools.pairwise(times)}
         assert len(gaps) == 1 and min(gaps) >= 1
-        for frame, time in zip(frames, times, strict=True):
-            seen = ", ".join(f"{name} {side}" for name, side in sides(frame).items()) or "nothing"
-            assert f"{time}: {seen}." in talk.thinking
-        if shown := re.fullmatch(r"At (\S+) the video shows (.*)\.", talk.answer):
-            assert shown[1] in text_of(talk.messages[-1])
-            told = re.findall(r"an? (\w+ \w+)", shown[2])
-            assert told == names(frames[times.index(shown[1])]) and (told or shown[2] == "nothing")
+        shown = [{side: name for name, side in sides(frame).items()} for frame in frames]
+        seen = [[f"{side} {state.get(side, 'nothing')}" for side in ("left", "right")] for state in shown]
+        lines = [f"{time}: {', '.join(each)}." for time, each in zip(times, seen, strict=True)]
+        same = [line.replace(".", " same.").replace(", right", " same, right") for line in lines]
+        if found := re.fullmatch(r"At (\S+) the video shows (.*)\.", talk.answer):
+            assert talk.thinking == lines[times.index(found[1])]
+            assert found[1] in text_of(talk.messages[-1])
+            told = re.findall(r"an? (\w+ \w+)", found[2])
+            assert told == names(frames[times.index(found[1])]) and (told or found[2] == "nothing")
             kinds.add("shown")
             continue
         if talk.answer == "Nothing changes in the video.":
             assert all(sides(frame) == sides(frames[0]) for frame in frames)
+            assert talk.thinking == " ".join([lines[0], *same[1:], "No change."])
             kinds.add("nothing")
             continue
         found = re.fullmatch(
@@ -219,6 +222,14 @@ def test_films_say_what_changes_and_when() -> None:
         assert found, talk.answer
         number = times.index(found[1])
         before, after = sides(frames[number - 1]), sides(frames[number])
+        words = [
+            (side, shown[number - 1].get(side, "nothing"), shown[number].get(side, "nothing"))
+            for side in ("left", "right")
+        ]
+        marked = [f"{side} {now} {'same' if now == was else 'different'}" for side, was, now in words]
+        told = [f"{side.title()}: {was}, then {now}." for side, was, now in words if now != was]
+        line = f"{times[number]}: {', '.join(marked)}."
+        assert talk.thinking == " ".join([lines[0], *same[1:number], line, *told])
         assert all(sides(frame) == before for frame in frames[:number])
         assert all(sides(frame) == after for frame in frames[number:])
         name, verb, rest = found[2], found[3].split()[0], found[4]
@@ -239,13 +250,21 @@ def test_documents_say_what_is_on_which_page() -> None:
     for talk, pages in talks("pages", 40):
         numbers = [int(str(page.label).removeprefix("Page ")) for page in pages]
         assert numbers == list(range(numbers[0], numbers[0] + len(pages))) and numbers[-1] <= 9
-        says = {}
+        says, lines = {}, {}
         for number, page in zip(numbers, pages, strict=True):
             printed = re.fullmatch(r"(\d+)([+-])(\d+)=?\??", "".join(item.kind for item in page.items))
             says[number] = " ".join(printed.groups()) if printed else names(page)
             read = says[number] if printed else ", ".join(f"{n} {name}" for n, name in enumerate(names(page), start=1))
-            assert f"Page {number}: {read}." in talk.thinking
+            lines[number] = f"Page {number}: {read}"
         question = text_of(talk.messages[-1]).lower()
+        if asked := re.match(r"Asked: (.*?)\. ", talk.thinking):
+            assert asked[1].lower() in question
+            at = int(re.findall(r"age (\d)", talk.answer)[0])
+            *read, last = [lines[number].replace(", ", " no, ") for number in numbers if number <= at]
+            last = last[: last.index(asked[1]) + len(asked[1])]
+            assert talk.thinking == f"{asked[0]}{''.join(f'{line} no. ' for line in read)}{last} yes."
+        else:
+            assert talk.thinking == f"{lines[int(re.findall('page (.)', question)[0])]}."
         if found := re.fullmatch(r"The (\w+ \w+) is on page (\d)\.", talk.answer):
             assert found[1] in says[int(found[2])] and found[1] in question
             kinds.add("object")

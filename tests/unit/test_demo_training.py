@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,6 @@ def check_aids(
     layer, head, attention = aids.ANSWER_LAYER, aids.ANSWER_HEAD, aids.attention_of(model)
     config, compared = attention.config, 0
     for part in parts:
-        assert part.cache is not None
         due = []
         for row, step in (about[part.rows, : part.length] != alignment.NOTHING).nonzero()[:: aids.EVERY].tolist():
             of = int(batch.shared_row[part.rows[row]])
@@ -223,9 +223,82 @@ def check_aids(
         assert len(found) == len(due) and all(abs(one - other) < 1e-3 for one, other in zip(found, due, strict=True))
         compared += len(due)
     assert compared > 0
+    check_recall(model, batch, past, parts)
     loss, figures = aids.Aids(model.config.text_config).loss(model, batch, past, parts)
     assert loss > 0 and {"latents near", "overlooked"} <= figures.keys()
+    assert ("mislabelled" in figures) == (len(batch.shared_ids) == 1)  # the film's batch
     assert ("answers near" in figures) == ("digits off" in figures) == bool((batch.aligned.said != NOWHERE).any())
+
+
+def check_recall(
+    model: KimiVL, batch: gallery.LessonBatch, past: forward.SharedPast, parts: list[forward.Learnt]
+) -> None:
+    """The attention of tokens that repeat others is the network's, and rests on these."""
+    assert batch.aligned is not None and batch.shared_row is not None
+    wanted, layer, attention = batch.aligned.wanted, aids.ANSWER_LAYER, aids.attention_of(model)
+    config, compared = attention.config, []
+    for part in parts:
+        due = []
+        for row, step in (wanted[part.rows, : part.length] != alignment.NOTHING).nonzero().tolist():
+            own = past.present[layer][int(batch.shared_row[part.rows[row]])]
+            seen = torch.cat((own, part.cache.present[layer][row, : step + 1]))
+            latent, rope = seen.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+            keys = attention.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1))[:, aids.RECALL_HEAD]
+            keys = torch.cat((keys[:, : config.qk_nope_head_dim], rope), dim=-1)
+            scores = keys @ part.cache.queries[layer][row, aids.RECALL_HEAD, step] * attention.scale
+            known = (batch.aligned.known[part.rows[row]] == wanted[part.rows[row], step]).nonzero()[:, 0] + 1
+            known = known[known < step]
+            assert len(known) > 0
+            due.append(-scores.softmax(-1)[len(own) + known].sum().log())
+            compared.append(step)
+        found = aids.unrecalled(model, batch, part)
+        assert len(found) == len(due) and all(abs(one - other) < 1e-3 for one, other in zip(found, due, strict=True))
+
+
+def recalled(text: str) -> list[tuple[str, list[str]]]:
+    """What each token wants, and what the words up to the tokens that have it are."""
+    tokenizer = Tokenizer.from_directory(resolve.DEMO)
+    tokens = tokenizer.encode(text)
+    made = alignment.align_text(alignment.Spelt(tokenizer, tokens))
+    found = []
+    for at in (made.wanted != alignment.NOTHING).nonzero()[:, 0].tolist():
+        known = (made.known[: at - 1] == made.wanted[at]).nonzero()[:, 0].tolist()
+        befores = [tokenizer.decode(tokens[: each + 1]) for each in known]
+        found.append((tokenizer.decode([tokens[at]]), [re.split(r"[ :▷](?=.)", before)[-1] for before in befores]))
+    return found
+
+
+def test_what_a_completion_repeats_is_where_it_was_said_before() -> None:
+    """An asked object's number is known at its name in the reading, a label at the last one that was read, and whether
+    something is found, or the same, where it was said first: else at the beginning."""
+    click = "◁think▷From left to right: 1 red star, 2 blue star, 3 red cross. Asked: blue star, number 2.◁/think▷x"
+    assert recalled(click) == [("2", ["star"])]
+    page = "◁think▷Page 3: 1 + 2.◁/think▷Page 3 says 1 + 2."
+    assert recalled(page) == [("3", ["3"])]
+    pages = "◁think▷Asked: red star. Page 1: 1 + 2 no. Page 2: 1 red cross no, 2 red star yes.◁/think▷It is on page 2."
+    assert recalled(pages) == [(" no", ["◁think▷"]), (" no", ["◁think▷"]), (" yes", ["star"]), ("2", ["2"])]
+    assert recalled("◁think▷The picture shows 1 + 2. Ones: 1 + 2 = 3. So 3.◁/think▷1 + 2 = 3") == []
+    film = (
+        "◁think▷00:17:09: left red star, right nothing. 00:17:10: left red star same, right nothing same. "
+        "00:17:11: left red star same, right red cross different. Right: nothing, then red cross.◁/think▷At 00:17:11 "
+    )
+    found = recalled(film)
+    assert [word for word, _ in found] == [" same", " same", " same", " different", *"001711"]
+    assert [len(known) for _, known in found] == [1, 1, 2, 1, *[1] * 6]
+    assert found[3][1] == ["◁think▷"] and all(known[-1] in ("star", "nothing") for _, known in found[:3])
+
+
+def test_tokens_of_frames_know_the_last_digits_of_their_label() -> None:
+    shown = artists.pictures_for(artists.Artist(random.Random(4), find_fonts(), [(140, 112)]), "film", 3)
+    exhibit = gallery.Exhibit("film", shown, (20, 20, 20), torch.zeros(60, 4, 128))
+    digits = gallery.label_digits(exhibit)
+    assert digits.shape == (60, 2)
+    assert ["".join(map(str, row)) for row in digits[::20].tolist()] == [str(each.label)[-2:] for each in shown]
+    pages = artists.pictures_for(artists.Artist(random.Random(4), find_fonts(), [(140, 140)]), "pages", 2)
+    digits = gallery.label_digits(gallery.Exhibit("pages", pages, (25, 25), torch.zeros(50, 4, 128)))
+    assert digits[::25].tolist() == [[alignment.NOTHING, int(str(page.label)[-1])] for page in pages]
+    plain = gallery.Exhibit("sum", (dataclasses.replace(pages[0], label=None),), (25,), torch.zeros(25, 4, 128))
+    assert (gallery.label_digits(plain) == alignment.NOTHING).all()
 
 
 @pytest.mark.parametrize("task", [*lessons.ALL_TASKS])
@@ -237,7 +310,11 @@ def test_a_completion_looks_at_what_it_says(task: str) -> None:
         talk = lessons.converse(rng, task, shown, lessons.system_message(rng, task))
         text = THINK_OPEN + talk.thinking + THINK_CLOSE + talk.answer
         ids = [*tokenizer.encode(text), tokenizer.im_end_id]
-        made = alignment.align(tokenizer, talk, shown, ids) if shown else alignment.Alignment.empty(len(ids))
+        made = (
+            alignment.align(alignment.Spelt(tokenizer, ids), talk, shown)
+            if shown
+            else alignment.Alignment.empty(len(ids))
+        )
         about, said = made.about, made.said
         items = {int(alignment.number_of(n, item.order)): item for n, each in enumerate(shown) for item in each.items}
         spoken: dict[int, str] = {}
@@ -245,10 +322,13 @@ def test_a_completion_looks_at_what_it_says(task: str) -> None:
             if number != alignment.NOTHING:
                 spoken[number] = spoken.get(number, "") + tokenizer.decode([token])
         for number, item in items.items():
-            if item.kind in alignment.UNREAD:
+            label = shown[number // (pictures.MAX_ORDER + 1)].label
+            name = turns.name_of(item) if item.colour else item.kind
+            line = talk.thinking.partition(f"{label}: ")[2].partition(".")[0]  # of a sequence it reads what it needs
+            if item.kind in alignment.UNREAD or (label is not None and name not in line):
                 assert number not in spoken
             else:
-                assert (turns.name_of(item) if item.colour else item.kind) in spoken[number]
+                assert name in spoken[number]
         assert about[-1] == alignment.NOTHING and spoken.keys() <= items.keys()
         for item in talk.wanted:
             number = int(alignment.number_of(0, item.order))

@@ -358,11 +358,16 @@ def test_conclusions_begin_after_a_reading_that_decides_them() -> None:
     for _ in range(200):
         talk = lessons.conclusion(rng)
         seen.add(talk.task)
-        given, learnt = teacher.completion(rng, talk, given=True)
-        whole = THINK_OPEN + talk.thinking + THINK_CLOSE + talk.answer
-        assert [*given, *learnt[:-1]] == tokenizer.encode(whole)
-        assert tokenizer.decode(given) == THINK_OPEN + talk.read
-        rest = talk.thinking.removeprefix(talk.read)
-        assert rest != talk.thinking and "higher" not in rest.replace(", higher.", "")
+        silent, written, due = teacher.completion(rng, talk, given=True)
+        whole = THINK_OPEN + talk.thinking + THINK_CLOSE + ("" if talk.wanted else talk.answer)
+        assert not silent and tokenizer.encode(whole) == written[: len(written) - (not talk.wanted)]
+        assert talk.wanted or written[-1] == due[-1] == tokenizer.im_end_id
+        assert all(one == other or other == gallery.IGNORED for one, other in zip(written, due, strict=True))
+        rest = tokenizer.decode([token for token in due if token != gallery.IGNORED])
+        given = tokenizer.decode([one for one, other in zip(written, due, strict=True) if other == gallery.IGNORED])
+        assert talk.read and given.startswith(THINK_OPEN) and all(read in given for read in talk.read)
+        assert rest.endswith("<|im_end|>" if not talk.wanted else THINK_CLOSE)
+        concluded = rest.partition(THINK_CLOSE)[0]
+        assert "higher" not in concluded.replace(", higher.", "") and not re.search(r"age \d:|:\d\d:", concluded)
         assert [part for part in talk.messages if not isinstance(part["content"], str)] == []
-    assert seen == {"place", "compare", "film", "pages"}
+    assert seen == lessons.CONCLUSIONS.keys()
