@@ -117,8 +117,10 @@ class PictureBatches(torch.utils.data.Dataset):
 
     def draw(self, rng: random.Random, size: tuple[int, int]) -> pictures.Picture:
         chance = rng.random()
-        if chance < 0.2:
+        if chance < 0.1:
             return soups.draw_soup(rng, self.fonts, size=size)
+        if chance < 0.35:
+            return soups.draw_lines(rng, self.fonts, size)
         if chance < 0.7:
             a, op, b = rng.randrange(100), rng.choice("+-"), rng.randrange(100)
             if rng.random() < 0.65:

@@ -114,7 +114,7 @@ def find_fonts() -> list[Font]:
     return fonts
 
 
-def _lay_out(font: Font, size: int, text: str) -> tuple[list[tuple[str, Glyph, Box]], Box]:
+def lay_out(font: Font, size: int, text: str) -> tuple[list[tuple[str, Glyph, Box]], Box]:
     """Inked characters with their boxes relative to the baseline's start, and the box round them all."""
     face = font.at(size)
     laid: list[tuple[str, Glyph, Box]] = []
@@ -166,12 +166,12 @@ def draw_sum(
     if op == "-" and has(font, TRUE_MINUS) and rng.random() < 0.5:
         text = text.replace("-", TRUE_MINUS)
     points, margin = rng.randint(28, 96), rng.choice((0, 2, 6)) if wide else 6
-    laid, around = _lay_out(font, points, text)
+    laid, around = lay_out(font, points, text)
     while points > 6 and not _fits(around, width - 2 * margin, height - 2 * margin):
         fit = min((width - 2 * margin) / (around[2] - around[0]), (height - 2 * margin) / (around[3] - around[1]))
         largest = max(6, min(points - 1, int(points * fit)))
         points = rng.randint(min(28, largest), largest)
-        laid, around = _lay_out(font, points, text)
+        laid, around = lay_out(font, points, text)
     left = rng.randint(margin, max(margin, width - margin - (around[2] - around[0]))) - around[0]
     top = rng.randint(margin, max(margin, height - margin - (around[3] - around[1]))) - around[1]
     image = Image.new("RGB", (width, height), tint(rng) if wide else ground(rng))

@@ -3,6 +3,10 @@
 A token of the tower tells places as coordinates, to about two hundredths; the projector has one hidden layer to turn
 them into waves. Gradients alone hardly find that, so some of its units begin as steps along the coordinates, and its
 last matrix is solved for. Everything is computed from a gallery's vectors in a few minutes.
+
+Where a training goes on with a tower that tells places to its projector already, and the tower itself has learnt on,
+the projector follows it: it learns to make of the new tower's tokens what it made of the old one's, with exact waves in
+the directions in which they were.
 """
 
 from __future__ import annotations
@@ -17,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from demo_world import forward, gallery, labels, training, waves
+from demo_world import alignment, forward, gallery, labels, training, waves
+from kimi_vl.media.images import ImageOptions
 from kimi_vl.model.kimi_vl import KimiVL
 from kimi_vl.model.projector import Projector
 
@@ -29,21 +34,48 @@ OBJECTS, GROUND = 3072, 2048  # tokens of a step
 SOLVED_TOKENS = 100_000
 SOLVED_EVERY = 150  # steps
 RATE = 2e-4
-KEEP_WEIGHT, PLACE_WEIGHT, GROUND_WEIGHT = 0.3, 3.0, 0.3
+KEEP_WEIGHT, PLACE_WEIGHT, GROUND_WEIGHT = 50.0, 1.0, 0.05
+TELLS = 0.25  # of the numbers are told at most one hundredth off by a projector that has learnt places
+COMPARED_PAGES, COMPARED_TOKENS = 400, 200  # pictures that two towers see, and tokens of each page of them
+TURNS, TOLD_TOKENS = 2000, 20_000
 LEAST = 0.1  # of its mean that the decoder minds everything at least
 
 
 @dataclass
 class Seen:
-    """Tokens of all exhibits: their vectors (T, 4, C) and the places (T, PLACES) of what they show."""
+    """Tokens of pictures: their vectors (T, 4, C), the places (T, PLACES) of what they show, and what the projector is
+    to make of them (T, H), but for the waves."""
 
     groups: Tensor
     places: Tensor
+    outputs: Tensor
 
     @classmethod
-    def of(cls, exhibits: Sequence[gallery.Exhibit]) -> Seen:
+    def of(cls, exhibits: Sequence[gallery.Exhibit], projector: Projector) -> Seen:
+        """All tokens of a gallery, of which the projector is to make what it makes of them."""
         places = [gallery.token_places(picture) for exhibit in exhibits for picture in exhibit.pictures]
-        return cls(torch.cat([exhibit.groups for exhibit in exhibits]), torch.cat(places))
+        outputs = [projector(exhibit.groups.float()) for exhibit in exhibits]
+        return cls(torch.cat([exhibit.groups for exhibit in exhibits]), torch.cat(places), torch.cat(outputs))
+
+    @classmethod
+    def by_two(cls, model: KimiVL, before: KimiVL, options: ImageOptions, args: argparse.Namespace) -> Seen:
+        """Some tokens of pictures that no gallery has, of which the projector is to make what it makes of them as the
+        tower of ``before`` sees them."""
+        projector = copy.deepcopy(model.multi_modal_projector).cpu()
+        book = gallery.Sketchbook(args.seed + 1, COMPARED_PAGES, args.patches, options)
+        made: list[tuple[Tensor, Tensor, Tensor]] = []
+        for drawn in training.in_order(book, args.workers):
+            exhibits, earlier = list(gallery.hang(model, drawn)), list(gallery.hang(before, drawn))
+            own, outputs = cls.of(exhibits, projector), cls.of(earlier, projector).outputs
+            shown = torch.cat([alignment.shown_in(exhibit.pictures) for exhibit in exhibits])
+            objects = (shown != alignment.NOTHING).any(-1)
+            chosen = (torch.rand(len(objects)) + 0.7 * objects).argsort(descending=True)[:COMPARED_TOKENS]
+            made.append((own.groups[chosen], own.places[chosen], outputs[chosen]))
+        return cls(*map(torch.cat, zip(*made, strict=True)))
+
+    @property
+    def placed(self) -> Tensor:
+        return self.places[:, 0] != labels.NOWHERE
 
 
 def minded(model: KimiVL, teacher: gallery.Teacher, kept: forward.Kept, tokens: int) -> Tensor:
@@ -74,38 +106,65 @@ def minded(model: KimiVL, teacher: gallery.Teacher, kept: forward.Kept, tokens: 
     return made / made.diag().mean()
 
 
+def told(outputs: Tensor, places: Tensor) -> Tensor | None:
+    """The directions (H, WAVES), at right angles, in which outputs (N, H) come nearest to the waves of ``places``; None
+    where these do not tell them."""
+    wanted = waves.waves(places)
+    gram, common = (outputs.T @ outputs / len(places)).double(), (SCALE * outputs.T @ wanted / len(places)).double()
+    found = _at_right_angles(torch.linalg.solve(gram + 1e-2 * torch.eye(len(gram)), common))
+    steepest = torch.linalg.eigvalsh(gram)[-1]
+    for _ in range(TURNS):  # each lowers the squared distance: what is minimised lies below a plane through the last
+        found = _at_right_angles(steepest * found - gram @ found + common)
+    directions = found.float()
+    return directions if waves.near(outputs @ directions / SCALE, places) >= TELLS else None
+
+
+def _at_right_angles(matrix: Tensor) -> Tensor:
+    """The matrix of orthonormal columns that is nearest to a direction of ``matrix`` (H, W)."""
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left @ right
+
+
 class Steps:
     """The projector in training: its input normed, so that a step moves all of it alike."""
 
     def __init__(self, old: Projector, seen: Seen, mind: Tensor, fit: Tensor):
         """``fit`` (N,) are the tokens that its last matrix is solved for."""
         self.old, self.mind = old, mind
+        outputs, self.places = seen.outputs[fit], seen.places[fit]
+        self.placed = self.places[:, 0] != labels.NOWHERE
+        directions = told(outputs[self.placed][:TOLD_TOKENS], self.places[self.placed][:TOLD_TOKENS])
         width = len(mind)
-        directions = torch.linalg.eigh(mind + 1e-3 * torch.eye(width)).eigenvectors
-        mixed = torch.linalg.qr(torch.randn(waves.WAVES, waves.WAVES)).Q
-        self.directions = directions[:, : waves.WAVES] @ mixed  # (H, WAVES), those that are minded least
-        self.rest = torch.eye(width) - self.directions @ self.directions.T
+        if directions is None:  # those that are minded least
+            vectors = torch.linalg.eigh(mind + 1e-3 * torch.eye(width)).eigenvectors[:, : waves.WAVES]
+            directions = vectors @ torch.linalg.qr(torch.randn(waves.WAVES, waves.WAVES)).Q
+        self.directions = directions  # (H, WAVES)
+        self.rest = torch.eye(width) - directions @ directions.T
         self.metric = mind + LEAST * torch.eye(width)
+        self.whole = self.minded(outputs @ self.rest).mean()
         inputs = old.pre_norm(seen.groups[fit].float()).flatten(1)
         self.mean, self.spread = inputs.mean(0), inputs.std(0)
-        self.inputs, self.places = (inputs - self.mean) / self.spread, seen.places[fit]
-        self.placed = self.places[:, 0] != labels.NOWHERE
-        self.targets = self.wanted(old.linear_2(F.gelu(old.linear_1(inputs))), self.places)
+        self.inputs, self.targets = (inputs - self.mean) / self.spread, self.wanted(outputs, self.places)
         self.first = old.linear_1.weight * self.spread
         self.first_bias = old.linear_1.bias + old.linear_1.weight @ self.mean
         self._ramps()
         self.solve()
 
+    def minded(self, change: Tensor) -> Tensor:
+        """How much a change (N, H) matters: (N,)."""
+        return ((change @ self.metric) * change).sum(1)
+
     def wanted(self, outputs: Tensor, places: Tensor) -> Tensor:
-        """What is due for the old ``outputs`` (N, H): the same, with waves, or nothing, in their directions."""
+        """What is due for ``outputs`` (N, H): the same, with waves, or nothing, in their directions."""
         placed = (places[:, 0] != labels.NOWHERE)[:, None]
         due = torch.where(placed, waves.waves(places), 0.0)
         return outputs @ self.rest + SCALE * due @ self.directions.T
 
     def _ramps(self) -> None:
-        """Units that matter least become ramps: they rise, or fall, from points along a linear estimate of each number
-        on, away from the middle."""
-        hidden, last = F.gelu(F.linear(self.inputs, self.first, self.first_bias)), self.old.linear_2.weight
+        """Units that matter least but for the waves become ramps: they rise, or fall, from points along a linear
+        estimate of each number on, away from the middle."""
+        hidden = F.gelu(F.linear(self.inputs, self.first, self.first_bias))
+        last = self.rest @ self.old.linear_2.weight
         matters = hidden.var(0) * ((last.T @ self.mind) * last.T).sum(1)
         units = matters.argsort()[: labels.PLACES * len(RAMPS)].view(labels.PLACES, -1)
         inputs = F.pad(self.inputs[self.placed], (0, 1), value=1.0).double()
@@ -124,14 +183,14 @@ class Steps:
         solved = _solved(hidden, self.targets.double(), 2.0, weights).float().T
         self.last, self.last_bias = solved[:, :-1].contiguous(), solved[:, -1].contiguous()
 
-    def loss(self, groups: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, groups: Tensor, places: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Of the vectors of tokens (N, 4, C), and the waves (N, WAVES) in what the projector makes of them."""
         normed = (self.old.pre_norm(groups.float()).flatten(1) - self.mean) / self.spread
         made = F.linear(F.gelu(F.linear(normed, self.first, self.first_bias)), self.last, self.last_bias)
-        off = made - self.wanted(self.old(groups.float()), places)
-        kept, found = off @ self.rest, (off @ self.directions / SCALE).square().mean(1)
+        off = made - self.wanted(outputs, places)
+        kept, found = self.minded(off @ self.rest), (off @ self.directions / SCALE).square().mean(1)
         placed = places[:, 0] != labels.NOWHERE
-        loss = KEEP_WEIGHT * ((kept @ self.metric) * kept).sum(1).mean()
+        loss = KEEP_WEIGHT * kept.mean() / self.whole
         loss = loss + PLACE_WEIGHT * found[placed].mean() + GROUND_WEIGHT * found[~placed].mean()
         return loss, made @ self.directions / SCALE
 
@@ -148,8 +207,18 @@ def _solved(inputs: Tensor, targets: Tensor, ridge: float, weights: Tensor | flo
     return torch.linalg.solve(gram + ridge * torch.eye(len(gram)), (inputs * weights).T @ targets)
 
 
-def learn_places(model: KimiVL, teacher: gallery.Teacher, kept: forward.Kept, args: argparse.Namespace) -> None:
-    """Change the projector in place, or take it from --work where a training is resumed."""
+def learn_places(
+    model: KimiVL,
+    before: KimiVL | None,
+    teacher: gallery.Teacher,
+    kept: forward.Kept,
+    options: ImageOptions,
+    args: argparse.Namespace,
+) -> None:
+    """Change the projector in place, or take it from --work where a training is resumed.
+
+    ``before`` is the model that the training went on from, where its tower has learnt since.
+    """
     path = args.work / "projector.pt"
     if args.resume and path.exists():
         model.multi_modal_projector.load_state_dict(torch.load(path, weights_only=True))
@@ -157,15 +226,15 @@ def learn_places(model: KimiVL, teacher: gallery.Teacher, kept: forward.Kept, ar
     mind = minded(model, teacher, kept, MINDED_TOKENS).cpu()
     projector = copy.deepcopy(model.multi_modal_projector).cpu()
     with torch.no_grad():
-        teach(projector, Seen.of(teacher.exhibits), mind, args.place_steps)
+        seen = Seen.of(teacher.exhibits, projector) if before is None else Seen.by_two(model, before, options, args)
+        teach(projector, seen, mind, args.place_steps)
     model.multi_modal_projector.load_state_dict(projector.state_dict())
     torch.save(projector.state_dict(), path)
 
 
 def teach(projector: Projector, seen: Seen, mind: Tensor, steps: int) -> float:
     """The share of numbers of the last batch's objects that are read at most one hundredth off."""
-    placed = seen.places[:, 0] != labels.NOWHERE
-    objects, ground = placed.nonzero()[:, 0], (~placed).nonzero()[:, 0]
+    objects, ground = seen.placed.nonzero()[:, 0], (~seen.placed).nonzero()[:, 0]
     some = [each[torch.randperm(len(each))[: SOLVED_TOKENS // 2]] for each in (objects, ground)]
     made = Steps(copy.deepcopy(projector), seen, mind, torch.cat(some))
     near = 0.0
@@ -178,7 +247,7 @@ def teach(projector: Projector, seen: Seen, mind: Tensor, steps: int) -> float:
             [each[torch.randint(len(each), (count,))] for each, count in ((objects, OBJECTS), (ground, GROUND))]
         )
         with torch.enable_grad():
-            loss, found = made.loss(seen.groups[chosen], seen.places[chosen])
+            loss, found = made.loss(seen.groups[chosen], seen.places[chosen], seen.outputs[chosen])
         near = waves.near(found[:OBJECTS], seen.places[chosen[:OBJECTS]])
         if step % training.SHOWN_EVERY == 1 or step > steps:
             print(f"projector {step - 1}/{steps}: loss {loss.item():.3f}, places near {near:.3f}", flush=True)

@@ -21,7 +21,7 @@ from demo_world.pictures import (
     picture_size,
     tint,
 )
-from demo_world.printing import INKS, TRUE_MINUS, Font, dark, glyph_of, has
+from demo_world.printing import INKS, TRUE_MINUS, Font, dark, glyph_of, has, lay_out, sum_text
 from demo_world.scenes import Place, paint_shape
 
 
@@ -73,3 +73,33 @@ def draw_soup(rng: random.Random, fonts: Sequence[Font], size: Size | None = Non
             items.append(Item(kind, None, box, 0))
             boxes.append(box)
     return Picture(photograph(rng, image) if photo else image, tuple(items))
+
+
+def draw_lines(rng: random.Random, fonts: Sequence[Font], size: Size, photo: bool = True) -> Picture:
+    """A picture full of sums in small print, all of order 0: small glyphs fill few patches of other pictures."""
+    zoom = rng.uniform(1.0, 1.6) if rng.random() < 0.3 else 1.0
+    width, height = round(size[0] * zoom), round(size[1] * zoom)
+    image = Image.new("RGB", (width, height), tint(rng))
+    font, ink = fonts[0] if rng.random() < 0.5 else rng.choice(fonts), dark(rng)
+    items: list[Item] = []
+    top = rng.randint(0, 6)
+    while True:
+        points, left, lowest = rng.randint(20, 44), rng.randint(0, 12), 0
+        while True:
+            text = sum_text(rng, rng.randrange(100), rng.choice("+-"), rng.randrange(100))
+            laid, around = lay_out(font, points, text)
+            if left + around[2] - around[0] > width or top + around[3] - around[1] > height:
+                break
+            for character, glyph, (x0, y0, x1, y1) in laid:
+                box = x0 + left - around[0], y0 + top - around[1], x1 + left - around[0], y1 + top - around[1]
+                image.paste(ink, box, glyph.mask)
+                corners = [round(corner / zoom) for corner in box]
+                items.append(Item(character, None, (corners[0], corners[1], corners[2], corners[3]), 0))
+            left += around[2] - around[0] + rng.randint(8, 30)
+            lowest = max(lowest, around[3] - around[1])
+        if not lowest:
+            break
+        top += lowest + rng.randint(2, 16)
+    if zoom > 1:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    return Picture(photograph(rng, image) if photo and rng.random() < 0.4 else image, tuple(items))

@@ -6,6 +6,7 @@ Everything is drawn and chosen from one seed; batch k is the same whichever work
 from __future__ import annotations
 
 import argparse
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,10 +52,13 @@ def learn_pictures(model: KimiVL, tokenizer: Tokenizer, options: ImageOptions, a
     checkpoint.write(args.work / "pictures", model, tokenizer)
 
 
-def learn_lessons(model: KimiVL, tokenizer: Tokenizer, options: ImageOptions, args: argparse.Namespace) -> None:
+def learn_lessons(
+    model: KimiVL, before: KimiVL | None, tokenizer: Tokenizer, options: ImageOptions, args: argparse.Namespace
+) -> None:
     """Phase two: the decoder learns to think and answer; the vision tower and the projector stay as they are.
 
-    The projector's exactness would not survive the large steps of this phase.
+    The projector's exactness would not survive the large steps of this phase. ``before`` is the model before the first
+    phase, where that had one.
     """
     model.vision_tower.requires_grad_(False)
     model.multi_modal_projector.requires_grad_(False)
@@ -62,7 +66,7 @@ def learn_lessons(model: KimiVL, tokenizer: Tokenizer, options: ImageOptions, ar
     teacher = gallery.Teacher(args.seed, tokenizer, exhibits, args.batch_tokens)
     kept = forward.Kept().of(model.language_model.model.layers[aids.ANSWER_LAYER])
     if args.place_steps:
-        projector.learn_places(model, teacher, kept, args)
+        projector.learn_places(model, before, teacher, kept, options, args)
     readers = aids.Aids(model.config.text_config).to(args.device)
     learners = nn.ModuleDict({"model": model, "reader_head": readers})
     learnt = {name: p for name, p in learners.named_parameters() if p.requires_grad}
@@ -152,9 +156,10 @@ def main() -> None:
         forward.initialise(model)
         tokenizer = checkpoint.train_tokenizer(lessons.vocabulary_text(training.seeded(args.seed, "texts", 0), 20_000))
     model.to(args.device)
+    before = copy.deepcopy(model) if args.start and args.picture_steps else None
     if args.picture_steps:
         learn_pictures(model, tokenizer, options, args)
-    learn_lessons(model, tokenizer, options, args)
+    learn_lessons(model, before, tokenizer, options, args)
     checkpoint.write(args.out, model, tokenizer)
 
 

@@ -391,13 +391,27 @@ def test_the_projector_learns_places_and_keeps_what_is_minded() -> None:
     mind = basis @ torch.diag(torch.cat((torch.zeros(hidden // 2), 2 * torch.ones(hidden // 2)))) @ basis.T
     made = copy.deepcopy(old)
     with torch.no_grad():
-        seen = projector.Seen(groups.view(tokens, 4, width), numbers)
+        vectors = groups.view(tokens, 4, width)
+        seen = projector.Seen(vectors, numbers, old(vectors))
         near = projector.teach(made, seen, mind, 30)
         change = made(seen.groups) - old(seen.groups)
     minded, other = change @ basis[:, hidden // 2 :], change @ basis[:, : hidden // 2]
     before = (old(seen.groups) @ basis[:, hidden // 2 :]).var()
     assert near > 0.3  # of numbers by chance: 0.03
     assert other.square().mean() > 1 and minded.square().mean() < 0.2 * before
+
+    # a tower that has learnt on, and says the same in other words
+    changed = 0.5 * (groups @ torch.linalg.qr(torch.randn(4 * width, 4 * width)).Q).view(tokens, 4, width)
+    followed = copy.deepcopy(made)
+    with torch.no_grad():
+        outputs, placed = made(vectors), numbers[:, 0] != NOWHERE
+        directions = projector.told(outputs[placed], numbers[placed])
+        assert directions is not None
+        assert projector.told(old(vectors)[placed], numbers[placed]) is None
+        unchanged = waves.near(made(changed)[placed] @ directions / projector.SCALE, numbers[placed])
+        projector.teach(followed, projector.Seen(changed, numbers, outputs), mind, 30)
+        read = followed(changed)[placed] @ directions / projector.SCALE
+    assert unchanged < 0.1 and waves.near(read, numbers[placed]) > 0.3
 
 
 @torch.inference_mode()
