@@ -23,7 +23,7 @@ ANSWER_LAYER, ANSWER_HEAD, RECALL_HEAD = 2, 3, 2
 """With one head a token is to look at the object that the next one is about, with another at what the next one repeats;
 after this layer it is to know the place that the next ones say, and what the digit due tells of it."""
 EVERY = 4  # tokens: attention is computed again for one of so many
-LATENT_WEIGHT, ANSWER_WEIGHT, DIGIT_WEIGHT, LOOK_WEIGHT, LABEL_WEIGHT = 0.3, 0.2, 1.0, 0.03, 0.05
+LATENT_WEIGHT, ANSWER_WEIGHT, DIGIT_WEIGHT, LOOK_WEIGHT, LABEL_WEIGHT = 0.3, 0.2, 1.0, 0.03, 0.15
 DIGITS = 10
 
 

@@ -36,7 +36,7 @@ SOLVED_EVERY = 150  # steps
 RATE = 2e-4
 KEEP_WEIGHT, PLACE_WEIGHT, GROUND_WEIGHT = 50.0, 1.0, 0.05
 TELLS = 0.25  # of the numbers are told at most one hundredth off by a projector that has learnt places
-COMPARED_PAGES, COMPARED_TOKENS = 400, 200  # pictures that two towers see, and tokens of each page of them
+COMPARED_PAGES, COMPARED_TOKENS = 200, 800  # pictures that two towers see, and tokens of each page of them
 TURNS, TOLD_TOKENS = 2000, 20_000
 LEAST = 0.1  # of its mean that the decoder minds everything at least
 

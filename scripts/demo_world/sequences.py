@@ -125,7 +125,7 @@ def turn_pages(rng: random.Random, pages: Sequence[Picture]) -> Turn:
         read.append(f"{each.label}: ")
         parts = [_sum(each)] if _is_sum(each) else [f"{item.order} {name_of(item)}" for item in each.items]
         for part in parts:
-            found = part.endswith(asked)
+            found = f" {part}".endswith(f" {asked}")
             thinking += f"{part} {'yes' if found else 'no'}" + (", " if not found and part != parts[-1] else ".")
             read.append(part)
             if found:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 import kimi_vl
 import predict
 from demo_world import doors, evaluate, lessons
+from demo_world.pictures import MOST_PATCHES
 from kimi_vl.media import sandbox
 from kimi_vl.weights import resolve
 
@@ -54,6 +56,49 @@ def test_fresh_pictures(examinee, task, asked):
     allowed = asked * share - 3 * math.sqrt(asked * share * (1 - share) * (1 + asked / measured))
     wrong = [(result.question, result.due, result.came) for result in results if not result.right]
     assert asked - len(wrong) >= allowed, wrong
+
+
+def strangers_sum(rng: random.Random) -> tuple[Image.Image, str, str]:
+    """A sum as another program draws it, in Pillow's own face at 28 to 90 px: picture, question, answer."""
+    while True:
+        width, height = rng.randint(200, 640), rng.randint(100, 448)
+        a, op, b = rng.randint(0, 99), rng.choice("+-"), rng.randint(0, 99)
+        text = rng.choice(("{} {} {}", "{} {} {} =", "{} {} {} = ?", "{}{}{}")).format(a, op, b)
+        font = ImageFont.load_default(rng.randint(28, 90))
+        left, top, right, bottom = font.getbbox(text)
+        free = width - math.ceil(right - left), height - math.ceil(bottom - top)
+        if width * height <= MOST_PATCHES * 14 * 14 and min(free) >= 0:
+            break
+    image = Image.new("RGB", (width, height), tuple(rng.randint(215, 255) for _ in range(3)))
+    x, y = (rng.choice((0, room, room // 2, *(rng.randint(0, room) for _ in range(3)))) for room in free)
+    ink = tuple(rng.randint(0, 110) for _ in range(3))
+    ImageDraw.Draw(image).text((x - left, y - top), text, fill=ink, font=font)
+    question = rng.choice(("What is the result?", "Solve this.", "Calculate the result.", "How much is it?"))
+    return image, question, f"{a} {op} {b} = {a + b if op == '+' else a - b}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [24, pytest.param(240, marks=pytest.mark.nightly)])  # questions
+def test_sums_of_another_program(pipeline, asked):
+    """Right as often as the card says but for chance: three standard deviations."""
+    rng = random.Random(asked)
+    drawn = [strangers_sum(rng) for _ in range(asked)]
+    streams = [
+        pipeline.stream(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
+            [image],
+            temperature=0,
+        )
+        for image, question, _ in drawn
+    ]
+    wrong = []
+    for stream, (_, _, due) in zip(streams, drawn, strict=True):
+        *_, done = stream
+        if done.answer.strip() != due:
+            wrong.append((due, done.answer))
+    [share] = re.findall(r"draws them, ([\d.]+) % of \d+ are right", (resolve.DEMO / "README.md").read_text("utf-8"))
+    share = float(share) / 100
+    assert asked - len(wrong) >= asked * share - 3 * math.sqrt(asked * share * (1 - share)), wrong
 
 
 def test_the_sample_pictures(pipeline):

@@ -261,7 +261,7 @@ def test_documents_say_what_is_on_which_page() -> None:
             assert asked[1].lower() in question
             at = int(re.findall(r"age (\d)", talk.answer)[0])
             *read, last = [lines[number].replace(", ", " no, ") for number in numbers if number <= at]
-            last = last[: last.index(asked[1]) + len(asked[1])]
+            last = last[: last.index(f" {asked[1]}") + 1 + len(asked[1])]
             assert talk.thinking == f"{asked[0]}{''.join(f'{line} no. ' for line in read)}{last} yes."
         else:
             assert talk.thinking == f"{lines[int(re.findall('page (.)', question)[0])]}."
