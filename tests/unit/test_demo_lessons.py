@@ -140,7 +140,7 @@ def test_what_is_due_is_right_and_asked_for(task: str) -> None:
 
 def box_talk(*items: Item) -> tuple[Conversation, list[Picture]]:
     picture = draw_scene(random.Random(1), [("red", "circle")], (400, 200))
-    return Conversation("boxes", [], "", "", "", items), [dataclasses.replace(picture, items=items)]
+    return Conversation("boxes", [], "", "", (), items), [dataclasses.replace(picture, items=items)]
 
 
 def said(*boxes: tuple[str, tuple[float, ...]]) -> str:
