@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import math
 import random
 import re
 from pathlib import Path
@@ -152,8 +153,8 @@ def test_conversations_that_share_pictures_are_computed_as_if_each_had_them() ->
     """The training's arithmetic beside the model's own, on whole sequences one by one."""
     model = loader.load(resolve.DEMO, dtype=torch.float32)
     kept = forward.Kept().of(model.language_model.model.layers[aids.ANSWER_LAYER])
-    visits: dict[int, list[tuple[gallery.Exhibit, torch.Tensor, list[tuple[int, int]]]]] = {1: [], 2: []}
-    for task, count in (("boxes", 1), ("boxes", 1), ("film", 2)):
+    visits: dict[int, list[tuple[gallery.Exhibit, torch.Tensor, list[tuple[int, int]]]]] = {1: [], 3: []}
+    for task, count in (("boxes", 1), ("boxes", 1), ("film", 3)):
         artist = artists.Artist(random.Random(f"{task} {len(visits[count])}"), find_fonts(), [(112, 140)])
         shown = artists.pictures_for(artist, task, count)
         encoded = [preprocess(picture.image, OPTIONS) for picture in shown]
@@ -223,22 +224,24 @@ def check_aids(
         assert len(found) == len(due) and all(abs(one - other) < 1e-3 for one, other in zip(found, due, strict=True))
         compared += len(due)
     assert compared > 0
-    check_recall(model, batch, past, parts)
+    film = len(batch.shared_ids) == 1
     loss, figures = aids.Aids(model.config.text_config).loss(model, batch, past, parts)
     assert loss > 0 and {"latents near", "overlooked"} <= figures.keys()
-    assert ("mislabelled" in figures) == (len(batch.shared_ids) == 1)  # the film's batch
+    assert ("mislabelled" in figures) == film
+    assert check_recall(model, batch, past, parts) or not film
     assert ("answers near" in figures) == ("digits off" in figures) == bool((batch.aligned.said != NOWHERE).any())
 
 
 def check_recall(
     model: KimiVL, batch: gallery.LessonBatch, past: forward.SharedPast, parts: list[forward.Learnt]
-) -> None:
-    """The attention of tokens that repeat others is the network's, and rests on these."""
+) -> bool:
+    """The attention of tokens that repeat others is the network's, and rests on these; whether any stands at what it
+    repeats itself."""
     assert batch.aligned is not None and batch.shared_row is not None
     wanted, layer, attention = batch.aligned.wanted, aids.ANSWER_LAYER, aids.attention_of(model)
-    config, compared = attention.config, []
+    config, named = attention.config, False
     for part in parts:
-        due = []
+        due, even = [], []
         for row, step in (wanted[part.rows, : part.length] != alignment.NOTHING).nonzero().tolist():
             own = past.present[layer][int(batch.shared_row[part.rows[row]])]
             seen = torch.cat((own, part.cache.present[layer][row, : step + 1]))
@@ -247,12 +250,16 @@ def check_recall(
             keys = torch.cat((keys[:, : config.qk_nope_head_dim], rope), dim=-1)
             scores = keys @ part.cache.queries[layer][row, aids.RECALL_HEAD, step] * attention.scale
             known = (batch.aligned.known[part.rows[row]] == wanted[part.rows[row], step]).nonzero()[:, 0] + 1
+            named |= bool((known == step).any())
             known = known[known < step]
             assert len(known) > 0
             due.append(-scores.softmax(-1)[len(own) + known].sum().log())
-            compared.append(step)
+            even.append(-math.log(len(known) / len(seen)))
         found = aids.unrecalled(model, batch, part)
         assert len(found) == len(due) and all(abs(one - other) < 1e-3 for one, other in zip(found, due, strict=True))
+        part.cache.queries[layer].zero_()  # which attend to all tokens alike
+        assert aids.unrecalled(model, batch, part).tolist() == pytest.approx(even, abs=1e-4)
+    return named
 
 
 def recalled(text: str) -> list[tuple[str, list[str]]]:
