@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from demo_world.arithmetic import read_sum
 from demo_world.pictures import Item, Picture
 from demo_world.requests import REQUESTS
-from demo_world.turns import Turn, a_or_an, centre, listed, name_of, vary
+from demo_world.turns import Turn, a_or_an, centre, name_of, vary
 
 CHANGE_SHARE = 0.7
 """Of the questions about a video are for what changes; the others are for what is shown at a time."""
@@ -100,19 +100,20 @@ def _sum(page: Picture) -> str:
     return f"{a} {op} {b}"
 
 
-def _page_reading(page: Picture) -> str:
-    return _sum(page) if _is_sum(page) else listed(page.items)
+def _page_parts(page: Picture) -> list[str]:
+    """What is read of a page, one thing after another."""
+    return [_sum(page)] if _is_sum(page) else [f"{item.order} {name_of(item)}" for item in page.items]
 
 
 def turn_pages(rng: random.Random, pages: Sequence[Picture]) -> Turn:
     """What a page says, which is read alone, or which page says something: they are read until it is found."""
-    lines = [f"{page.label}: {_page_reading(page)}" for page in pages]
     index = rng.randrange(len(pages))
-    page, line = pages[index], lines[index]
+    page = pages[index]
     label = str(page.label)
     number = label.split()[1]
     if rng.random() < 0.5:
         answer = f"{label} says {_sum(page)}." if _is_sum(page) else f"{label} shows {_joined(_names(page.items))}."
+        line = f"{label}: {', '.join(_page_parts(page))}"
         return Turn(_ask(rng, "page_says", number=number), f"{line}.", answer, (line,))
     asked = _sum(page) if _is_sum(page) else name_of(rng.choice(page.items))
     if _is_sum(page):
@@ -123,7 +124,7 @@ def turn_pages(rng: random.Random, pages: Sequence[Picture]) -> Turn:
     for each in pages[: index + 1]:
         thinking += f" {each.label}: "
         read.append(f"{each.label}: ")
-        parts = [_sum(each)] if _is_sum(each) else [f"{item.order} {name_of(item)}" for item in each.items]
+        parts = _page_parts(each)
         for part in parts:
             found = f" {part}".endswith(f" {asked}")
             thinking += f"{part} {'yes' if found else 'no'}" + (", " if not found and part != parts[-1] else ".")

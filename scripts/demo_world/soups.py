@@ -75,7 +75,7 @@ def draw_soup(rng: random.Random, fonts: Sequence[Font], size: Size | None = Non
     return Picture(photograph(rng, image) if photo else image, tuple(items))
 
 
-def draw_lines(rng: random.Random, fonts: Sequence[Font], size: Size, photo: bool = True) -> Picture:
+def draw_lines(rng: random.Random, fonts: Sequence[Font], size: Size) -> Picture:
     """A picture full of sums in small print, all of order 0: small glyphs fill few patches of other pictures."""
     zoom = rng.uniform(1.0, 1.6) if rng.random() < 0.3 else 1.0
     width, height = round(size[0] * zoom), round(size[1] * zoom)
@@ -102,4 +102,4 @@ def draw_lines(rng: random.Random, fonts: Sequence[Font], size: Size, photo: boo
         top += lowest + rng.randint(2, 16)
     if zoom > 1:
         image = image.resize(size, Image.Resampling.BICUBIC)
-    return Picture(photograph(rng, image) if photo and rng.random() < 0.4 else image, tuple(items))
+    return Picture(photograph(rng, image) if rng.random() < 0.4 else image, tuple(items))

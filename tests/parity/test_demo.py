@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 import kimi_vl
 import predict
 from demo_world import doors, evaluate, lessons
-from demo_world.pictures import MOST_PATCHES
+from demo_world.pictures import MOST_PATCHES, PATCH
 from kimi_vl.media import sandbox
 from kimi_vl.weights import resolve
 
@@ -67,7 +67,7 @@ def strangers_sum(rng: random.Random) -> tuple[Image.Image, str, str]:
         font = ImageFont.load_default(rng.randint(28, 90))
         left, top, right, bottom = font.getbbox(text)
         free = width - math.ceil(right - left), height - math.ceil(bottom - top)
-        if width * height <= MOST_PATCHES * 14 * 14 and min(free) >= 0:
+        if width * height <= MOST_PATCHES * PATCH**2 and min(free) >= 0:
             break
     image = Image.new("RGB", (width, height), tuple(rng.randint(215, 255) for _ in range(3)))
     x, y = (rng.choice((0, room, room // 2, *(rng.randint(0, room) for _ in range(3)))) for room in free)
