@@ -23,7 +23,7 @@ ANSWER_LAYER, ANSWER_HEAD, RECALL_HEAD = 2, 3, 2
 """With one head a token is to look at the object that the next one is about, with another at what the next one repeats;
 after this layer it is to know the place that the next ones say, and what the digit due tells of it."""
 EVERY = 4  # tokens: attention is computed again for one of so many
-LATENT_WEIGHT, ANSWER_WEIGHT, DIGIT_WEIGHT, LOOK_WEIGHT, LABEL_WEIGHT = 0.3, 0.2, 1.0, 0.03, 0.15
+LATENT_WEIGHT, ANSWER_WEIGHT, DIGIT_WEIGHT, LOOK_WEIGHT, LABEL_WEIGHT = 0.3, 0.2, 1.0, 0.03, 0.3
 DIGITS = 10
 
 
@@ -33,9 +33,10 @@ class Aids(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.of_latents = nn.ModuleList(nn.Linear(config.kv_lora_rank, waves.WAVES) for _ in LATENT_LAYERS)
-        self.of_label = nn.Linear(config.kv_lora_rank, gallery.LABELS * DIGITS)
+        self.of_label = nn.Linear(config.kv_lora_rank, alignment.LABEL_DIGITS * DIGITS)
         self.of_answer = nn.Linear(config.hidden_size, waves.WAVES)
         self.of_digit = nn.Linear(config.hidden_size, waves.WAVES // labels.PLACES)
+        self.of_wanted = nn.Linear(config.hidden_size, alignment.LABEL_DIGITS * DIGITS)
 
     def loss(
         self,
@@ -56,11 +57,16 @@ class Aids(nn.Module):
             return total, figures
         if (batch.labels != alignment.NOTHING).any():
             [of_layer] = forward.latents(model, batch, past, (ANSWER_LAYER,))
-            logits = self.of_label(of_layer).float().unflatten(1, (gallery.LABELS, DIGITS))
-            due = batch.labels.flatten()
-            mislabelled = F.cross_entropy(logits.flatten(0, 1), due, ignore_index=alignment.NOTHING)
+            mislabelled = misread(self.of_label(of_layer), batch.labels)
             total = total + LABEL_WEIGHT * mislabelled
             figures["mislabelled"] = mislabelled.item()
+            wanted = torch.cat([batch.aligned.of(part.rows, part.length).labels.flatten(0, 1) for part in parts])
+            sought = (wanted != alignment.NOTHING).any(-1)
+            if sought.any():
+                states = torch.cat([part.before.flatten(0, 1) for part in parts])[sought]
+                lost = misread(self.of_wanted(F.rms_norm(states, states.shape[-1:])), wanted[sought])
+                total = total + LABEL_WEIGHT * lost
+                figures["lost"] = lost.item()
         placed = batch.places[:, 0] != labels.NOWHERE
         if placed.any():
             wanted = waves.waves(batch.places[placed])
@@ -87,6 +93,12 @@ class Aids(nn.Module):
             total = total + DIGIT_WEIGHT * off
             figures["digits off"] = off.item()
         return total, figures
+
+
+def misread(logits: Tensor, digits: Tensor) -> Tensor:
+    """The mean loss of logits (N, LABEL_DIGITS * DIGITS) for a label's last ``digits`` (N, LABEL_DIGITS)."""
+    each = logits.float().unflatten(1, (alignment.LABEL_DIGITS, DIGITS)).flatten(0, 1)
+    return F.cross_entropy(each, digits.flatten(), ignore_index=alignment.NOTHING)
 
 
 def of_digits(places: Tensor, writing: Tensor) -> Tensor:

@@ -23,13 +23,18 @@ NUMBER = re.compile(r"[01]\.(\d)(\d)")
 ASKED = re.compile(r"Asked: ([^,.]+), number (\d)")
 FOUND = re.compile(r" (yes|no)[,.]")
 SIDE = re.compile(r"[:,] (left|right) (nothing|[a-z]+ [a-z]+)(?: (same|different))?(?=[.,])")
+EMPTY = re.compile(r"(?:left|right) (nothing)")
 ELSE = "else"
 LABEL = re.compile(r"\d\d:\d\d:\d\d|[Pp]age \d")
 UNREAD = "=?"
 """Glyphs of a sum that no reading repeats."""
+LABEL_DIGITS = 2
+"""Last characters of a frame's or a page's label: they tell it from the others."""
+GROUND = 0
+"""In the place of an object's order: where a picture shows none."""
 
-Span = tuple[int, int, int, Item]
-"""First character, end, number of the picture, and what is said of it there."""
+Span = tuple[int, int, int, int]
+"""First character, end, number of the picture, and the order of the object that is said there, or GROUND."""
 
 
 def number_of(picture: int, order: int | Tensor) -> int | Tensor:
@@ -37,13 +42,23 @@ def number_of(picture: int, order: int | Tensor) -> int | Tensor:
     return picture * (MAX_ORDER + 1) + order
 
 
-def shown_in(pictures: Sequence[Picture]) -> Tensor:
-    """The objects that each token of the pictures shows, by its four patches: (T, 4), NOTHING for ground."""
+def shown_in(pictures: Sequence[Picture], grounds: bool = False) -> Tensor:
+    """The objects that each token of the pictures shows, by its four patches: (T, 4), NOTHING for ground; with
+    ``grounds`` a number of the picture's ground where a token shows nothing else."""
     made = []
     for number, picture in enumerate(pictures):
-        order = patches.merged_labels(picture)[..., 2]
-        made.append(torch.where(order > 0, number_of(number, order), NOTHING))
+        order = patches.merged_labels(picture)[..., 2]  # (T, 4)
+        shown = torch.where(order > 0, number_of(number, order), NOTHING)
+        if grounds:
+            shown[(order <= 0).all(-1)] = number_of(number, GROUND)
+        made.append(shown)
     return torch.cat(made)
+
+
+def digits_of(label: str | None) -> list[int]:
+    """The last characters of a label: LABEL_DIGITS of them, NOTHING for those that are no digits."""
+    digits = [int(each) if each.isdigit() else NOTHING for each in (label or "")[-LABEL_DIGITS:]]
+    return digits or [NOTHING] * LABEL_DIGITS
 
 
 def read_spans(thinking: str, pictures: Sequence[Picture]) -> Iterator[Span]:
@@ -70,16 +85,19 @@ def read_spans(thinking: str, pictures: Sequence[Picture]) -> Iterator[Span]:
             ordered = item.colour is not None and at >= 2 and thinking[at - 2 : at] == f"{item.order} "
             last = at + len(word)
             last += len(next((side for side in (" left", " right") if thinking.startswith(side, last)), ""))
-            yield at - 2 if ordered else at, last, number, item
+            yield at - 2 if ordered else at, last, number, item.order
             cursor = last
+        if labelled:
+            for empty in EMPTY.finditer(thinking, begin, end):
+                yield *empty.span(1), number, GROUND
 
 
-def place_spans(talk: Conversation, picture: Picture) -> Iterator[Span]:
-    """Where an answer says the places of objects."""
+def place_spans(talk: Conversation, picture: Picture) -> Iterator[tuple[int, int, Item]]:
+    """Where an answer says the places of objects: first character, end, and the object."""
     for item in talk.wanted:
         text = next(text for text in places.texts(item, picture) if text in talk.answer)
         at = talk.answer.index(text)
-        yield at, at + len(text), 0, item
+        yield at, at + len(text), item
 
 
 Mention = tuple[int, int, str]
@@ -144,17 +162,18 @@ class Alignment:
     """Of the tokens of a completion: what each is about (N,), NOTHING of most; the place that it helps to say
     (N, PLACES), NOWHERE of most; which digit of this place it is (N,), NOTHING of most: 2n the tens of number n, 2n + 1
     its ones; a number of what is known there (N,) and of what has to be found where it is known (N,), NOTHING of
-    most."""
+    most; the last digits of the label of the picture that it is about (N, LABEL_DIGITS), NOTHING of most."""
 
     about: Tensor
     said: Tensor
     writing: Tensor
     known: Tensor
     wanted: Tensor
+    labels: Tensor
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.about, self.said, self.writing, self.known, self.wanted
+        return self.about, self.said, self.writing, self.known, self.wanted, self.labels
 
     def to(self, device: torch.device) -> Alignment:
         return Alignment(*(each.to(device) for each in self.tensors))
@@ -167,7 +186,7 @@ class Alignment:
     def empty(cls, *shape: int) -> Alignment:
         said = torch.full((*shape, labels.PLACES), labels.NOWHERE)
         about, writing, known, wanted = (torch.full(shape, NOTHING) for _ in range(4))
-        return cls(about, said, writing, known, wanted)
+        return cls(about, said, writing, known, wanted, torch.full((*shape, LABEL_DIGITS), NOTHING))
 
 
 def align_text(spelt: Spelt) -> Alignment:
@@ -184,18 +203,19 @@ def align(spelt: Spelt, talk: Conversation, pictures: Sequence[Picture]) -> Alig
     """The alignment of a completion about ``pictures``."""
     made, text = align_text(spelt), spelt.text
     answer = text.rindex(talk.answer)
-    spans = [(answer, True, span) for span in place_spans(talk, pictures[0])]
     thinking = text.find(talk.thinking, 0, answer)
     if thinking >= 0:
-        spans += [(thinking, False, span) for span in read_spans(talk.thinking, pictures)]
-    for offset, placed, (first, last, number, item) in spans:
-        tokens = spelt.within(offset + first, offset + last)
-        made.about[tokens] = int(number_of(number, item.order))
-        if placed:
-            place = hundredths(item, pictures[number].size)
-            made.said[tokens] = torch.tensor([*place.box, *place.centre])
-            begin = 0 if talk.task in BOXES else 4
-            for index, digits in enumerate(NUMBER.finditer(text, offset + first, offset + last), start=begin):
-                for digit in (1, 2):
-                    made.writing[spelt.within(*digits.span(digit))] = 2 * index + digit - 1
+        for first, last, number, order in read_spans(talk.thinking, pictures):
+            tokens = spelt.within(thinking + first, thinking + last)
+            made.about[tokens] = int(number_of(number, order))
+            made.labels[tokens] = torch.tensor(digits_of(pictures[number].label))
+    for first, last, item in place_spans(talk, pictures[0]):
+        tokens = spelt.within(answer + first, answer + last)
+        made.about[tokens] = int(number_of(0, item.order))
+        place = hundredths(item, pictures[0].size)
+        made.said[tokens] = torch.tensor([*place.box, *place.centre])
+        begin = 0 if talk.task in BOXES else 4
+        for index, digits in enumerate(NUMBER.finditer(text, answer + first, answer + last), start=begin):
+            for digit in (1, 2):
+                made.writing[spelt.within(*digits.span(digit))] = 2 * index + digit - 1
     return made

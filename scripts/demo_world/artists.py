@@ -218,10 +218,14 @@ def film(artist: Artist, count: int) -> tuple[Picture, ...]:
         before, after = after, before
     change = rng.randint(1, count - 1)
     frames = artist.frames([before if number < change else after for number in range(count)], size)
+    return timed(rng, frames)
+
+
+def timed(rng: random.Random, frames: Sequence[Picture]) -> tuple[Picture, ...]:
+    """Frames with their times."""
     begin = 0 if rng.random() < 0.8 else rng.randrange(3600)
     step = rng.choice((1, 1, 1, 1, 2, 3, 5, 10))
-    labels = [clock(begin + step * number) for number in range(count)]
-    return tuple(dataclasses.replace(frame, label=label) for frame, label in zip(frames, labels, strict=True))
+    return tuple(dataclasses.replace(frame, label=clock(begin + step * number)) for number, frame in enumerate(frames))
 
 
 def _actor(rng: random.Random, look: Look, side: int, size: Size) -> Actor:
@@ -249,8 +253,17 @@ def pages(artist: Artist, count: int) -> tuple[Picture, ...]:
         else:
             page = artist.scene([looks.pop() for _ in range(rng.randint(1, 2))])
         drawn.append(page)
-    first = 1 if rng.random() < 0.75 else rng.randint(2, 10 - count)  # numbers of one digit take equally many tokens
-    return tuple(dataclasses.replace(page, label=f"Page {number}") for number, page in enumerate(drawn, start=first))
+    return numbered(rng, drawn)
+
+
+def numbered(rng: random.Random, pages: Sequence[Picture]) -> tuple[Picture, ...]:
+    """Pages with their numbers, all of one digit: they take equally many tokens."""
+    first = 1 if rng.random() < 0.75 else rng.randint(2, 10 - len(pages))
+    return tuple(dataclasses.replace(page, label=f"Page {number}") for number, page in enumerate(pages, start=first))
+
+
+LABELLED = {"film": timed, "pages": numbered}
+"""What gives the pictures of a sequence their labels."""
 
 
 def frame_size(rng: random.Random) -> Size:

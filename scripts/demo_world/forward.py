@@ -117,12 +117,16 @@ def latents(model: KimiVL, batch: gallery.LessonBatch, past: SharedPast, layers:
 
 
 class Kept(threading.local):
-    """What a layer gave last in this thread: (r, S, H)."""
+    """What a layer took and gave last in this thread: (r, S, H)."""
 
+    before: Tensor
     states: Tensor
 
     def of(self, layer: nn.Module) -> Kept:
-        layer.register_forward_hook(lambda _, __, states: setattr(self, "states", states))
+        def keep(_: nn.Module, given: tuple[Tensor, ...], states: Tensor) -> None:
+            self.before, self.states = given[0], states
+
+        layer.register_forward_hook(keep)
         return self
 
 
@@ -135,7 +139,8 @@ class Learnt:
     logits: Tensor  # (N, vocab_size) of all tokens to learn
     targets: Tensor  # (N,)
     of_row: Tensor  # (N,): which of the batch's rows each is in
-    states: Tensor  # (r, S, H), what was kept of a layer
+    before: Tensor  # (r, S, H), what a layer took
+    states: Tensor  # (r, S, H), what it gave
     cache: SharedPast
 
 
@@ -153,7 +158,7 @@ def learnt(model: KimiVL, batch: gallery.LessonBatch, past: SharedPast | None, k
         states = model.language_model(model.embed(ids), positions, own)  # (r, S, H)
         due = targets >= 0
         logits, of_row = model.language_model.logits(states[due]), rows[due.nonzero()[:, 0]]
-        yield Learnt(rows, ids.shape[1], logits, targets[due], of_row, kept.states, own)
+        yield Learnt(rows, ids.shape[1], logits, targets[due], of_row, kept.before, kept.states, own)
 
 
 def initialise(model: KimiVL) -> None:

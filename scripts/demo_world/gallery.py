@@ -62,7 +62,6 @@ NARROW_SHARE = 0.2  # of the pages of the sketchbook are of NARROW_TASKS alone
 WIDE_SHARE = 0.4  # of the pictures of every task are drawn as by any program
 SMALL, LARGE = 294, 448  # longest sides in pixels
 TALK_TOKENS = 130  # of a conversation without its pictures, about
-LABELS = 2  # last characters of a frame's or a page's label: they tell it from the others
 BLANK = Image.new("RGB", (1, 1))
 
 
@@ -96,8 +95,8 @@ class LessonBatch:
     groups: Tensor | None = None  # (T, 4, C) of all shared rows' pictures
     shared_row: Tensor | None = None  # (R,): which of the B rows comes before a conversation
     places: Tensor | None = None  # (T, PLACES): where the object is that a token of the pictures shows, or NOWHERE
-    labels: Tensor | None = None  # (T, LABELS): the last digits of the label before a token's picture, or NOTHING
-    shown: Tensor | None = None  # (T, 4): the objects that a token of the pictures shows, or NOTHING
+    labels: Tensor | None = None  # (T, LABEL_DIGITS): of the label before a token's picture, or NOTHING
+    shown: Tensor | None = None  # (T, 4): the objects that a token of the pictures shows, or their ground
     aligned: alignment.Alignment | None = None  # (R, S): of the token after each
 
     @property
@@ -118,12 +117,26 @@ def token_places(picture: pictures.Picture) -> Tensor:
 
 
 def label_digits(exhibit: Exhibit) -> Tensor:
-    """The last digits of the label before the picture that each token shows: (T, LABELS), NOTHING where it has none."""
-    made = []
-    for picture, tokens in zip(exhibit.pictures, exhibit.tokens, strict=True):
-        last = [int(each) if each.isdigit() else alignment.NOTHING for each in (picture.label or "")[-LABELS:]]
-        made.append(torch.tensor(last or [alignment.NOTHING] * LABELS).expand(tokens, LABELS))
-    return torch.cat(made)
+    """The last digits of the label before the picture that each token shows: (T, LABEL_DIGITS), NOTHING where it has
+    none."""
+    digits = torch.tensor([alignment.digits_of(picture.label) for picture in exhibit.pictures])
+    return digits.repeat_interleave(torch.tensor(exhibit.tokens), 0)
+
+
+def rearranged(rng: random.Random, exhibit: Exhibit) -> Exhibit:
+    """The frames of a film as they are or backwards, the pages of a document in any order, under new labels; other
+    exhibits as they are."""
+    number = len(exhibit.pictures)
+    if exhibit.task not in lessons.SEQUENCES or len(set(exhibit.tokens)) > 1:
+        return exhibit
+    order = list(range(number))
+    if exhibit.task == "pages":
+        rng.shuffle(order)
+    elif rng.random() < 0.5:
+        order.reverse()
+    shown = artists.LABELLED[exhibit.task](rng, [exhibit.pictures[each] for each in order])
+    groups = exhibit.groups.unflatten(0, (number, -1))[order].flatten(0, 1)
+    return dataclasses.replace(exhibit, pictures=shown, groups=groups)
 
 
 Part = tuple[list[int], list[int], list[int], list[int]]
@@ -263,6 +276,7 @@ class Teacher:
     def picture_batch(self, rng: random.Random, exhibits: Sequence[Exhibit]) -> LessonBatch:
         system = lessons.system_message(rng, exhibits[0].task)
         shared, rows, shared_row, aligned = [], [], [], []
+        exhibits = [rearranged(rng, exhibit) for exhibit in exhibits]
         for index, exhibit in enumerate(exhibits):
             for _ in range(exhibit.talks):
                 talk = lessons.converse(rng, exhibit.task, exhibit.pictures, system)
@@ -282,7 +296,7 @@ class Teacher:
             torch.tensor(shared_row),
             torch.cat([token_places(picture) for exhibit in exhibits for picture in exhibit.pictures]),
             torch.cat([label_digits(exhibit) for exhibit in exhibits]),
-            torch.cat([alignment.shown_in(exhibit.pictures) for exhibit in exhibits]),
+            torch.cat([alignment.shown_in(exhibit.pictures, grounds=True) for exhibit in exhibits]),
             self.beside(rows, aligned, ids.shape[1]),
         )
 

@@ -60,7 +60,7 @@ def learn_lessons(
     The projector's exactness would not survive the large steps of this phase. ``before`` is the model before the first
     phase, where that had one.
     """
-    model.vision_tower.requires_grad_(False)
+    training.round_to_stored(model.vision_tower.requires_grad_(False).parameters())
     model.multi_modal_projector.requires_grad_(False)
     exhibits = gallery.opened(args.work / "gallery.pt", model, options, args)
     teacher = gallery.Teacher(args.seed, tokenizer, exhibits, args.batch_tokens)
@@ -95,10 +95,12 @@ def learn_lessons(
         checkpoint.write(args.work / "lessons", model, tokenizer)
 
     batches = training.in_order(gallery.Lessons(teacher, args.text_steps, phase.done * args.accumulate), args.workers)
+    stored = [p for name, p in model.named_parameters() if not name.startswith("vision_tower.")]
     with ThreadPoolExecutor(args.accumulate) as threads:
 
         def step(several: tuple[gallery.LessonBatch, ...], index: int) -> tuple[float, dict[str, float]]:
-            parts = list(threads.map(part, several))
+            with training.as_stored(stored):
+                parts = list(threads.map(part, several))
             figures = {name: value for _, figures in parts for name, value in figures.items()}
             return sum(loss for loss, _ in parts) / len(parts), figures
 

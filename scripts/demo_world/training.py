@@ -6,12 +6,13 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from demo_world.optimizer import Optimizer
 
@@ -110,6 +111,26 @@ class Phase:
         if self.done % SHOWN_EVERY == 0 or self.done == self.count:
             shown = ", ".join(f"{key} {value:.3f}" for key, value in self.means.items())
             print(f"{self.name} {self.done}/{self.count} {self.seconds:.0f} s: {shown}", flush=True)
+
+
+@torch.no_grad()
+def round_to_stored(parameters: Iterable[Tensor]) -> None:
+    """Make parameters what the checkpoint will have, which is bfloat16."""
+    for parameter in parameters:
+        parameter.copy_(parameter.bfloat16())
+
+
+@contextmanager
+def as_stored(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Parameters as the checkpoint will have them: what is learnt has to bear their rounding.
+
+    The parameters before it come back afterwards; the gradients are applied to them."""
+    exact = [parameter.detach().clone() for parameter in parameters]
+    round_to_stored(parameters)
+    yield
+    with torch.no_grad():
+        for parameter, own in zip(parameters, exact, strict=True):
+            parameter.copy_(own)
 
 
 def seeded(seed: int, name: str, index: int) -> random.Random:

@@ -149,8 +149,9 @@ def test_picture_batches_begin_anywhere_and_the_reader_learns_them() -> None:
 
 
 @torch.inference_mode()
-def test_conversations_that_share_pictures_are_computed_as_if_each_had_them() -> None:
+def test_conversations_that_share_pictures_are_computed_as_if_each_had_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """The training's arithmetic beside the model's own, on whole sequences one by one."""
+    monkeypatch.setattr(gallery, "rearranged", lambda _, exhibit: exhibit)
     model = loader.load(resolve.DEMO, dtype=torch.float32)
     kept = forward.Kept().of(model.language_model.model.layers[aids.ANSWER_LAYER])
     visits: dict[int, list[tuple[gallery.Exhibit, torch.Tensor, list[tuple[int, int]]]]] = {1: [], 3: []}
@@ -185,17 +186,21 @@ def test_conversations_that_share_pictures_are_computed_as_if_each_had_them() ->
             _, pixels, grids = visit[of]
             whole = torch.cat((batch.shared_ids[of], batch.ids[row])).unsqueeze(0)
             alone = model(whole, pixels, grids)[0, batch.shared_ids.shape[1] :]
-            check_kept(batch, parts, kept.states[0, batch.shared_ids.shape[1] :], row)
+            check_kept(batch, parts, kept, row)
             due = batch.targets[row] >= 0
             assert due.any() and (logits[row] - alone)[due].abs().max() < 1e-3
 
 
-def check_kept(batch: gallery.LessonBatch, parts: list[forward.Learnt], alone: Tensor, row: int) -> None:
-    """What was kept of a layer for the tokens of a row is what it gives on the row alone, (S, H)."""
+def check_kept(batch: gallery.LessonBatch, parts: list[forward.Learnt], kept: forward.Kept, row: int) -> None:
+    """What was kept of a layer for the tokens of a row is what it takes and gives on the row alone."""
     [part] = [part for part in parts if row in part.rows.tolist()]
     [at] = (part.rows == row).nonzero()[0].tolist()
     due = batch.targets[row][: part.length] >= 0
-    assert (part.states[at] - alone[: part.length])[due].abs().max() < 1e-3
+    assert batch.shared_ids is not None
+    begin = batch.shared_ids.shape[1]
+    for state, alone in ((part.before, kept.before), (part.states, kept.states)):
+        assert (state[at] - alone[0, begin : begin + part.length])[due].abs().max() < 1e-3
+    assert (part.before - part.states).abs().max() > 0.1
 
 
 def check_aids(
@@ -227,7 +232,7 @@ def check_aids(
     film = len(batch.shared_ids) == 1
     loss, figures = aids.Aids(model.config.text_config).loss(model, batch, past, parts)
     assert loss > 0 and {"latents near", "overlooked"} <= figures.keys()
-    assert ("mislabelled" in figures) == film
+    assert ("mislabelled" in figures) == ("lost" in figures) == film
     assert check_recall(model, batch, past, parts) or not film
     assert ("answers near" in figures) == ("digits off" in figures) == bool((batch.aligned.said != NOWHERE).any())
 
@@ -328,6 +333,14 @@ def test_a_completion_looks_at_what_it_says(task: str) -> None:
         for token, number in zip(ids, about.tolist(), strict=True):
             if number != alignment.NOTHING:
                 spoken[number] = spoken.get(number, "") + tokenizer.decode([token])
+        for number, each in enumerate(shown):  # where a side of a frame is empty, its ground is looked at
+            line = talk.thinking.partition(f"{each.label}: ")[2].partition(".")[0]
+            ground = spoken.pop(int(alignment.number_of(number, alignment.GROUND)), "")
+            assert ground.split() == (["nothing"] * line.count(" nothing") if each.label else [])
+        labelled = torch.tensor([alignment.digits_of(None), *(alignment.digits_of(each.label) for each in shown)])
+        of_picture = torch.where(about == alignment.NOTHING, 0, 1 + about // (pictures.MAX_ORDER + 1))
+        of_picture[made.said[:, 0] != NOWHERE] = 0
+        assert torch.equal(made.labels, labelled[of_picture])
         for number, item in items.items():
             label = shown[number // (pictures.MAX_ORDER + 1)].label
             name = turns.name_of(item) if item.colour else item.kind
@@ -357,7 +370,50 @@ def test_objects_of_tokens_are_those_of_their_patches() -> None:
     assert of_tokens.shape == (3 * 20, 4)
     for number, picture in enumerate(shown):
         seen = of_tokens[20 * number : 20 * number + 20].unique().tolist()
-        assert seen == [alignment.NOTHING, *(alignment.number_of(number, item.order) for item in picture.items)]
+        objects = [alignment.number_of(number, item.order) for item in picture.items]
+        assert seen == [alignment.NOTHING, *objects]
+        told = alignment.shown_in(shown, grounds=True)[20 * number : 20 * number + 20]
+        ground, own = alignment.number_of(number, alignment.GROUND), of_tokens[20 * number : 20 * number + 20]
+        assert torch.equal((told == ground).all(-1), (own == alignment.NOTHING).all(-1))
+        assert torch.equal(torch.where(told == ground, alignment.NOTHING, told), own)
+
+
+def test_films_run_backwards_and_pages_change_places_under_new_labels() -> None:
+    """With what each token shows; a document's numbers and a film's times go up as before."""
+    rng = random.Random(4)
+    for task, size, count in (("film", (140, 112), 4), ("pages", (140, 140), 3)):
+        shown = artists.pictures_for(artists.Artist(rng, find_fonts(), [size]), task, count)
+        tokens = size[0] // 28 * size[1] // 28
+        groups = torch.arange(count).repeat_interleave(tokens)[:, None, None].expand(-1, 4, 2)
+        exhibit = gallery.Exhibit(task, shown, (tokens,) * count, groups)
+        orders, named = set(), set()
+        for _ in range(60):
+            made = gallery.rearranged(rng, exhibit)
+            order = made.groups[::tokens, 0, 0].tolist()
+            assert torch.equal(
+                made.groups, torch.tensor(order).repeat_interleave(tokens)[:, None, None].expand(-1, 4, 2)
+            )
+            assert [each.items for each in made.pictures] == [shown[number].items for number in order]
+            labels = [str(each.label) for each in made.pictures]
+            assert labels == sorted(labels) and len(set(labels)) == count and made.room == exhibit.room
+            orders.add(tuple(order))
+            named.add(labels[0])
+        every = tuple(range(count))
+        assert orders == ({every, every[::-1]} if task == "film" else {*itertools.permutations(every)})
+        assert len(named) > 3
+    single = gallery.Exhibit("sum", shown[:1], (20,), torch.zeros(20, 4, 2))
+    assert gallery.rearranged(rng, single) is single
+
+
+def test_steps_learn_at_the_weights_that_are_stored() -> None:
+    torch.manual_seed(2)
+    weight = nn.Parameter(torch.randn(50))
+    exact = weight.detach().clone()
+    with training.as_stored([weight]):
+        weight.square().sum().backward()
+        assert torch.equal(weight, exact.bfloat16().float()) and not torch.equal(weight, exact)
+    assert torch.equal(weight, exact) and weight.grad is not None
+    assert torch.equal(weight.grad, 2 * exact.bfloat16().float())
 
 
 def test_waves_are_read_as_the_places_that_made_them() -> None:
