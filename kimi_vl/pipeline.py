@@ -191,7 +191,7 @@ class Pipeline:
         """Send a request whose events (or error, which ends it) are delivered by the engine's thread.
 
         ``reading`` are the other parameters of :meth:`prepare`, whose prompt may also stand in place of the messages
-        and all files: for several answers to one question.
+        and all of these and of the images: for several answers to one question.
         """
         sampling = Sampling(temperature, top_p, top_k, secrets.randbelow(2**31) if seed is None else seed, logprobs)
         bias = self._logit_bias(logit_bias)
@@ -206,7 +206,12 @@ class Pipeline:
             if stops.any:
                 raise UserError("E_PARAMETER", "stop_sequences would cut a structured answer; leave them out.")
         prompt = messages
-        if not isinstance(prompt, Prompt):
+        if isinstance(prompt, Prompt):
+            if given := [*(["images"] if images else []), *reading]:
+                raise UserError(
+                    "E_PARAMETER", f"a prepared prompt has been read already; leave out {', '.join(given)}."
+                )
+        else:
             prompt = self.prepare(prompt, images, max_length_tokens=max_length_tokens, **reading)
         ids, patches, context = prompt.ids, prompt.patches, self._context
         max_new_tokens = min(max_length_tokens, context - len(ids))

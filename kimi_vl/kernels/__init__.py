@@ -166,10 +166,26 @@ def select_ops(device: torch.device | str, name: str | None = None, use: Use | N
         raise ValueError("kernels are chosen by trying them: say what for, or ask for 'torch', 'native' or 'triton'")
     else:
         ops = _automatic(device, use, triton_ops if device.type == "cuda" else native_ops)
+    if use is not None and ops.static:
+        ops = _for_experts(ops, use)
     if use is not None and device.type == "cuda" and ops is not TORCH:
         from . import startup_check
 
         startup_check.launch_all(ops, device, use)
+    return ops
+
+
+def _for_experts(ops: Ops, use: Use) -> Ops:
+    """``ops``, of Triton, with PyTorch's experts where these are quantised in groups that the kernel does not take.
+
+    The kernel itself would compute them in PyTorch, which a CUDA graph cannot capture."""
+    from .triton.linear import takes
+
+    if takes(use.experts, use.widths.hidden, use.widths.inner):
+        return ops
+    refused = {"moe": "experts are quantised in groups that it does not take"}
+    ops = without(ops, refused)
+    report(refused, ops)
     return ops
 
 

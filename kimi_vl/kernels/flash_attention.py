@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Package:
-    """The functions of one package. With ``narrow``, values may have fewer dims than keys."""
+    """The functions of one package. With ``narrow``, values may have fewer dims than keys; never more."""
 
     narrow: bool
     function: Callable[..., object]
@@ -68,11 +68,17 @@ def packed(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) ->
 
 def _causal(package: Package, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     dims = value.shape[-1]
+    widest = max(query.shape[-1], dims)
+    query, key = _padded(query, widest), _padded(key, widest)
     if not package.narrow:
-        value = F.pad(value, (0, query.shape[-1] - dims))
+        value = _padded(value, widest)
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))
     heads = _output(package.function(query, key, value, softmax_scale=scale, causal=True))  # (B, S, N, V or D)
     return heads[..., :dims].transpose(1, 2)
+
+
+def _padded(states: Tensor, dims: int) -> Tensor:
+    return states if states.shape[-1] == dims else F.pad(states, (0, dims - states.shape[-1]))
 
 
 def _packed(package: Package, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:

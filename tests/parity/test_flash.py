@@ -76,6 +76,7 @@ class Flash4:
     ):  # fmt: skip
         self.calls.append("func")
         assert qv is None and all(each.shape[-1] % 8 == 0 and 8 <= each.shape[-1] <= 256 for each in (q, k, v))
+        assert v.shape[-1] <= q.shape[-1]
         return attend(q, k, v, softmax_scale, causal), None
 
     def flash_attn_varlen_func(
@@ -187,6 +188,18 @@ def test_what_the_check_at_start_refuses_is_not_tried_again(installed, monkeypat
     assert [line.getMessage() for line in caplog.records] == [
         "flash_attn.cute is not used: a call does not end within 60 s"
     ]
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+@pytest.mark.parametrize(("dims", "values"), [(24, 16), (16, 16), (16, 24)])
+def test_values_may_have_fewer_or_more_dims_than_keys(name, dims, values, installed):
+    installed((9, 0), **{name.replace(".", "_"): Flash2() if name == "flash_attn" else Flash4()})
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (
+        torch.randn(2, 3, *shape, generator=generator) for shape in ((5, dims), (9, dims), (9, values))
+    )
+    due = F.scaled_dot_product_attention(query, key, value, torch.ones(5, 9, dtype=torch.bool).tril(4), scale=0.3)
+    assert (flash_attention.causal(query, key, value, 0.3) - due).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", PACKAGES)

@@ -460,3 +460,12 @@ def test_a_deadline_ends_a_request(whole):
         whole.complete(ASK, temperature=0, max_length_tokens=5000, deadline=0.1)
     assert late.value.cause == "deadline"
     assert whole.complete(ASK, temperature=0, max_length_tokens=3).usage.output_tokens == 3
+
+
+def test_a_prepared_prompt_takes_no_more_files(whole):
+    prompt = whole.prepare(SHOW, [Image.new("RGB", (28, 28))])
+    for more in ({"images": [Image.new("RGB", (28, 28))]}, {"videos": ["film.mp4"]}, {"documents": [], "fps": 2.0}):
+        with pytest.raises(UserError, match=f"leave out {', '.join(more)}") as raised:
+            whole.complete(prompt, **more)
+        assert raised.value.code == "E_PARAMETER"
+    assert whole.complete(prompt, max_length_tokens=1).usage.output_tokens == 1

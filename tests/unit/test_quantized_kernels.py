@@ -167,6 +167,22 @@ def test_groups_that_the_kernels_do_not_take_are_computed_without():
         assert apart(call, call.run(TRITON), torch.float32) <= 1
 
 
+def test_experts_in_such_groups_are_pytorchs_and_steps_not_captured(caplog: pytest.LogCaptureFixture):
+    """A kernel that computed them in PyTorch by itself would break the capture of a decode step as a CUDA graph."""
+    use = kernels.Use(ODD, torch.float32, 4, 16)
+    for form, taken in (
+        *((form, form is None or form[1] < 64) for form in (None, *FORMS.values())),  # 64 are all that one of them has
+        (("int4", 8, "bfloat16"), False),
+        (("int8", 48, "bfloat16"), False),
+    ):
+        gate_up, down = Inputs(ODD, torch.float32).experts(form)
+        assert (triton_linear.kernel_form(gate_up, down) is not None) == taken
+        caplog.clear()
+        ops = kernels.select_ops("cpu", "triton", dataclasses.replace(use, experts=form))
+        assert ops.static == taken and (ops.moe is TRITON.moe) == taken
+        assert ops.project is TRITON.project and len(caplog.records) == 2 * (not taken)
+
+
 def test_a_large_weight_is_dequantised_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch):
     inputs = Inputs(ODD, torch.float32)
     call = inputs.project(3, inputs.quantized(FORMS["int4"], 70, ODD.hidden))

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...quantization.weight import QuantizedWeight, Weight
-from .. import linear
+from .. import Form, linear
 
 
 @dataclass(frozen=True)
@@ -289,10 +289,18 @@ def _form(weight: Weight) -> tuple[int, int] | None:
     if isinstance(weight, Tensor):
         return 16, 0
     assert isinstance(weight, QuantizedWeight)
-    size = weight.group
-    if size == weight.shape[-1]:
-        return weight.bits, 0
-    return (weight.bits, size) if size >= 16 and size & size - 1 == 0 else None
+    size = weight.group % weight.shape[-1]
+    return (weight.bits, size) if _groups(size) else None
+
+
+def _groups(size: int) -> bool:
+    return not size or (size >= 16 and size & size - 1 == 0)
+
+
+def takes(form: Form | None, *widths: int) -> bool:
+    """Whether one kernel computes products with matrices of a form that have ``widths`` inputs."""
+    sizes = {form[1] % width for width in widths} if form else {0}
+    return len(sizes) == 1 and all(map(_groups, sizes))
 
 
 def stored(weight: Weight) -> tuple[Tensor, Tensor]:
