@@ -151,9 +151,7 @@ def overlooked(model: KimiVL, batch: gallery.LessonBatch, part: forward.Learnt) 
     row, step = (about != alignment.NOTHING).nonzero().T[:, ::EVERY]
     shared = batch.shared_ids.shape[1]
     attends = attended(model, part, ANSWER_HEAD, row, step)[:, :shared]
-    objects = torch.full((*batch.shared_ids.shape, 4), alignment.NOTHING, device=attends.device)
-    objects[batch.shared_ids == model.config.media_placeholder_token_id] = batch.shown
-    return missed(attends, (objects[rows][row] == about[row, step][:, None, None]).any(-1))
+    return missed(attends, (batch.shown[rows][row] == about[row, step][:, None, None]).any(-1))
 
 
 def unrecalled(model: KimiVL, batch: gallery.LessonBatch, part: forward.Learnt) -> Tensor:

@@ -25,21 +25,25 @@ FOUND = re.compile(r" (yes|no)[,.]")
 SIDE = re.compile(r"[:,] (left|right) (nothing|[a-z]+ [a-z]+)(?: (same|different))?(?=[.,])")
 EMPTY = re.compile(r"(?:left|right) (nothing)")
 ELSE = "else"
-LABEL = re.compile(r"\d\d:\d\d:\d\d|[Pp]age \d")
+LABELS = re.compile(r"\d\d:\d\d:\d\d|[Pp]age \d")
 UNREAD = "=?"
 """Glyphs of a sum that no reading repeats."""
 LABEL_DIGITS = 2
 """Last characters of a frame's or a page's label: they tell it from the others."""
 GROUND = 0
 """In the place of an object's order: where a picture shows none."""
+MARKS = (None, 2, 1)
+"""Characters of a label that are looked up where it is repeated: its first, and those so far from its end."""
 
 Span = tuple[int, int, int, int]
-"""First character, end, number of the picture, and the order of the object that is said there, or GROUND."""
+"""First character, end, number of the picture, and the order of the object that is said there, or GROUND, or which of
+MARKS it is, counted from LABEL on."""
+LABEL = MAX_ORDER + 1
 
 
 def number_of(picture: int, order: int | Tensor) -> int | Tensor:
     """Of an object among all those of a conversation's pictures, by its place in the reading order."""
-    return picture * (MAX_ORDER + 1) + order
+    return picture * (LABEL + len(MARKS)) + order
 
 
 def shown_in(pictures: Sequence[Picture], grounds: bool = False) -> Tensor:
@@ -53,6 +57,16 @@ def shown_in(pictures: Sequence[Picture], grounds: bool = False) -> Tensor:
             shown[(order <= 0).all(-1)] = number_of(number, GROUND)
         made.append(shown)
     return torch.cat(made)
+
+
+def marks_of(begins: Sequence[int], ends: Sequence[int], length: int) -> Tensor:
+    """The numbers of the MARKS of labels that are written from ``begins`` to before ``ends``: (length,), NOTHING of the
+    other tokens."""
+    made = torch.full((length,), NOTHING)
+    for number, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+        for mark, back in enumerate(MARKS, start=LABEL):
+            made[end - back if back else begin] = number_of(number, mark)
+    return made
 
 
 def digits_of(label: str | None) -> list[int]:
@@ -87,9 +101,12 @@ def read_spans(thinking: str, pictures: Sequence[Picture]) -> Iterator[Span]:
             last += len(next((side for side in (" left", " right") if thinking.startswith(side, last)), ""))
             yield at - 2 if ordered else at, last, number, item.order
             cursor = last
-        if labelled:
+        if picture.label is not None:
             for empty in EMPTY.finditer(thinking, begin, end):
                 yield *empty.span(1), number, GROUND
+            for mark, back in enumerate(MARKS, start=LABEL):
+                at = begin - 2 - (back or len(picture.label))
+                yield at, at + 1, number, mark
 
 
 def place_spans(talk: Conversation, picture: Picture) -> Iterator[tuple[int, int, Item]]:
@@ -123,7 +140,7 @@ class Recall:
                 end = at + len(f"{number} {name}")
                 known.append((end - 1, end, f"number {number}"))
                 wanted.append((asked.start(2), asked.end(2), f"number {number}"))
-        labelled, said = list(LABEL.finditer(thinking)), LABEL.search(text, len(thinking))
+        labelled, said = list(LABELS.finditer(thinking)), LABELS.search(text, len(thinking))
         if labelled and said is not None:  # the label of the last frame or page that was read
             for back in range(1, 1 + min(len(said[0]), len(labelled[-1][0]))):
                 if text[said.end() - back].isdigit():
@@ -208,7 +225,8 @@ def align(spelt: Spelt, talk: Conversation, pictures: Sequence[Picture]) -> Alig
         for first, last, number, order in read_spans(talk.thinking, pictures):
             tokens = spelt.within(thinking + first, thinking + last)
             made.about[tokens] = int(number_of(number, order))
-            made.labels[tokens] = torch.tensor(digits_of(pictures[number].label))
+            if order < LABEL:
+                made.labels[tokens] = torch.tensor(digits_of(pictures[number].label))
     for first, last, item in place_spans(talk, pictures[0]):
         tokens = spelt.within(answer + first, answer + last)
         made.about[tokens] = int(number_of(0, item.order))

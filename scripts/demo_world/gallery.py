@@ -54,6 +54,8 @@ TALKS = {
     "pages": 3,
 }  # conversations a visit: where there is more to ask
 OTHER_TALKS = 2
+VISITS = {"film": 3, "pages": 3, "compare": 2, "second_turn": 2}
+"""How often exhibits of some tasks are visited while the others are once."""
 TEXT_TASKS = {"text_sum": 2, "talk": 1, "conclusion": 4}
 TEXT_SHARE = 0.25  # of the batches are without pictures
 CUT_SHARE = 0.08  # of the conversations have their thinking cut short
@@ -96,7 +98,7 @@ class LessonBatch:
     shared_row: Tensor | None = None  # (R,): which of the B rows comes before a conversation
     places: Tensor | None = None  # (T, PLACES): where the object is that a token of the pictures shows, or NOWHERE
     labels: Tensor | None = None  # (T, LABEL_DIGITS): of the label before a token's picture, or NOTHING
-    shown: Tensor | None = None  # (T, 4): the objects that a token of the pictures shows, or their ground
+    shown: Tensor | None = None  # (B, P, 4): the objects that a token of a picture shows, their ground, or a label
     aligned: alignment.Alignment | None = None  # (R, S): of the token after each
 
     @property
@@ -252,7 +254,8 @@ class Teacher:
                 rng.shuffle(room)
                 of_one = sum(room[0].tokens) + room[0].talks * TALK_TOKENS
                 size = min(len(room), max(1, round(self.batch_tokens / of_one)))
-                visits += [room[begin : begin + size] for begin in range(0, len(room) - size + 1, size)]
+                of_room = [room[begin : begin + size] for begin in range(0, len(room) - size + 1, size)]
+                visits += of_room * VISITS.get(room[0].task, 1)
             rng.shuffle(visits)
             for visit in visits:
                 while rng.random() < TEXT_SHARE:
@@ -275,7 +278,7 @@ class Teacher:
 
     def picture_batch(self, rng: random.Random, exhibits: Sequence[Exhibit]) -> LessonBatch:
         system = lessons.system_message(rng, exhibits[0].task)
-        shared, rows, shared_row, aligned = [], [], [], []
+        shared, rows, shared_row, aligned, shown = [], [], [], [], []
         exhibits = [rearranged(rng, exhibit) for exhibit in exhibits]
         for index, exhibit in enumerate(exhibits):
             for _ in range(exhibit.talks):
@@ -287,6 +290,7 @@ class Teacher:
                 spelt = alignment.Spelt(self.tokenizer, rows[-1][2])
                 aligned.append(alignment.align(spelt, talk, exhibit.pictures))
             shared.append(prompt[:begin])
+            shown.append(self.shown(shared[-1], exhibit))
         ids, targets = self.rows(rows)
         return LessonBatch(
             ids,
@@ -296,9 +300,22 @@ class Teacher:
             torch.tensor(shared_row),
             torch.cat([token_places(picture) for exhibit in exhibits for picture in exhibit.pictures]),
             torch.cat([label_digits(exhibit) for exhibit in exhibits]),
-            torch.cat([alignment.shown_in(exhibit.pictures, grounds=True) for exhibit in exhibits]),
+            torch.stack(shown),
             self.beside(rows, aligned, ids.shape[1]),
         )
+
+    def shown(self, prompt: Sequence[int], exhibit: Exhibit) -> Tensor:
+        """What each token before a conversation's words shows, by number: (P, 4), or NOTHING."""
+        ids, starts = torch.tensor(prompt), self.tokenizer.special["<|media_start|>"]
+        made = torch.full((len(prompt), 4), alignment.NOTHING)
+        if exhibit.task in lessons.SEQUENCES:
+            ends = (ids == starts).nonzero()[:, 0].tolist()
+            sizes = [len(self.tokenizer.encode(str(picture.label))) for picture in exhibit.pictures]
+            begins = [end - size for end, size in zip(ends, sizes, strict=True)]
+            made[:] = alignment.marks_of(begins, ends, len(prompt))[:, None]
+        pads = ids == self.tokenizer.special["<|media_pad|>"]
+        made[pads] = alignment.shown_in(exhibit.pictures, grounds=True)
+        return made
 
     def rows(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
         """Ids and targets, padded on the right."""

@@ -44,6 +44,7 @@ from kimi_vl.text.tokenizer import Tokenizer
 from kimi_vl.weights import loader, resolve
 
 OPTIONS = checkpoint.image_options()
+PER_PICTURE = alignment.LABEL + len(alignment.MARKS)
 
 
 def phase(folder: Path, count: int, resume: bool) -> tuple[training.Phase, nn.Module]:
@@ -218,8 +219,9 @@ def check_aids(
         for row, step in (about[part.rows, : part.length] != alignment.NOTHING).nonzero()[:: aids.EVERY].tolist():
             of = int(batch.shared_row[part.rows[row]])
             seen = torch.cat((past.present[layer][of], part.cache.present[layer][row, : step + 1]))  # (L, R+P)
-            shown = batch.shown.view(len(image), -1, 4)[of] == about[part.rows[row], step]
-            places = image[of].nonzero()[:, 0][shown.any(-1)]
+            number = about[part.rows[row], step]
+            places = (batch.shown[of] == number).any(-1).nonzero()[:, 0]
+            assert len(places) > 0 and (image[of][places] == (number % PER_PICTURE < alignment.LABEL)).all()
             latent, rope = seen.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
             keys = attention.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1))[:, head]
             keys = torch.cat((keys[:, : config.qk_nope_head_dim], rope), dim=-1)
@@ -338,11 +340,17 @@ def test_a_completion_looks_at_what_it_says(task: str) -> None:
             ground = spoken.pop(int(alignment.number_of(number, alignment.GROUND)), "")
             assert ground.split() == (["nothing"] * line.count(" nothing") if each.label else [])
         labelled = torch.tensor([alignment.digits_of(None), *(alignment.digits_of(each.label) for each in shown)])
-        of_picture = torch.where(about == alignment.NOTHING, 0, 1 + about // (pictures.MAX_ORDER + 1))
-        of_picture[made.said[:, 0] != NOWHERE] = 0
+        for number, each in enumerate(shown):  # of a label that is read, the first and the last characters
+            marks = [
+                spoken.pop(int(alignment.number_of(number, mark)), "") for mark in range(alignment.LABEL, PER_PICTURE)
+            ]
+            label = f"{each.label}: " in talk.thinking and str(each.label)
+            assert marks == ([label[0], label[-2], label[-1]] if label else [""] * 3)
+        of_picture = torch.where(about == alignment.NOTHING, 0, 1 + about // PER_PICTURE)
+        of_picture[(made.said[:, 0] != NOWHERE) | (about % PER_PICTURE >= alignment.LABEL)] = 0
         assert torch.equal(made.labels, labelled[of_picture])
         for number, item in items.items():
-            label = shown[number // (pictures.MAX_ORDER + 1)].label
+            label = shown[number // PER_PICTURE].label
             name = turns.name_of(item) if item.colour else item.kind
             line = talk.thinking.partition(f"{label}: ")[2].partition(".")[0]  # of a sequence it reads what it needs
             if item.kind in alignment.UNREAD or (label is not None and name not in line):
