@@ -27,6 +27,7 @@ from kimi_vl.errors import UserError
 from kimi_vl.events import Answer, Done, Event, Reasoning
 from kimi_vl.media import data_url, kinds
 from kimi_vl.text import grammar
+from kimi_vl.text.grounding import grounding_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -417,6 +418,8 @@ def _json_lines(events: Iterable[Reasoning | Answer | Done]) -> Iterator[str]:
             }
             if event.media:
                 line["media"] = [dataclasses.asdict(use) for use in event.media]
+            if event.image_sizes:
+                line["grounding"] = grounding_of(event).to_dict()
         else:
             line = {"type": "reasoning" if isinstance(event, Reasoning) else "answer", "text": event.text}
         yield json.dumps(line, ensure_ascii=False).translate(LINE_ENDS) + "\n"
@@ -426,8 +429,7 @@ def _grounding_line(events: Iterable[Event], pictures: "Callable[[], list[Image]
     """One JSON object: the answer, the places that it names, and what was found drawn on each of `pictures`."""
     for event in events:
         if isinstance(event, Done):
-            sizes, image = event.image_sizes, event.asked_image
-            found = kimi_vl.grounding(event.answer, sizes, image=image) if sizes else kimi_vl.Grounding(None, ())
+            found = grounding_of(event)
             line: dict[str, Any] = {
                 "answer": event.answer,
                 "finish_reason": event.finish_reason,

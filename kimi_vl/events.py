@@ -94,7 +94,8 @@ class Done:
 
     ``media`` has what was taken of each video and document, ``image_sizes`` the width and height of each image in
     pixels, as it was sent but upright, both in order. ``asked_image`` is the number, from 0, of the first image of the
-    last message that has any: the one that an answer is about if it names none.
+    last message that has a file: the one that an answer is about if it names none. It is None where that message has
+    videos or documents alone.
     """
 
     reasoning: str
@@ -107,7 +108,7 @@ class Done:
     tokens_per_second: float
     media: tuple[MediaUse, ...] = field(default=(), repr=False)
     image_sizes: tuple[tuple[int, int], ...] = field(default=(), repr=False)
-    asked_image: int = 0
+    asked_image: int | None = 0
     logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)  # of all of the answer
 
 

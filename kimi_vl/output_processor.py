@@ -36,7 +36,7 @@ class TextOutputProcessor:
         image_sizes: tuple[tuple[int, int], ...] = (),
         logit_bias: LogitBias | None = None,
         matcher: Matcher | None = None,
-        asked_image: int = 0,
+        asked_image: int | None = 0,
     ):
         self._tokenizer, self._stop_ids = tokenizer, tokenizer.stop_ids
         self.sampling = sampling

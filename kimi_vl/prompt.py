@@ -41,7 +41,7 @@ class Prompt:
     prefill: str | None
     media: tuple[MediaUse, ...]
     image_sizes: tuple[tuple[int, int], ...]
-    asked_image: int
+    asked_image: int | None
     began: float
     """When the request came, by :func:`time.monotonic`."""
 

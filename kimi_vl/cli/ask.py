@@ -18,7 +18,7 @@ from .. import parameters
 from ..errors import UserError
 from ..events import Answer, Done, Reasoning
 from ..media import kinds
-from ..text.grounding import grounding
+from ..text.grounding import grounding_of
 from ..text.stop_sequences import StopSequences
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def _draw(done: Done, pictures: list[Image], path: Path, status: _Status) -> Non
     """What the answer names, on the first picture into ``path`` and on further ones into numbered files beside it."""
     from .. import annotate
 
-    found = grounding(done.answer, done.image_sizes, image=done.asked_image)
+    found = grounding_of(done)
     for number, picture in enumerate(pictures, 1):
         target = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
         try:
@@ -220,7 +220,7 @@ def _print_json(events: EventStream, status: _Status) -> Done | None:
             if not event.media:
                 del summary["media"]
             if event.image_sizes:
-                summary["grounding"] = grounding(event.answer, event.image_sizes, image=event.asked_image).to_dict()
+                summary["grounding"] = grounding_of(event).to_dict()
             print(json.dumps(summary, ensure_ascii=False, indent=2))
     return done
 

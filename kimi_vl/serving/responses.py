@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..events import Answer, Done, Event, Reasoning, TokenLogprob
-from ..text.grounding import grounding
+from ..text.grounding import grounding_of
 from ..text.thinking import THINK_CLOSE, THINK_OPEN
 from .errors import ApiError
 from .protocol import ReasoningForm
@@ -87,8 +87,8 @@ def details(done: Done, grounded: bool = False) -> dict[str, Any]:
     }
     if done.media:
         found["media"] = [dataclasses.asdict(use) for use in done.media]
-    if grounded and done.image_sizes:
-        found["grounding"] = grounding(done.answer, done.image_sizes, image=done.asked_image).to_dict()
+    if grounded:
+        found["grounding"] = grounding_of(done).to_dict()
     return found
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ..errors import UserError
+from ..events import Done
 from .loose_json import Value, values
 
 Sizes = tuple[int, int] | Sequence[tuple[int, int]]
@@ -27,7 +28,7 @@ MAX_CHARACTERS = 100_000
 """Of an answer, from its beginning; the rest is not read."""
 MAX_LABEL = 500
 
-_CLOSER, _OPENER = "◁/think▷", "◁think▷"
+_OPENER, _CLOSER = re.compile("◁think▷|<think>"), re.compile("◁/think▷|</think>")
 _TOLERANCE = 0.05  # a fraction slightly beyond the edge is still a fraction
 
 _N = r"[-+]?\d{1,6}(?:\.\d{1,12})?(?![\d.]*\d)\s?%?"
@@ -136,26 +137,35 @@ class _Raw:
             yield from point
 
 
-def grounding(answer: str, image_size: Sizes, unit: Unit | None = None, image: int = 0) -> Grounding:
+def grounding(answer: str, image_size: Sizes, unit: Unit | None = None, image: int | None = 0) -> Grounding:
     """The places that ``answer`` names in a picture of ``image_size`` (width, height), or in several pictures.
 
     The unit of the numbers is decided once for the whole answer: any ``%`` makes it percent; all within 0 to 1,
     relative; all up to 1,000 in a form that is written so, thousandths; else pixels. ``unit`` decides it instead.
-    With several pictures a place is in the one of number ``image``, counted from 0, unless its JSON has an ``image``
-    number (from 1, or from 0 where an answer uses 0). Boxes are ordered and cut at the picture's edges; what has no
-    area or lies outside is left out.
-    Raises :class:`UserError` (E_PARAMETER) for a size or a number that is none.
+    With several pictures a place is in the one of number ``image``, counted from 0, or in none where that is None,
+    unless its JSON has an ``image`` number (from 1, or from 0 where an answer uses 0). Boxes are ordered and cut at the
+    picture's edges; what has no area or lies outside is left out.
+    Raises :class:`UserError` (E_PARAMETER) for an answer that is no text, and a size or a number that is none.
     """
     sizes = _sizes(image_size)
+    if not isinstance(answer, str):
+        raise UserError("E_PARAMETER", "answer must be a text; change it.")
     if unit is not None and unit not in get_args(Unit):
         raise UserError("E_PARAMETER", f"unit must be one of {', '.join(get_args(Unit))}; change it.")
-    if not 0 <= image < len(sizes):
-        raise UserError("E_PARAMETER", "image must be the number of one of the pictures, from 0; change it.")
+    if image is not None and not (isinstance(image, int) and 0 <= image < len(sizes)):
+        raise UserError("E_PARAMETER", "image must be the number of one of the pictures, from 0, or None; change it.")
     raw = _found(*_answer_part(answer))[:MAX_FINDINGS]
     unit = unit or _unit(raw)
     first = 0 if any(each.image == 0 for each in raw) else 1
     findings = [_placed(each, unit, sizes, first, image) for each in raw] if unit else []
     return Grounding(unit, tuple(finding for finding in findings if finding is not None))
+
+
+def grounding_of(done: Done) -> Grounding:
+    """The places in the images of a request that its answer names."""
+    if not done.image_sizes:
+        return Grounding(None, ())
+    return grounding(done.answer, done.image_sizes, image=done.asked_image)
 
 
 def _sizes(image_size: Any) -> list[tuple[int, int]]:
@@ -172,13 +182,11 @@ def _sizes(image_size: Any) -> list[tuple[int, int]]:
 
 
 def _answer_part(text: str) -> tuple[str, int]:
-    """The text, and where its answer begins: behind the thinking; at its end where the thinking does not end."""
-    begin = text.rfind(_CLOSER)
-    if begin >= 0:
-        begin += len(_CLOSER)
-    else:
-        begin = len(text) if _OPENER in text else 0
-    return text[: begin + MAX_CHARACTERS], begin
+    """The text up to where its answer ends, and where that begins: behind the last thinking that ends, up to thinking
+    that does not end."""
+    begin = max((closer.end() for closer in _CLOSER.finditer(text)), default=0)
+    opener = _OPENER.search(text, begin)
+    return text[: min(begin + MAX_CHARACTERS, opener.start() if opener else len(text))], begin
 
 
 # From text to places
@@ -189,8 +197,7 @@ def _found(text: str, begin: int) -> list[_Raw]:
     clear, bare = [], []
     fences = [match.span(1) for match in _FENCE.finditer(text, begin)]
     for value in values(text, begin):
-        fenced = any(start <= value.begin < end for start, end in fences)
-        (clear if fenced or value.has_fields else bare).extend(_of_json(value, None, None))
+        (clear if _inside_one(value.begin, fences) or value.has_fields else bare).extend(_of_json(value, None, None))
     for places in (_of_calls(text, begin), _of_tags(text, begin)):
         covered = sorted(place.span for place in clear)
         clear.extend(place for place in places if not _inside_one(place.span[0], covered))
@@ -400,10 +407,10 @@ def _unit(raw: Sequence[_Raw]) -> Unit | None:
     return "pixels"
 
 
-def _placed(raw: _Raw, unit: Unit, sizes: Sequence[tuple[int, int]], first: int, default: int) -> Finding | None:
-    image = default if raw.image is None else raw.image - first
-    if not 0 <= image < len(sizes):
-        image = default
+def _placed(raw: _Raw, unit: Unit, sizes: Sequence[tuple[int, int]], first: int, default: int | None) -> Finding | None:
+    image = default if raw.image is None or not first <= raw.image < first + len(sizes) else raw.image - first
+    if image is None:
+        return None
     width, height = sizes[image]
     scale_x, scale_y = {
         "relative": (1.0, 1.0),

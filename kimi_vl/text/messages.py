@@ -134,11 +134,13 @@ def asks_something(turns: Sequence[Turn]) -> bool:
     return False
 
 
-def asked_image(turns: Sequence[Turn]) -> int:
-    """The number, from 0, of the first image of the last message that has any; 0 without images."""
-    counts = [len(turn.images) for turn in turns]
-    last = max((index for index, count in enumerate(counts) if count), default=0)
-    return sum(counts[:last])
+def asked_image(turns: Sequence[Turn]) -> int | None:
+    """The number, from 0, of the first image of the last message that has a file; None where it has videos and
+    documents alone, or no message has any."""
+    last = max((index for index, turn in enumerate(turns) if turn.files), default=None)
+    if last is None or not turns[last].images:
+        return None
+    return sum(len(turn.images) for turn in turns[:last])
 
 
 def _turn(message: Any) -> Turn:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from kimi_vl.errors import UserError
 from kimi_vl.text import prompts
 from kimi_vl.text.grounding import MAX_FINDINGS, Grounding, grounding
 from kimi_vl.text.loose_json import MAX_DEPTH, Value, values
+from kimi_vl.text.thinking import MARKERS
 
 SIZE = (1000, 500)
 FUZZED = int(os.environ.get("KIMI_VL_FUZZ", "0")) * 50 or 3_000
@@ -210,6 +213,11 @@ def test_guesses_of_the_thinking_do_not_count() -> None:
     answer = '◁think▷{"bbox": [0.5, 0.5, 0.6, 0.6]} no…◁/think▷{"bbox": [0.1, 0.2, 0.5, 0.5]}'
     (finding,) = grounding(answer, SIZE).findings
     assert finding.box == HALF and answer[slice(*finding.span)] == '{"bbox": [0.1, 0.2, 0.5, 0.5]}'
+    for opener, closer in MARKERS:
+        guess = f"{opener}maybe [0.5, 0.5, 0.6, 0.6]"
+        assert found(guess) == [] and found(f"{guess}{closer}none") == []
+        assert found(f"{guess}{closer}[0.1, 0.2, 0.5, 0.5]{guess}") == [(HALF,)]
+        assert found(f"{guess}{closer}{guess}{closer}[0.1, 0.2, 0.5, 0.5]") == [(HALF,)]
 
 
 def test_bare_numbers_beside_something_clearer_do_not_count() -> None:
@@ -256,9 +264,11 @@ def test_which_picture() -> None:
     ]
     others = grounding(f'[{{"image": 1, {box}}}, {{{box}}}, {{"image": 9, {box}}}]', sizes, image=1)
     assert [each.image for each in others.findings] == [0, 1, 1]
-    for number in (-1, 2):
+    nowhere = grounding(f'[{{"image": 2, {box}}}, {{{box}}}, {{"image": 9, {box}}}]', sizes, image=None)
+    assert [each.image for each in nowhere.findings] == [1]
+    for number in (-1, 2, "1"):
         with pytest.raises(UserError, match="image must be"):
-            grounding(box, sizes, image=number)
+            grounding(box, sizes, image=number)  # pyright: ignore[reportArgumentType]
     counted_from_0 = grounding(f'[{{"image": 0, {box}}}, {{"image": 1, {box}}}]', sizes)
     assert [each.image for each in counted_from_0.findings] == [0, 1]
 
@@ -267,6 +277,11 @@ def test_which_picture() -> None:
 def test_a_size_that_is_none(size: Any) -> None:
     with pytest.raises(UserError, match="image_size"):
         grounding("[0.1, 0.2]", size)
+
+
+def test_an_answer_that_is_none() -> None:
+    with pytest.raises(UserError, match="answer"):
+        grounding(None, SIZE)  # pyright: ignore[reportArgumentType]
 
 
 def test_findings_are_limited() -> None:
@@ -324,7 +339,7 @@ PIECES = (
     *("0.5", "12", "1000", "-3", "1e5", "NaN", "true", "é", "\x00", "\\u", "\\ud800", "9" * 20, "0.123456789123456789"),
     *("```json\n", "```", "click(", "pyautogui.click(x=", "y=", "dragTo(", "from_coord=[", "((((((", "[[[[[", '{"a":'),
     *("<point>", "</point>", "<|det|>", "<|/det|>", "<box>", "</box>", "<|ref|>", "<|/ref|>", "bbox_2d", '"label"'),
-    *("◁/think▷", "◁think▷", "[0.1,0.2,0.3,0.4]", '{"bbox": [1, 2, 3, 4]}'),
+    *("◁/think▷", "◁think▷", "<think>", "</think>", "[0.1,0.2,0.3,0.4]", '{"bbox": [1, 2, 3, 4]}'),
 )
 
 
@@ -341,12 +356,14 @@ def test_whatever_is_written() -> None:
 
 
 def check(result: Grounding, text: str) -> None:
-    answer = text.rfind("◁/think▷")
+    answer = max(text.rfind(closer) for _, closer in MARKERS)
+    thinking = [text.find(opener, max(answer, 0)) for opener, _ in MARKERS]
+    end = min((at for at in thinking if at >= 0), default=len(text))
     for each in result.findings:
         assert each.box or each.points
         assert each.box is None or (0 <= each.box[0] <= each.box[2] <= 640 and 0 <= each.box[1] <= each.box[3] <= 480)
         assert all(0 <= x <= 640 and 0 <= y <= 480 for x, y in each.points)
-        assert max(answer, 0) <= each.span[0] < each.span[1] <= len(text)
+        assert max(answer, 0) <= each.span[0] < each.span[1] <= end
     json.dumps(result.to_dict(), allow_nan=False).encode()
 
 
@@ -356,6 +373,30 @@ def check(result: Grounding, text: str) -> None:
 def test_long_repetitions_are_read_in_one_pass(piece: str) -> None:
     """Reading twice as much reads no more than about twice as many tokens; what is quadratic would not end here."""
     assert isinstance(grounding(piece * (150_000 // len(piece)), SIZE), Grounding)
+
+
+@pytest.mark.parametrize("piece", ["```[.1,.2]```", '{"a": [1]} ', "[.1, .2] ", "click(.1, .2) ", "<box>1 2 3 4</box>"])
+def test_twice_as_many_places_take_twice_the_work(piece: str) -> None:
+    """Counted in the steps of the interpreter."""
+
+    def steps(text: str) -> int:
+        count = 0
+
+        def count_step(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal count
+            frame.f_trace_opcodes = True
+            count += event == "opcode"
+            return count_step
+
+        before = sys.gettrace()
+        sys.settrace(count_step)
+        try:
+            grounding(text, SIZE)
+        finally:
+            sys.settrace(before)
+        return count
+
+    assert steps(piece * 400) < 2.5 * steps(piece * 200)
 
 
 def test_values_keep_their_places() -> None:

@@ -24,7 +24,7 @@ from kimi_vl.errors import UserError
 from kimi_vl.media.images import ImageOptions
 from kimi_vl.pipeline import Pipeline
 from kimi_vl.text import chat
-from kimi_vl.text.messages import ImagePart, Turn, asks_something, read
+from kimi_vl.text.messages import ImagePart, Turn, asked_image, asks_something, read
 from kimi_vl.text.thinking import THINK_CLOSE, THINK_OPEN, answer_of
 from kimi_vl.text.tokenizer import Tokenizer
 from kimi_vl.weights import loader
@@ -623,3 +623,19 @@ def test_what_was_read_is_read_again_unchanged() -> None:
     assert read(turns) == turns
     assert asks_something(turns)
     assert chat.render(turns) == chat.render(FULL)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "asked"),
+    [
+        ([["image"], ["document"]], None),
+        ([["video"]], None),
+        ([["document", "image"]], 0),
+        ([["image", "image"], ["video"], ["image", "document"], []], 2),
+        ([["video"], []], None),
+    ],
+)
+def test_pages_and_frames_are_no_image_that_is_asked_about(kinds: list[list[str]], asked: int | None) -> None:
+    """What is asked about a document is not about an image of an earlier message."""
+    turns = read([{"role": "user", "content": [{"type": kind} for kind in each] or "Where?"} for each in kinds])
+    assert asked_image(turns) == asked

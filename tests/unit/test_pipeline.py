@@ -227,7 +227,16 @@ def test_a_value_that_is_not_finite_fails_the_request(whole, monkeypatch):
 
 @pytest.mark.parametrize(
     ("counts", "asked"),
-    [((0,), 0), ((1,), 0), ((3,), 0), ((1, 1), 1), ((2, 1), 2), ((1, 2, 0), 1), ((0, 2, 0, 0), 0), ((2, 0, 3, 1), 5)],
+    [
+        ((0,), None),
+        ((1,), 0),
+        ((3,), 0),
+        ((1, 1), 1),
+        ((2, 1), 2),
+        ((1, 2, 0), 1),
+        ((0, 2, 0, 0), 0),
+        ((2, 0, 3, 1), 5),
+    ],
 )
 def test_the_image_that_is_asked_about_is_the_first_of_the_last_message_with_one(whole, counts, asked):
     messages = []

@@ -203,6 +203,13 @@ def test_grounding_of_a_later_message_is_of_its_picture() -> None:
     assert (finding["image"], finding["box"]) == (1, [20.0, 20.0, 100.0, 50.0])
 
 
+def test_json_ends_with_the_places_in_the_pictures() -> None:
+    *_, last = run(Answer(BOX), done(answer=BOX, image_sizes=((100, 50),)), output_format="json")
+    line = json.loads(last)
+    assert line["grounding"]["unit"] == "relative"
+    assert [each["box"] for each in line["grounding"]["findings"]] == [[10.0, 10.0, 50.0, 25.0]]
+
+
 def test_grounding_without_a_picture_finds_nothing() -> None:
     (line,) = run(Answer(BOX), done(answer=BOX), output_format="grounding")
     assert json.loads(line) == {"answer": BOX, "finish_reason": "stop", "unit": None, "findings": []}
