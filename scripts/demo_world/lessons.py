@@ -30,16 +30,11 @@ TASKS: dict[str, float] = {
     "box": 8.0,
     "boxes": 20.0,
     "click": 9.0,
-}
-"""Names of the tasks that the committed weights have learnt and how often each is drawn, relative to the others."""
-
-LATER_TASKS: dict[str, float] = {
     "film": 14.0,
     "pages": 12.0,
 }
-"""Tasks that there are lessons for, and that the committed weights have begun to learn."""
+"""Names of the tasks and how often each is drawn, relative to the others."""
 
-ALL_TASKS = TASKS | LATER_TASKS
 SEQUENCES = ("film", "pages")
 """Tasks of several pictures, each with its label."""
 
@@ -172,7 +167,7 @@ def conclusion(rng: random.Random) -> Conversation:
 
 def _study(artist: Artist, task: str | None, conversations: int) -> Study:
     rng = artist.rng
-    task = task or rng.choices(list(ALL_TASKS), list(ALL_TASKS.values()))[0]
+    task = task or rng.choices(list(TASKS), list(TASKS.values()))[0]
     pictures = pictures_for(artist, task)
     made: dict[tuple[str, ...], Conversation] = {}
     for _ in range(5 * conversations):  # conversations that ask something else each, where there is enough to ask

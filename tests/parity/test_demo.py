@@ -50,8 +50,12 @@ def test_the_card_covers_every_task():
 @pytest.mark.parametrize("task", lessons.TASKS)
 def test_fresh_pictures(examinee, task, asked):
     """New questions, right as often as the card says but for chance: three standard deviations of both samples."""
-    results = evaluate.examine(examinee, SEED, asked, [task])
-    measured, share = promised()[task]
+    check(evaluate.examine(examinee, SEED, asked, [task]))
+
+
+def check(results: list[evaluate.Result]) -> None:
+    """All of one task."""
+    asked, (measured, share) = len(results), promised()[results[0].task]
     share = (share * measured + 1) / (measured + 2)  # no finite sample shows that a model is never wrong
     allowed = asked * share - 3 * math.sqrt(asked * share * (1 - share) * (1 + asked / measured))
     wrong = [(result.question, result.due, result.came) for result in results if not result.right]
@@ -164,9 +168,16 @@ def test_the_service_answers_as_the_model_alone_does(examinee, monkeypatch):
     for task in ("sum", "compare", "talk"):
         asked = list(evaluate.questions(SEED, 3, task))
         assert list(service.answer(asked)) == list(examinee.answer(asked))
-    for task in lessons.SEQUENCES:  # which these weights have only begun to learn: an answer of any kind is one
-        asked = list(evaluate.questions(SEED, 2, task))
-        assert all(answer.strip() for _, answer in service.answer(asked))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [6, pytest.param(48, marks=pytest.mark.nightly)])  # questions
+@pytest.mark.parametrize("task", lessons.SEQUENCES)
+def test_films_and_documents_come_as_files(task, asked, monkeypatch):
+    """A video's frames are compressed and a document's pages drawn, and the service takes the same of them."""
+    monkeypatch.setattr(sandbox, "WALL_S", 900.0)  # however loaded the machine is
+    monkeypatch.setattr(sandbox, "WAIT_S", 900.0)
+    check(evaluate.examine(doors.Service(resolve.DEMO), SEED, asked, [task]))
 
 
 @torch.inference_mode()

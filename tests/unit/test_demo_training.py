@@ -315,7 +315,7 @@ def test_tokens_of_frames_know_the_last_digits_of_their_label() -> None:
     assert (gallery.label_digits(plain) == alignment.NOTHING).all()
 
 
-@pytest.mark.parametrize("task", [*lessons.ALL_TASKS])
+@pytest.mark.parametrize("task", [*lessons.TASKS])
 def test_a_completion_looks_at_what_it_says(task: str) -> None:
     """Tokens that are about an object spell its name, or its glyph, or its place; all that is read is looked at."""
     tokenizer, rng = Tokenizer.from_directory(resolve.DEMO), random.Random(task)

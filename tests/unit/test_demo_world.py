@@ -14,7 +14,7 @@ from demo_world import gallery, lessons, phrases, requests
 from demo_world.arithmetic import work_out
 from demo_world.grading import BOXES, is_right
 from demo_world.labels import PLACES, patch_labels
-from demo_world.lessons import ALL_TASKS, TASKS, Conversation, Study, make_study, text_of, vocabulary_text
+from demo_world.lessons import TASKS, Conversation, Study, make_study, text_of, vocabulary_text
 from demo_world.pictures import COLOURS, GLYPHS, KINDS, MAX_ORDER, SHAPES, Item, Picture, picture_size
 from demo_world.printing import draw_sum, find_fonts
 from demo_world.scenes import draw_scene
@@ -80,7 +80,7 @@ def test_arithmetic_is_right_everywhere() -> None:
 
 
 def test_seed_fixes_pictures_and_texts() -> None:
-    for task in ALL_TASKS:
+    for task in TASKS:
         assert _plain(make_study(random.Random(5), FONTS, task)) == _plain(make_study(random.Random(5), FONTS, task))
     assert _plain(make_study(random.Random(1), FONTS, "sum")) != _plain(make_study(random.Random(2), FONTS, "sum"))
     assert list(vocabulary_text(random.Random(3), 30)) == list(vocabulary_text(random.Random(3), 30))
