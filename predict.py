@@ -418,7 +418,7 @@ def _json_lines(events: Iterable[Reasoning | Answer | Done]) -> Iterator[str]:
             }
             if event.media:
                 line["media"] = [dataclasses.asdict(use) for use in event.media]
-            if event.image_sizes:
+            if event.image_sizes or event.media:
                 line["grounding"] = grounding_of(event).to_dict()
         else:
             line = {"type": "reasoning" if isinstance(event, Reasoning) else "answer", "text": event.text}

@@ -10,13 +10,14 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from .. import parameters
 from ..errors import UserError
-from ..events import Answer, Done, Reasoning
+from ..events import Answer, Done, MediaUse, Reasoning
 from ..media import kinds
 from ..text.grounding import grounding_of
 from ..text.stop_sequences import StopSequences
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
 _DIM, _PLAIN, _CLEAR_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
 _MAX_PROMPT = 2**25  # characters read from standard input, which may never end; far more than any context takes
+# What a file is taken for whose content does not say it, such as a film of another format: it is refused as what it is.
+_BY_SUFFIX = {".pdf": kinds.DOCUMENT} | dict.fromkeys(
+    ".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .qt .ts .webm .wmv".split(), kinds.VIDEO
+)
 # Characters that would steer a terminal, of which text needs only line ends and tabs.
 _INERT = {code: "�" for code in [*range(32), 127, *range(128, 160)] if chr(code) not in "\n\t"}
 
@@ -71,35 +76,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     prompt, files = _question(arguments)
     _check(arguments)
+    types = [_type(file) for file in files]
     if arguments.boxes is not None:
-        _check_picture_file(arguments.boxes, files)
+        _check_boxes(arguments, types)
+    _check_reading(arguments, types)
     status = _Status(sys.stderr)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_LogToStatus(status)])
     model = arguments.model or os.environ.get("KIMI_VL_MODEL") or "auto"
-    parts = [{"type": _kind(file)} for file in files]
-    _check_reading(arguments, {part["type"] for part in parts})
-    chat = [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
-    beside = {
-        f"{kind}s": [file for file, part in zip(files, parts, strict=True) if part["type"] == kind]
+    chat = [{"role": "user", "content": [*({"type": each} for each in types), {"type": "text", "text": prompt}]}]
+    asked: dict[str, Any] = {
+        f"{kind}s": [file for file, each in zip(files, types, strict=True) if each == kind]
         for kind in ("image", "video", "document")
     }
-    reading = {name: getattr(arguments, name) for name in ("fps", "max_frames", "start", "end", "pages")}
+    asked |= {name: getattr(arguments, name) for name in ("fps", "max_frames", "start", "end", "pages")}
+    asked["max_length_tokens"] = arguments.max_tokens
     if arguments.system:
         chat.insert(0, {"role": "system", "content": arguments.system})
     status.show("loading the model")
     pipeline = _load(model, status)
     try:
         if arguments.estimate:
-            found = pipeline.estimate(chat, **beside, **reading, max_length_tokens=arguments.max_tokens)
+            found = pipeline.estimate(chat, **asked)
             status.clear()
             shown = dataclasses.asdict(found)
             del shown["ids"]
             print(json.dumps(shown, ensure_ascii=False, indent=2))
             return 0
+        prepared = pipeline.prepare(chat, **asked)
+        if not arguments.json:
+            _say_what_is_missing(files, prepared.media, status)
         events = pipeline.stream(
-            chat,
-            **beside,
-            **reading,
+            prepared,
             temperature=arguments.temperature,
             top_p=arguments.top_p,
             top_k=arguments.top_k,
@@ -112,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
             printing = _print_json if arguments.json else functools.partial(_print, thinking=arguments.thinking)
             done = printing(events, status=status)
         if arguments.boxes and done:
-            _draw(done, pipeline.pictures(chat, beside["images"]), arguments.boxes, status)
+            _draw(done, pipeline.pictures(chat, asked["images"]), arguments.boxes, status)
         return 0
     finally:
         status.clear()
@@ -128,21 +135,22 @@ def _check(arguments: argparse.Namespace) -> None:
     StopSequences(arguments.stop)
 
 
-def _check_reading(arguments: argparse.Namespace, kinds: set[str]) -> None:
+def _check_reading(arguments: argparse.Namespace, types: Sequence[str]) -> None:
     """Raise :class:`UserError` where it is said how a kind of files is read and there is none of them."""
     for kind, names in {"video": ("fps", "max_frames", "start", "end"), "document": ("pages",)}.items():
-        for name in names if kind not in kinds else ():
+        for name in names if kind not in types else ():
             if getattr(arguments, name) is not None:
                 option = f"--{name.replace('_', '-')}"
                 raise UserError("E_PARAMETER", f"{option} is for a {kind}; name one after the question.")
 
 
-def _kind(file: Path) -> str:
-    """The type of the part that a file is, by its content; what nobody knows is taken for an image, and refused so."""
-    if file.is_fifo():  # which can be read only once
-        return "image"
-    with file.open("rb") as opened:
-        kind = kinds.of(opened.read(kinds.HEAD_BYTES))
+def _type(file: Path) -> str:
+    """The type of the part that a file is: by its content, or where that is not known, by its name."""
+    kind = None
+    if not file.is_fifo():  # which can be read only once
+        with file.open("rb") as opened:
+            kind = kinds.of(opened.read(kinds.HEAD_BYTES))
+    kind = kind or _BY_SUFFIX.get(file.suffix.lower())
     return "video" if kind is kinds.VIDEO else "document" if kind is kinds.DOCUMENT else "image"
 
 
@@ -185,13 +193,29 @@ def _load(model: str, status: _Status):
     return pipeline.load(model)
 
 
-def _check_picture_file(path: Path, files: list[Path]) -> None:
+def _check_boxes(arguments: argparse.Namespace, types: Sequence[str]) -> None:
+    """Raise :class:`UserError` where there will be nothing to draw, or nowhere to draw it."""
+    path = arguments.boxes
+    if arguments.estimate:
+        raise UserError("E_PARAMETER", "--boxes draws what an answer names; leave out --estimate.")
+    if arguments.thinking == "only" and not arguments.json:
+        raise UserError("E_PARAMETER", "--boxes draws what an answer names; leave out --thinking only.")
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError("E_PARAMETER", f"--boxes {path}: name a file that ends in .png, .jpg or .webp.")
     if not path.parent.is_dir():
         raise UserError("E_PARAMETER", f"--boxes {path}: there is no folder {path.parent}.")
-    if not any(_kind(file) == "image" for file in files):
+    if "image" not in types:
         raise UserError("E_PARAMETER", "--boxes draws on an image; name one after the question.")
+
+
+def _say_what_is_missing(files: Sequence[Path], media: Sequence[MediaUse], status: _Status) -> None:
+    """A line for each video of which fewer frames are taken than were asked for."""
+    for file, use in zip(files, media, strict=True):
+        if use.kind == "video" and len(use.taken) < use.wanted:
+            status.line(
+                f"{file}: {len(use.taken)} of {use.wanted} frames, {use.width}x{use.height} pixels each; "
+                "the others do not fit or are damaged"
+            )
 
 
 def _draw(done: Done, pictures: list[Image], path: Path, status: _Status) -> None:
@@ -206,7 +230,7 @@ def _draw(done: Done, pictures: list[Image], path: Path, status: _Status) -> Non
         except OSError as error:
             raise UserError("E_PARAMETER", f"{target}: {error.strerror or 'it cannot be written'}.") from None
     names = (f"{number}: {each.label or each.action or 'unnamed'}" for number, each in enumerate(found.findings, 1))
-    status.line(f"{path}: {', '.join(names) or 'the answer names no place'}".translate(_INERT))
+    status.line(f"{path}: {', '.join(names) or 'the answer names no place'}")
 
 
 def _print_json(events: EventStream, status: _Status) -> Done | None:
@@ -219,7 +243,7 @@ def _print_json(events: EventStream, status: _Status) -> Done | None:
             del summary["logprobs"]  # none are asked for
             if not event.media:
                 del summary["media"]
-            if event.image_sizes:
+            if event.image_sizes or event.media:
                 summary["grounding"] = grounding_of(event).to_dict()
             print(json.dumps(summary, ensure_ascii=False, indent=2))
     return done
@@ -282,7 +306,7 @@ class _Status:
     def line(self, text: str) -> None:
         """A line that stays."""
         self.clear()
-        self._stream.write(text + "\n")
+        self._stream.write(text.translate(_INERT) + "\n")
         self._stream.flush()
 
     def clear(self) -> None:

@@ -66,6 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
         "kimi-vl": __version__,
         "python": platform.python_version(),
         "libraries": {name: _version(name) for name in ("torch", "transformers", "triton", "flash-attn", "cog")},
+        "videos": _reader("av"),
+        "documents": _reader("pypdfium2"),
         "device": asdict(device),
         "kernels": _kernels(),
         "cpu": f"{_processor()}, {os.cpu_count()} cores",
@@ -162,6 +164,13 @@ def _version(name: str) -> str | None:
         return None
 
 
+def _reader(library: str) -> str | None:
+    """A library that only processes of their own import, with its version; None where it is not installed."""
+    if importlib.util.find_spec(library) is None:
+        return None
+    return f"{library} {_version(library) or 'of an unknown version'}"
+
+
 def _existing(path: Path) -> Path:
     path = path.absolute()
     while not path.exists():
@@ -189,6 +198,8 @@ def _text(facts: dict) -> str:
     lines = [
         f"kimi-vl {facts['kimi-vl']}, Python {facts['python']}",
         f"libraries  {versions}",
+        f"videos     {facts['videos'] or _missing('video')}",
+        f"documents  {facts['documents'] or _missing('pdf')}",
         f"device     {device['name']}",
         f"memory     {device['free'] / GIB:.1f} of {device['total'] / GIB:.1f} GiB free",
         f"processor  {facts['cpu']}",
@@ -205,6 +216,10 @@ def _text(facts: dict) -> str:
     lines.append("limits")
     lines += [f"  {name:<16} {value:,}" for name, value in facts["limits"].items()]
     return "\n".join(lines)
+
+
+def _missing(extra: str) -> str:
+    return f'not read: pip install "kimi-vl[{extra}]"'
 
 
 def _verdict(fit: dict, device: dict) -> str:

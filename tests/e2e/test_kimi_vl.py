@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from PIL import Image
 
 from kimi_vl.cli import ask, programs
 from kimi_vl.cli.main import main
-from kimi_vl.events import Answer, Done, Usage
+from kimi_vl.events import Answer, Done, MediaUse, Usage
 from kimi_vl.media import sources
 
 ROOT = Path(__file__).parents[2]
@@ -57,10 +58,13 @@ class Scripted:
     def __init__(self, answer: str):
         self.answer = answer
 
-    def stream(self, messages: Any, images: list[Path], **params: Any) -> Iterator[Any]:
+    def prepare(self, messages: Any, images: list[Path], **params: Any) -> SimpleNamespace:
         sizes = tuple(Image.open(image).size for image in images)
+        return SimpleNamespace(image_sizes=sizes, media=[MediaUse("image", 1, *size) for size in sizes])
+
+    def stream(self, prepared: SimpleNamespace, **params: Any) -> Iterator[Any]:
         yield Answer(self.answer)
-        yield Done("", self.answer, "stop", "none", Usage(1, 0, 1, 0), 0, 0.0, 0.0, image_sizes=sizes)
+        yield Done("", self.answer, "stop", "none", Usage(1, 0, 1, 0), 0, 0.0, 0.0, image_sizes=prepared.image_sizes)
 
     def pictures(self, messages: Any, images: list[Path]) -> list[Image.Image]:
         return [Image.open(image).convert("RGB") for image in images]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -165,13 +166,18 @@ def test_the_service_outlives_every_bad_file(demo: Pipeline, clip: bytes, report
     assert demo.healthy()
 
 
+def keep(demo: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands ask the pipeline that is there, and leave it open."""
+    kept = SimpleNamespace(prepare=demo.prepare, stream=demo.stream, estimate=demo.estimate, close=lambda: None)
+    monkeypatch.setattr("kimi_vl.cli.ask._load", lambda model, status: kept)
+
+
 def test_ask(
     demo: Pipeline, clip: bytes, report: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Files in any order, each by its content."""
-    kept = SimpleNamespace(stream=demo.stream, estimate=demo.estimate, close=lambda: None)
-    monkeypatch.setattr("kimi_vl.cli.ask._load", lambda model, status: kept)
+    keep(demo, monkeypatch)
     names = {"a.png": report, "b.pdf": clip, "c.mp4": films.still()}
     for name, data in names.items():
         (tmp_path / name).write_bytes(data)
@@ -188,7 +194,52 @@ def test_ask(
     assert main(["ask", "--pages", "2", "What?", paths[0]]) == 1
     assert capsys.readouterr().err.startswith("error: the document has the pages 1 to 1; ")
     assert main(["ask", "--json", "--max-tokens", "1", "What?"]) == 0
-    assert "media" not in json.loads(capsys.readouterr().out)
+    assert not {"media", "grounding"} & json.loads(capsys.readouterr().out).keys()
+    for path in paths:  # a document, a video and an image
+        assert main(["ask", "--json", "--max-tokens", "1", "What?", path]) == 0
+        assert json.loads(capsys.readouterr().out)["grounding"] == {"unit": None, "findings": []}
+
+
+@pytest.mark.parametrize("way", [[], ["--thinking", "only"], ["--json"]], ids=str)
+def test_ask_says_that_frames_are_missing(
+    demo: Pipeline, clip: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    way: list[str],
+) -> None:  # fmt: skip
+    keep(demo, monkeypatch)
+    long = films.Film(times=films.every(1, 60), size=(448, 336)).made()
+    for name, data in {"a.png": films.still(), "b.mp4": clip, "c\x1b.mp4": long}.items():
+        (tmp_path / name).write_bytes(data)
+    picture, short, film = (str(path) for path in sorted(tmp_path.iterdir()))
+    assert main(["ask", *way, "--max-tokens", "1", "What?", picture, short]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["ask", *way, "--max-tokens", "1", "What?", picture, film]) == 0
+    line = rf"{tmp_path}/c\ufffd\.mp4: \d\d of 60 frames, 448x336 pixels each; the others do not fit or are damaged\n"
+    assert re.fullmatch("" if way == ["--json"] else line, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "given"),
+    [
+        ("text.mp4", b"no film", "videos"),
+        ("empty.MKV", b"", "videos"),
+        ("clip.ts", b"G" + bytes(187), "videos"),
+        ("film.pdf", b"no pages", "documents"),
+        ("empty.pdf", b"", "documents"),
+        ("text.png", b"no picture", "images"),
+        ("text", b"no name", "images"),
+    ],
+)
+def test_ask_calls_a_bad_file_what_its_name_says(
+    demo: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    name: str, data: bytes, given: str,
+) -> None:  # fmt: skip
+    keep(demo, monkeypatch)
+    file = tmp_path / name
+    file.write_bytes(data)
+    with pytest.raises(UserError) as refused:
+        demo.complete([{"role": "user", "content": [{"type": given[:-1]}, ASK]}], **{given: [file]})
+    assert main(["ask", "What?", str(file)]) == 1
+    assert capsys.readouterr() == ("", f"error: {refused.value.message}\n")
 
 
 def test_the_server(clip: bytes, report: bytes) -> None:

@@ -55,6 +55,8 @@ def run(*arguments: str) -> int:
         ["--end", "1"],
         ["--pages", "1"],
         [PICTURE, "--pages", "1"],
+        [PICTURE, "--boxes", "out.png", "--thinking", "only"],
+        [PICTURE, "--boxes", "out.png", "--estimate"],
     ],
     ids=lambda arguments: Path(arguments[0]).name[:20],
 )
@@ -73,6 +75,7 @@ def test_what_no_model_takes_is_refused_before_one_is_loaded(arguments):
         ["--seed", "0"],
         ["--seed", str(MAX_SEED), "--stop", "x" * MAX_CHARACTERS],
         [f"--stop={number}" for number in range(MAX_SEQUENCES)],
+        [PICTURE, "--boxes", "out.png", "--thinking", "only", "--json"],  # which has the whole answer
     ],
     ids=str,
 )

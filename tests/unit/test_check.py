@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +53,16 @@ def test_a_cpu_has_to_hold_weights_and_cache(total, monkeypatch, tmp_path):
 
 def test_the_published_model_has_the_widths_that_operations_are_tried_with():
     assert widths(PUBLISHED_TEXT, 32) == Widths()
+
+
+def test_what_reads_videos_and_documents_is_named_or_what_installs_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("KIMI_VL_CACHE", str(tmp_path))
+    arguments, imported = argparse.Namespace(json=False), set(sys.modules)
+    assert check.run(arguments) == 0
+    assert re.search(r"^videos     av \d.*\ndocuments  pypdfium2 \d", capsys.readouterr().out, re.MULTILINE)
+    assert not {"av", "pypdfium2"} & (set(sys.modules) - imported)
+    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None)
+    assert check.run(arguments) == 0
+    shown = capsys.readouterr().out
+    assert '\nvideos     not read: pip install "kimi-vl[video]"\n' in shown
+    assert '\ndocuments  not read: pip install "kimi-vl[pdf]"\n' in shown
