@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -207,10 +208,27 @@ def share(files: Sequence[Pictures], budget: int, overhead: Callable[[str], int]
     )
     if found is not None:
         return found
-    if any(file.kind == "document" for file in files):
-        raise UserError("E_DOCUMENT_PAGES", "the pages do not fit the context; choose fewer of them with pages.")
-    raise UserError(
-        "E_PROMPT_TOO_LONG", "there is no room for a frame of each video; shorten the prompt or send fewer."
+    raise _no_room(shares(0.0, 1, 0.0), budget, overhead, options)
+
+
+def _no_room(least: Sequence[Share], budget: int, overhead: Callable[[str], int], options: ImageOptions) -> UserError:
+    """The refusal of files of which not even the ``least`` fits; it says how many pages would."""
+    documents = [one for one in least if one.use.kind == "document"]
+    if not documents:
+        return UserError(
+            "E_PROMPT_TOO_LONG", "there is no room for a frame of each video; shorten the prompt or send fewer."
+        )
+    room = budget - sum(one.use.tokens for one in least if one.use.kind == "video")
+    tokens = sorted(
+        images.plan(*size, options).tokens + overhead(label)
+        for one in documents
+        for size, label in zip(one.sizes, one.labels, strict=True)
+    )
+    count = sum(taken <= room for taken in itertools.accumulate(tokens))
+    if not count:
+        return UserError("E_DOCUMENT_PAGES", "there is no room for a page; shorten the prompt or send fewer files.")
+    return UserError(
+        "E_DOCUMENT_PAGES", f"the pages do not fit the context; choose {count} of them at most with pages."
     )
 
 

@@ -26,11 +26,11 @@ def number(name: str, value: Any, low: float, high: float | None = None) -> floa
     try:
         result = _float(value)
     except OverflowError:  # an integer that no float can hold
-        raise _outside(name, low, high) from None
+        result = math.inf
     except Exception:  # whatever a stranger's conversion raises
         raise UserError("E_PARAMETER", f"{name} must be a number; change it.") from None
     if not math.isfinite(result):
-        raise _outside(name, low, high)
+        raise UserError("E_PARAMETER", f"{name} must be a finite number; change it.")
     return _within(name, result, low, high)
 
 

@@ -29,6 +29,7 @@ from .model.config import Config
 from .model.kimi_vl import KimiVL
 from .output_processor import Deliver, TextOutputProcessor
 from .prompt import Images, Messages, Prompt, PromptReader, image_list, image_sources
+from .text.chat import too_long
 from .text.grammar import Grammar, GrammarCompiler
 from .text.messages import read
 from .text.output_text import OutputText
@@ -216,10 +217,7 @@ class Pipeline:
         ids, patches, context = prompt.ids, prompt.patches, self._context
         max_new_tokens = min(max_length_tokens, context - len(ids))
         if max_new_tokens < 1:
-            raise UserError(
-                "E_PROMPT_TOO_LONG",
-                f"the prompt takes {len(ids)} tokens of {context}; shorten it or send fewer images.",
-            )
+            raise too_long(len(ids), context)
         text = OutputText(self.tokenizer, stops, prompt.prefill or "", logprobs is not None)
         matcher = None
         if grammar is not None:

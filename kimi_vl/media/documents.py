@@ -98,7 +98,10 @@ def ranges(pages: str | None) -> list[tuple[int, int | None]]:
         if match is None:
             raise _misspelt()
         first = int(match[1])
-        found.append((first, int(match[3]) if match[3] else None if match[2] else first))
+        last = int(match[3]) if match[3] else None if match[2] else first
+        if last is not None and last < first:
+            raise UserError("E_PARAMETER", "a range in pages goes from the smaller number to the larger; write it so.")
+        found.append((first, last))
     return found
 
 

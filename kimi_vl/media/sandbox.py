@@ -13,6 +13,7 @@ import ctypes
 import importlib
 import importlib.util
 import json
+import logging
 import os
 import resource
 import select
@@ -23,12 +24,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, get_args
 
 from ..errors import UserError
 
-Reason = Literal["format", "unreadable", "encrypted", "too large", "too long", "missing"]
-REASONS: tuple[Reason, ...] = ("format", "unreadable", "encrypted", "too large", "too long", "missing")
+log = logging.getLogger(__name__)
+
+Reason = Literal["format", "no pictures", "unreadable", "encrypted", "too large", "too long", "missing"]
+REASONS: tuple[Reason, ...] = get_args(Reason)
 
 MEMORY_BYTES = 500_000_000
 """Of a process, libraries and stacks included (RLIMIT_AS)."""
@@ -87,8 +90,8 @@ class Sandbox:
     """One process over the bytes of one file; a context manager, after which nothing of it is left."""
 
     def __init__(self, backend: str, data: bytes):
-        module, library = _BACKENDS[backend]
-        found = importlib.util.find_spec(library)
+        module, self._library = _BACKENDS[backend]
+        found = importlib.util.find_spec(self._library)
         if found is None or not found.submodule_search_locations:
             raise SandboxError("missing")
         roots = [str(Path(__file__).parents[2]), str(Path(found.submodule_search_locations[0]).parent)]
@@ -154,6 +157,8 @@ class Sandbox:
             raise SandboxError("unreadable") from None
         if reason is not None:
             known = reason if reason in REASONS else "unreadable"
+            if known == "missing":
+                log.error("the package %s is installed, but its import fails; install it again.", self._library)
             raise SandboxError(known, detail if isinstance(detail, int) else None)
         return reply
 
@@ -282,7 +287,7 @@ def serve(backend: str, file: str, memory_bytes: str, cpu_s: str) -> None:
     ):
         resource.setrlimit(limit, (value, value))
     try:
-        module = importlib.import_module(backend)
+        module = _imported(backend)
         data = os.fdopen(int(file), "rb")
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))  # from now on nothing can be opened, no connection either
         reader: Reader = module.read(data)
@@ -303,6 +308,14 @@ def serve(backend: str, file: str, memory_bytes: str, cpu_s: str) -> None:
     except Exception:
         _send(out, {"error": "unreadable"})
     os._exit(0)  # libraries with threads may wait for ever at a normal end
+
+
+def _imported(backend: str) -> Any:
+    """The module of that name. A library that cannot be imported is as good as none, whatever is the matter with it."""
+    try:
+        return importlib.import_module(backend)
+    except Exception:
+        raise SandboxError("missing") from None
 
 
 def _send(out: int, reply: dict[str, Any], data: bytes = b"") -> None:

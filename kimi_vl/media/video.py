@@ -32,6 +32,7 @@ _FORMATS = "an MP4, MOV, MKV, WebM or AVI file of H.264, HEVC, VP8, VP9, AV1, MP
 _ERRORS: dict[Reason, tuple[str, str]] = {
     "missing": ("E_VIDEO_UNAVAILABLE", "videos are not read here; whoever runs this service installs kimi-vl[video]."),
     "format": ("E_VIDEO_FORMAT", f"a video is not {_FORMATS}"),
+    "no pictures": ("E_VIDEO_FORMAT", "a video has sound but no pictures; send one that has pictures."),
     "too large": ("E_VIDEO_TOO_LARGE", "a video needs too much memory to be decoded; send one of fewer pixels."),
     "too long": (
         "E_VIDEO_TOO_LARGE",

@@ -36,7 +36,7 @@ _SKIPPING = frozenset({"h264", "hevc"})
 
 
 def read(file: BinaryIO) -> Film:
-    """Raises :class:`SandboxError` (format, unreadable, too large)."""
+    """Raises :class:`SandboxError` (format, no pictures, unreadable, too large)."""
     try:
         return Film(file)
     except av.error.MemoryError:
@@ -77,7 +77,7 @@ class Film:
             if not stream.disposition & av.stream.Disposition.attached_pic
         ]
         if not streams:
-            raise SandboxError("format")
+            raise SandboxError("no pictures" if self._container.streams.audio else "format")
         self._stream = streams[0]
         context = self._stream.codec_context
         # FFmpeg's own list of codecs does not hold for decoders

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -161,7 +161,7 @@ class Api:
             turns = None
             if fields.get("messages") is not None:
                 turns = await self._service.with_pictures(read_turns(fields), body)
-            tokens, media = await self._in_thread(self._tokens, fields, turns)
+            tokens, media = await self._in_thread(turns or (), self._tokens, fields, turns)
         finally:
             body.release()
         strings = bool(fields.boolean("return_token_strs"))
@@ -195,9 +195,10 @@ class Api:
                 raise bad_request("tokens", "tokens must be a list of token ids.")
             if not all(0 <= token < tokenizer.size for token in tokens):
                 raise bad_request("tokens", f"tokens must be from 0 to {tokenizer.size - 1}.")
-            return JSONResponse({"prompt": await self._in_thread(tokenizer.decode, tokens)})
+            return JSONResponse({"prompt": await self._in_thread((), tokenizer.decode, tokens)})
         finally:
             body.release()
 
-    async def _in_thread(self, function: Any, *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._service.executor, function, *arguments)
+    async def _in_thread(self, turns: Sequence[Turn], function: Any, *arguments: Any) -> Any:
+        executor = self._service.executor_for(turns)
+        return await asyncio.get_running_loop().run_in_executor(executor, function, *arguments)

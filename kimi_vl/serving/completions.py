@@ -18,6 +18,7 @@ from ..event_loop import Bell, Inbox
 from ..events import Done, Event
 from ..pipeline import Pipeline
 from ..prompt import Prompt
+from ..text.messages import Turn
 from . import responses
 from .access import Body, Disconnected, log_error
 from .errors import ApiError, from_exception
@@ -131,7 +132,7 @@ class _Answer:
         )
         self._n = request.n
         generation = Generation(
-            service.available(), request, service.bell(), service.executor, service.options.deadline_s, body.release
+            service.available(), request, service.bell(), service.executor_for, service.options.deadline_s, body.release
         )
         try:
             await generation.begin()
@@ -230,11 +231,11 @@ class Generation:
         pipeline: Pipeline,
         request: ChatRequest,
         bell: Bell,
-        executor: Executor,
+        executor_for: Callable[[Sequence[Turn]], Executor],
         deadline: float,
         submitted: Callable[[], None],
     ):
-        self._pipeline, self._executor, self._deadline = pipeline, executor, deadline
+        self._pipeline, self._executor_for, self._deadline = pipeline, executor_for, deadline
         self._request = request
         self._prompt: Prompt | None = None
         self._n, self._stream, self._submitted = request.n, request.stream, submitted
@@ -303,7 +304,8 @@ class Generation:
     async def _submit(self, choice: int) -> None:
         """Images are decoded in another thread, and a request that was cancelled meanwhile does not stay."""
         loop = asyncio.get_running_loop()
-        submitting = loop.run_in_executor(self._executor, self._send, self._request, self._prompt, choice)
+        executor = self._executor_for(self._request.turns)
+        submitting = loop.run_in_executor(executor, self._send, self._request, self._prompt, choice)
         try:
             self._handles.append(await asyncio.shield(submitting))
         except asyncio.CancelledError:

@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 from .. import parameters
 from ..errors import UserError
-from ..media.video import VideoOptions
+from ..media.documents import ranges
+from ..media.video import MAX_FPS, MAX_FRAMES, VideoOptions
 from ..text import grammar
 from ..text import messages as chat_messages
 from ..text.grammar import Grammar
-from ..text.messages import Turn
+from ..text.messages import DocumentPart, Turn, VideoPart
 from ..text.stop_sequences import MAX_CHARACTERS, MAX_SEQUENCES
 from ..text.thinking import THINK_CLOSE, THINK_OPEN
 from .errors import ApiError, bad_request, unsupported, with_param
@@ -229,9 +230,20 @@ def _turn(message: Any, path: str) -> Turn:
     if isinstance(message, dict) and message.get("role") == "assistant" and message.get("content") is None:
         message = {**message, "content": message.get("refusal") or ""}
     try:
-        return chat_messages.read([message])[0]
+        return _read(message)
     except UserError as error:
         raise with_param(error, _part_at_fault(message, path)) from None
+
+
+def _read(message: Any) -> Turn:
+    """A message; its parts have their files, as none comes beside them, and options that make sense."""
+    [turn] = chat_messages.read([message], bare=False)
+    for part in turn.files:
+        if isinstance(part, VideoPart):
+            VideoOptions.checked(**part.options)
+        elif isinstance(part, DocumentPart):
+            ranges(part.options.get("pages"))
+    return turn
 
 
 def _part_at_fault(message: Any, path: str) -> str:
@@ -239,10 +251,10 @@ def _part_at_fault(message: Any, path: str) -> str:
     parts = message.get("content") if isinstance(message, dict) else None
     for index, part in enumerate(parts if isinstance(parts, list) else ()):
         try:
-            chat_messages.read([{**message, "content": [part]}])
+            _read({**message, "content": [part]})
         except UserError:
             try:
-                chat_messages.read([{**message, "content": []}])
+                _read({**message, "content": []})
             except UserError:
                 return path
             return f"{path}.content[{index}]"
@@ -263,9 +275,9 @@ def _check_continued(fields: Fields, last: Fields, turn: Turn) -> None:
 def read_file_options(fields: Fields) -> dict[str, Any]:
     """How many frames of videos are taken, as clients of vLLM say it: keyword arguments of the pipeline."""
     videos = (fields.object("media_io_kwargs") or Fields({})).object("video") or Fields({})
-    found = {"fps": videos.number("fps", 0), "max_frames": videos.integer("num_frames", 1)}
-    with _at("media_io_kwargs.video"):
-        VideoOptions.checked(**found)
+    found = {"fps": videos.number("fps", 0, MAX_FPS), "max_frames": videos.integer("num_frames", 1, MAX_FRAMES)}
+    if found["fps"] == 0:
+        raise videos.refuse("fps", "must be above 0; change it.")
     return {name: value for name, value in found.items() if value is not None}
 
 

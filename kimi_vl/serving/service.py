@@ -7,7 +7,7 @@ import hashlib
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TypeGuard
 
 import torch
@@ -24,6 +24,9 @@ from .access import Bodies, Body
 from .errors import ApiError, unavailable
 from .options import ServerOptions
 from .protocol import Rules
+
+TEXT_THREADS = 4
+"""For bodies, tokens and templates, where there is nothing to decode."""
 
 Fetcher = Callable[[Sequence[str]], Awaitable[list[bytes]]]
 """Gets the pictures of a request at their http(s) URLs, in order. Raises :class:`~kimi_vl.errors.UserError`."""
@@ -66,7 +69,9 @@ class Service:
         self.draining = False
         self.created = int(time.time())
         self.fingerprint = ""
-        self.executor = ThreadPoolExecutor(options.max_decoding, thread_name_prefix="kimi_vl request")
+        self.executor = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="kimi_vl request")
+        self._image_decoders = ThreadPoolExecutor(options.max_decoding, thread_name_prefix="kimi_vl images")
+        self._file_readers = ThreadPoolExecutor(options.max_decoding, thread_name_prefix="kimi_vl files")
         self.bodies = Bodies(
             options.max_body_mib << 20, options.max_bodies_mib << 20, options.body_timeout_s, self.executor
         )
@@ -124,6 +129,13 @@ class Service:
             for turn in turns
         )
 
+    def executor_for(self, turns: Sequence[Turn]) -> Executor:
+        """Where a request with these messages is read: it waits for no other that takes longer by its kind."""
+        files = [part for turn in turns for part in turn.files]
+        if not files:
+            return self.executor
+        return self._image_decoders if all(isinstance(part, ImagePart) for part in files) else self._file_readers
+
     def retry_after(self) -> int:
         """Seconds after which a place in a queue that is full now may be free: from 1 to 30."""
         if self.pipeline is None:
@@ -136,7 +148,8 @@ class Service:
         return self.available().model.config.text_config.max_position_embeddings
 
     def close(self) -> None:
-        self.executor.shutdown(wait=False, cancel_futures=True)
+        for executor in (self.executor, self._image_decoders, self._file_readers):
+            executor.shutdown(wait=False, cancel_futures=True)
 
 
 def _is_url(part: Part) -> TypeGuard[ImagePart]:

@@ -16,6 +16,8 @@ from .tokenizer import Tokenizer
 
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant"
 MEDIA_PAD = "<|media_pad|>"
+_COUNTED = 4
+"""Conversations up to so many times the limit are counted, so that it can be said how much longer they are."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def encode(
 
     ``continue_final_message`` leaves the last message open, in place of beginning a new one. Raises :class:`UserError`:
     E_MESSAGES_INVALID for malformed messages or when the number of images differs;
-    E_PROMPT_TOO_LONG beyond ``limit`` ids, found out without reading all of a long text.
+    E_PROMPT_TOO_LONG beyond ``limit`` ids, with their number, found out without reading all of a very long text.
     """
     counts = iter(image_tokens)
     ids: list[int] = []
@@ -71,23 +73,29 @@ def encode(
     parts = _layout(messages, add_generation_prompt and not continue_final_message)
     for part in parts[:-1] if continue_final_message else parts:
         if isinstance(part, _Text):
-            ids += tokenizer.encode(part.text, limit=None if limit is None else limit - len(ids))
+            ids += tokenizer.encode(part.text, limit=None if limit is None else _COUNTED * limit - len(ids))
         elif part.name == MEDIA_PAD:
             slots += 1
             ids += [tokenizer.media_pad_id] * next(counts, 0)
         else:
             ids.append(tokenizer.special[part.name])
-        if limit is not None and len(ids) > limit:
-            raise UserError(
-                "E_PROMPT_TOO_LONG",
-                f"the conversation takes more than the {limit} tokens that fit; shorten it or send fewer images.",
-            )
+        if limit is not None and len(ids) > _COUNTED * limit:
+            raise too_long(f"more than {_COUNTED * limit}", limit)
     if slots != len(image_tokens):
         raise UserError(
             "E_MESSAGES_INVALID",
             f"the messages have {slots} image parts and {len(image_tokens)} images came with them; make these equal.",
         )
+    if limit is not None and len(ids) > limit:
+        raise too_long(len(ids), limit)
     return ids
+
+
+def too_long(count: int | str, limit: int) -> UserError:
+    """The refusal of a prompt of ``count`` tokens."""
+    return UserError(
+        "E_PROMPT_TOO_LONG", f"the prompt takes {count} tokens of {limit}; shorten it or send fewer images."
+    )
 
 
 def assistant_prefill(turns: Sequence[Turn]) -> str | None:

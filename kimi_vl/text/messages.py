@@ -113,15 +113,16 @@ class Turn:
         return bool(self.files or self.text.strip())
 
 
-def read(messages: Sequence[Message | Turn]) -> list[Turn]:
-    """The messages in one form; what was read before is kept as it is.
+def read(messages: Sequence[Message | Turn], bare: bool = True) -> list[Turn]:
+    """The messages in one form; what was read before is kept as it is. Without ``bare`` each part has its file.
 
-    Raises :class:`UserError`: E_MESSAGES_INVALID for what is malformed or not understood, E_IMAGE_SOURCE,
-    E_VIDEO_SOURCE and E_DOCUMENT_SOURCE for files that only another service could look up.
+    Raises :class:`UserError`: E_MESSAGES_INVALID for what is malformed or not understood, E_PARAMETER for two options
+    of a part that contradict each other, E_IMAGE_SOURCE, E_VIDEO_SOURCE and E_DOCUMENT_SOURCE for files that only
+    another service could look up.
     """
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
         raise UserError("E_MESSAGES_INVALID", "messages must be a list of objects with a role and a content.")
-    return [message if isinstance(message, Turn) else _turn(message) for message in messages]
+    return [message if isinstance(message, Turn) else _turn(message, bare) for message in messages]
 
 
 def asks_something(turns: Sequence[Turn]) -> bool:
@@ -143,7 +144,7 @@ def asked_image(turns: Sequence[Turn]) -> int | None:
     return sum(len(turn.images) for turn in turns[:last])
 
 
-def _turn(message: Any) -> Turn:
+def _turn(message: Any, bare: bool) -> Turn:
     if not isinstance(message, Mapping):
         raise UserError("E_MESSAGES_INVALID", "each message must be an object with a role and a content.")
     given = _given(message)
@@ -163,7 +164,7 @@ def _turn(message: Any) -> Turn:
         return Turn(role, (content,))
     if isinstance(content, bytes | bytearray) or not isinstance(content, Sequence):
         raise UserError("E_MESSAGES_INVALID", "the content of a message must be a text or a list of parts.")
-    parts = (_part(part, role) for part in content)
+    parts = (_part(part, role, bare) for part in content)
     return Turn(role, tuple(part for part in parts if part is not None))
 
 
@@ -242,7 +243,7 @@ _FORMS = (
 _TYPES = _TEXT_TYPES | _THINKING_TYPES | {"refusal"} | {name for form in _FORMS for name in form.types}
 
 
-def _part(part: Any, role: Role) -> Part | None:
+def _part(part: Any, role: Role, bare: bool) -> Part | None:
     """A part of a message; None for thinking of the assistant's own, which is not given to the model again."""
     if not isinstance(part, Mapping):
         raise UserError("E_MESSAGES_INVALID", "each part of a content must be an object with a type.")
@@ -259,20 +260,21 @@ def _part(part: Any, role: Role) -> Part | None:
         if kind in form.types or any(key in given for key in form.keys):
             if text is not None and text != "":
                 raise UserError("E_MESSAGES_INVALID", "a content part is a text or a file; make two parts of it.")
-            return _file(given, form)
+            return _file(given, form, bare)
     if not isinstance(text, str) or kind in _THINKING_TYPES:
         raise UserError("E_MESSAGES_INVALID", "a content part must have a text or be an image, a video or a document.")
     return text
 
 
-def _file(part: dict[str, Any], form: _Form) -> FilePart:
+def _file(part: dict[str, Any], form: _Form, bare: bool) -> FilePart:
     """The file of a part, which may stand there itself or in objects like ``{"source": {"data": …}}``."""
     inner = part
     options: dict[str, Any] = {}
     for _ in range(_DEEPEST + 1):
-        options |= {name: inner[key] for key, name in form.options.items() if key in inner and name not in options}
+        options = _options(inner, form) | options
         keys = [key for key in inner if key in form.urls or key in form.base64 or key in form.elsewhere]
-        if not keys and inner is part and part.get("type") in form.bare and part.keys() <= _BARE_KEYS | {*form.options}:
+        may_be_bare = bare and inner is part and part.get("type") in form.bare
+        if may_be_bare and not keys and part.keys() <= _BARE_KEYS | {*form.options}:
             return form.part(None, options)
         if len(keys) != 1 or (inner is not part and inner.get("type") == "text"):
             break
@@ -290,6 +292,15 @@ def _file(part: dict[str, Any], form: _Form) -> FilePart:
         else:
             return form.part(value, options)
     raise UserError("E_MESSAGES_INVALID", f"write {form.noun} as {form.example}.")
+
+
+def _options(values: Mapping[str, Any], form: _Form) -> dict[str, Any]:
+    """What an object of a part says of how its file is read."""
+    keys: dict[str, str] = {}
+    for key, name in form.options.items():
+        if key in values and values[keys.setdefault(name, key)] != values[key]:
+            raise UserError("E_PARAMETER", f"{keys[name]} and {key} of {form.noun} differ; give one of them.")
+    return {name: values[key] for name, key in keys.items()}
 
 
 def _given(values: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -96,6 +96,12 @@ def test_what_is_no_film_is_refused(name: str) -> None:
     assert caught.value.code == code
 
 
+def test_a_file_of_sound_is_called_that() -> None:
+    make, _ = BAD["sound alone"]
+    with pytest.raises(UserError, match="has sound but no pictures"), Video(make(), VideoOptions()):
+        pass
+
+
 def test_a_film_is_no_image(options: ImageOptions) -> None:
     for name in ("h264 mp4", "vp9 webm", "mjpeg avi"):
         with pytest.raises(UserError, match=r"^E_IMAGE_FORMAT"):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from kimi_vl.errors import UserError
 from kimi_vl.media import images
-from kimi_vl.media.documents import MAX_PAGES, Document, chosen
+from kimi_vl.media.documents import MAX_PAGES, Document, chosen, ranges
 from kimi_vl.media.images import ImageOptions
 
 from .films import number_of
@@ -76,7 +76,7 @@ def test_pages_are_numbered_from_one(which: str, numbers: list[int], published: 
     [
         (None, "E_DOCUMENT_PAGES"), ("", "E_DOCUMENT_PAGES"), ("1-", "E_DOCUMENT_PAGES"), ("1-121", "E_DOCUMENT_PAGES"),
         ("0", "E_DOCUMENT_PAGES"), ("0-2", "E_DOCUMENT_PAGES"), ("5001", "E_DOCUMENT_PAGES"),
-        ("4999-5001", "E_DOCUMENT_PAGES"), ("3-2", "E_DOCUMENT_PAGES"), ("999999999", "E_DOCUMENT_PAGES"),
+        ("4999-5001", "E_DOCUMENT_PAGES"), ("3-2", "E_PARAMETER"), ("999999999", "E_DOCUMENT_PAGES"),
         ("1,2,", "E_PARAMETER"), ("-3", "E_PARAMETER"), ("one", "E_PARAMETER"), ("1-2-3", "E_PARAMETER"),
         ("1;2", "E_PARAMETER"), ("1.5", "E_PARAMETER"), ("9" * 30, "E_PARAMETER"), ("٣", "E_PARAMETER"),
     ],
@@ -85,6 +85,12 @@ def test_pages_that_are_not_there(which: str | None, code: str) -> None:
     with pytest.raises(UserError) as caught:
         chosen(which, 5000)
     assert caught.value.code == code
+
+
+def test_a_range_goes_upward() -> None:
+    with pytest.raises(UserError, match="from the smaller number to the larger"):
+        ranges("1,5-2")
+    assert ranges("2-2,7-") == [(2, 2), (7, None)]
 
 
 def test_so_many_pages_and_no_more() -> None:

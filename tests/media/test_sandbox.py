@@ -117,6 +117,20 @@ def test_a_missing_package_is_named(options: ImageOptions, monkeypatch: pytest.M
         paper("", options)
 
 
+def test_a_package_that_cannot_be_imported_is_named_in_the_log(
+    options: ImageOptions, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "broken_package").mkdir()
+    (tmp_path / "broken_package" / "__init__.py").write_text("raise ImportError('libfoo.so is missing')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, read in (("video", film), ("document", paper)):
+        monkeypatch.setitem(sandbox._BACKENDS, name, ("broken_package", "broken_package"))
+        caplog.clear()
+        with pytest.raises(UserError, match=f"^E_{name.upper()}_UNAVAILABLE: "):
+            read("", options)
+        assert "broken_package" in caplog.text and "libfoo" not in caplog.text
+
+
 def test_so_many_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "WAIT_S", 0.01)
     with sandbox.turn(), sandbox.turn():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import re
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from pydantic import BaseModel
 import kimi_vl.prompt
 from kimi_vl.engine.faults import Overloaded
 from kimi_vl.events import Answer
+from kimi_vl.media import sandbox
 from kimi_vl.serving import completions
 from kimi_vl.text.thinking import THINK_CLOSE, THINK_OPEN
 
@@ -393,6 +396,44 @@ def test_many_at_once(demo: ServerThread) -> None:
     streams = [demo.pipeline.stream(user(f"What is {index} + 1?"), temperature=0) for index in range(len(answers))]
     expected = ["".join(event.text for event in stream if isinstance(event, Answer)) for stream in streams]
     assert answers == expected
+    until(demo.idle)
+
+
+def test_films_that_wait_hold_up_nothing_else(
+    demo: ServerThread, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting, go_on = [], threading.Event()
+
+    @contextlib.contextmanager
+    def turn() -> Iterator[None]:
+        waiting.append(1)
+        assert go_on.wait(300)
+        yield
+
+    monkeypatch.setattr(sandbox, "turn", turn)
+    film = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}
+    picture = base64.b64encode((ROOT / "images" / "math_problem.png").read_bytes()).decode()
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
+    at_once = demo.options.max_decoding
+    with ThreadPoolExecutor(2 * at_once) as clients:
+        films = [
+            clients.submit(http.post, path, json={"messages": [{"role": "user", "content": [film]}]})
+            for path in ("/v1/chat/completions", "/tokenize")
+            for _ in range(at_once)
+        ]
+        try:
+            until(lambda: len(waiting) == at_once)
+            for body in (
+                {"prompt": "hi"},
+                {"prompt": "a" * 100_000},
+                {"messages": [{"role": "user", "content": [image]}]},
+            ):
+                assert http.post("/tokenize", json=body).status_code == 200
+            assert ask(http, max_tokens=1, n=2).status_code == 200
+            assert len(waiting) == at_once and not any(film.done() for film in films)
+        finally:
+            go_on.set()
+    assert {film.result().json()["error"]["code"] for film in films} == {"e_video_format"}
     until(demo.idle)
 
 

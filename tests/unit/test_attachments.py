@@ -135,10 +135,27 @@ def test_pages_become_smaller_and_are_never_left_out() -> None:
     with Document(paper(20), None, OPTIONS) as one:
         whole = attachments.share([one], 10**6, overhead, OPTIONS)[0]
         (smaller,) = attachments.share([one], 20 * 600, overhead, OPTIONS)
-        with pytest.raises(UserError, match=r"^E_DOCUMENT_PAGES"):
-            attachments.share([one], 20 * 150, overhead, OPTIONS)
+        with pytest.raises(UserError, match=r"^E_DOCUMENT_PAGES: there is no room for a page; "):
+            attachments.share([one], 150, overhead, OPTIONS)
     assert len(smaller.sizes) == len(whole.sizes) == 20 and smaller.use.taken == tuple(range(1, 21))
     assert smaller.use.width < whole.use.width and 500 < tokens(smaller.sizes[0]) < 600
+
+
+@pytest.mark.parametrize("count", [1, 5, 19])
+def test_it_is_said_how_many_pages_fit(count: int) -> None:
+    frame = tokens((224, 126)) + overhead("00:00:00")
+    with (
+        Video(film(60), VideoOptions()) as clip,
+        Document(paper(20), None, OPTIONS) as whole,
+        Document(paper(count), None, OPTIONS) as part,
+    ):
+        (size,) = whole.sizes(1, whole.smallest_scale, OPTIONS)
+        budget = 9 * frame + sum(tokens(size) + overhead(label) for label in part.labels(count))
+        with pytest.raises(UserError, match=f"^E_DOCUMENT_PAGES: .* choose {count} of them at most with pages"):
+            attachments.share([*[clip] * 9, whole], budget, overhead, OPTIONS)
+        assert attachments.share([*[clip] * 9, part], budget, overhead, OPTIONS)
+        with pytest.raises(UserError, match=r"^E_DOCUMENT_PAGES"):
+            attachments.share([*[clip] * 9, part], budget - 1, overhead, OPTIONS)
 
 
 def test_frames_go_before_pages_shrink() -> None:
@@ -203,6 +220,7 @@ def turns(*parts: Any) -> list[Turn]:
         ({"type": "input_video", "input_video": {"url": URL}}, VideoPart(URL)),
         ({"type": "video", "video": URL, "fps": 2, "nframes": 9}, VideoPart(URL, {"fps": 2, "max_frames": 9})),
         ({"type": "video", "start": 1, "video_end": 2}, VideoPart(None, {"start": 1, "end": 2})),
+        ({"type": "video", "max_frames": 5, "nframes": 5.0}, VideoPart(None, {"max_frames": 5})),
         ({"type": "video_url", "video_url": {"url": URL, "fps": 3}, "fps": 4}, VideoPart(URL, {"fps": 4})),
         ({"type": "video", "source": {"type": "base64", "data": "AAAA"}}, VideoPart("data:;base64,AAAA")),
         ({"type": "file", "file": {"filename": "a.pdf", "file_data": PDF}}, DocumentPart(PDF)),
@@ -240,6 +258,8 @@ def test_parts_of_every_client(part: dict[str, Any], expected: Any) -> None:
         ({"type": "video", "video": 3}, "E_MESSAGES_INVALID"),
         ({"type": "video", "text": "hi"}, "E_MESSAGES_INVALID"),
         ({"type": "video", "length": 3}, "E_MESSAGES_INVALID"),
+        ({"type": "video", "video": URL, "num_frames": 5, "max_frames": 3}, "E_PARAMETER"),
+        ({"type": "video_url", "video_url": {"url": URL, "start": 1, "video_start": 2}}, "E_PARAMETER"),
         ({"type": "input_file"}, "E_MESSAGES_INVALID"),
         ({"type": "document", "source": {"type": "text", "data": "hi"}}, "E_MESSAGES_INVALID"),
         ({"type": "file", "file": {"file_data": PDF, "file_id": "1"}}, "E_MESSAGES_INVALID"),

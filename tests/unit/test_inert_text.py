@@ -216,7 +216,7 @@ def test_what_cannot_fit_is_not_read_to_its_end() -> None:
     tokenizer = Counting.from_directory(CHECKPOINT)
     assert isinstance(tokenizer, Counting)
     message = {"role": "user", "content": "word " * 2_000_000}
-    with pytest.raises(UserError, match=r"^E_PROMPT_TOO_LONG: .* 1000 tokens"):
+    with pytest.raises(UserError, match=r"^E_PROMPT_TOO_LONG: .* more than 4000 tokens of 1000;"):
         chat.encode(tokenizer, [message] * 5, [], limit=1000)
     assert tokenizer.made < 500_000
 
@@ -227,6 +227,7 @@ def test_the_limit_is_exact(images: int) -> None:
     messages = [{"role": "user", "content": content}]
     whole = chat.encode(TOKENIZER, messages, [5] * images)
     assert chat.encode(TOKENIZER, messages, [5] * images, limit=len(whole)) == whole
-    for limit in (len(whole) - 1, 3, 0):
-        with pytest.raises(UserError, match="E_PROMPT_TOO_LONG"):
+    for limit in (len(whole) - 1, len(whole) // 4 + 1, 3, 0):
+        count = len(whole) if 4 * limit >= len(whole) else f"more than {4 * limit}"
+        with pytest.raises(UserError, match=f"^E_PROMPT_TOO_LONG: the prompt takes {count} tokens of {limit};"):
             chat.encode(TOKENIZER, messages, [5] * images, limit=limit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -269,6 +270,35 @@ def test_messages_that_are_refused(messages: Any, param: str):
     assert refused(messages=messages)[0] == param
 
 
+VIDEO = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}
+FILE = {"type": "file", "file": {"file_data": "data:application/pdf;base64,AAAA"}}
+
+
+@pytest.mark.parametrize(
+    ("part", "code", "sentence"),
+    [
+        ({"type": "video"}, "e_messages_invalid", 'write a video as {"type": "video_url", '),
+        ({"type": "file"}, "e_messages_invalid", 'write a document as {"type": "file", '),
+        ({"type": "image"}, "e_messages_invalid", 'write an image as {"type": "image_url", '),
+        ({**VIDEO, "fps": 0}, "e_parameter", "fps must be above 0"),
+        ({**VIDEO, "end": 10**400}, "e_parameter", "end must be a finite number"),
+        ({**VIDEO, "max_frames": 3, "num_frames": 5}, "e_parameter", "max_frames and num_frames of a video differ"),
+        ({**FILE, "pages": "5-2"}, "e_parameter", "a range in pages "),
+    ],
+    ids=str,
+)
+def test_parts_are_refused_by_their_path(part: dict[str, Any], code: str, sentence: str):
+    with pytest.raises(ApiError, match=re.escape(sentence)) as caught:
+        read(messages=[*ASK, {"role": "user", "content": [{"type": "text", "text": "a"}, VIDEO, part]}])
+    assert (caught.value.param, caught.value.code) == ("messages[1].content[2]", code)
+
+
+def test_how_many_frames_are_refused_as_they_were_asked_for():
+    for count in (-1, 600):
+        with pytest.raises(ApiError, match=r"^media_io_kwargs\.video\.num_frames must be from 1 to 512; "):
+            read(media_io_kwargs={"video": {"num_frames": count}})
+
+
 def test_continuing_needs_something_to_continue():
     assert refused(continue_final_message=True)[0] == "continue_final_message"
 
@@ -403,9 +433,10 @@ def test_a_schema_that_is_too_deep():
         ({"logit_bias": {"1": None}}, "logit_bias"),
         ({"logit_bias": {"1" * 50: 1}}, "logit_bias"),
         ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
-        ({"media_io_kwargs": {"video": {"fps": 0}}}, "media_io_kwargs.video"),
-        ({"media_io_kwargs": {"video": {"fps": 1e9}}}, "media_io_kwargs.video"),
-        ({"media_io_kwargs": {"video": {"num_frames": 10**9}}}, "media_io_kwargs.video"),
+        ({"media_io_kwargs": {"video": {"fps": 0}}}, "media_io_kwargs.video.fps"),
+        ({"media_io_kwargs": {"video": {"fps": 61}}}, "media_io_kwargs.video.fps"),
+        ({"media_io_kwargs": {"video": {"num_frames": -1}}}, "media_io_kwargs.video.num_frames"),
+        ({"media_io_kwargs": {"video": {"num_frames": 513}}}, "media_io_kwargs.video.num_frames"),
     ],
     ids=str,
 )
