@@ -20,8 +20,10 @@ from kimi_vl.model.language import Attention, Layer
 LATENT_LAYERS = (2, 3)
 """The latents of image tokens are to keep places in these layers."""
 ANSWER_LAYER, ANSWER_HEAD, RECALL_HEAD = 2, 3, 2
-"""With one head a token is to look at the object that the next one is about, with another at what the next one repeats;
-after this layer it is to know the place that the next ones say, and what the digit due tells of it."""
+"""Before this layer a token is to know the label of the frame or page that it reads. With one head it is to look at the
+object that the next token is about, at the ground where that says there is none, or at the label of the prompt that the
+next one repeats, with another at what the next one repeats of the completion. After this layer it is to know the place
+that the next ones say, and what the digit due tells of it."""
 EVERY = 4  # tokens: attention is computed again for one of so many
 LATENT_WEIGHT, ANSWER_WEIGHT, DIGIT_WEIGHT, LOOK_WEIGHT, LABEL_WEIGHT = 0.3, 0.2, 1.0, 0.03, 0.3
 DIGITS = 10

@@ -34,11 +34,12 @@ GROUND = 0
 """In the place of an object's order: where a picture shows none."""
 MARKS = (None, 2, 1)
 """Characters of a label that are looked up where it is repeated: its first, and those so far from its end."""
+LABEL = MAX_ORDER + 1
+"""In the place of an object's order: the first of MARKS; the others follow."""
 
 Span = tuple[int, int, int, int]
-"""First character, end, number of the picture, and the order of the object that is said there, or GROUND, or which of
-MARKS it is, counted from LABEL on."""
-LABEL = MAX_ORDER + 1
+"""First character, end, number of the picture, and the order of the object that is said there, or what is in its
+place."""
 
 
 def number_of(picture: int, order: int | Tensor) -> int | Tensor:
