@@ -29,6 +29,7 @@ MAX_PACKETS = 500_000
 MAX_DECODED_PIXELS = 16 * 10**9
 """All frames that have to be decoded for those that were asked for: about 7,700 of 1080p."""
 _THREADS = 2
+_LARGE = 16_000_000  # pixels of a frame
 _ROUNDED_S = 0.001
 _OLD_S = 0.05
 _SKIPPING = frozenset({"h264", "hevc"})
@@ -84,7 +85,8 @@ class Film:
         if context is None or context.name not in DECODERS:
             raise SandboxError("format")
         context.thread_type = "AUTO"
-        context.thread_count = _THREADS
+        # each thread keeps frames of its own, and of large ones few fit the memory that this process may have
+        context.thread_count = _THREADS if context.width * context.height <= _LARGE else 1
 
     def hello(self) -> dict[str, Any]:
         """Size as shown and upright, in pixels, length in seconds, and the number of frames."""

@@ -29,6 +29,7 @@ MAX_CHARACTERS = 100_000
 MAX_LABEL = 500
 
 _OPENER, _CLOSER = re.compile("◁think▷|<think>"), re.compile("◁/think▷|</think>")
+_SCALES = {"relative": 1, "percent": 100, "thousandths": 1000}
 _TOLERANCE = 0.05  # a fraction slightly beyond the edge is still a fraction
 
 _N = r"[-+]?\d{1,6}(?:\.\d{1,12})?(?![\d.]*\d)\s?%?"
@@ -412,12 +413,7 @@ def _placed(raw: _Raw, unit: Unit, sizes: Sequence[tuple[int, int]], first: int,
     if image is None:
         return None
     width, height = sizes[image]
-    scale_x, scale_y = {
-        "relative": (1.0, 1.0),
-        "percent": (100.0, 100.0),
-        "thousandths": (1000.0, 1000.0),
-        "pixels": (float(width), float(height)),
-    }[unit]
+    scale_x, scale_y = (width, height) if unit == "pixels" else (_SCALES[unit], _SCALES[unit])
     swapped = raw.y_first and unit == "thousandths"
 
     def fractions(x: _Number, y: _Number) -> Point:

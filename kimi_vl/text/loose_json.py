@@ -17,10 +17,10 @@ MAX_WASTED = 2_000
 
 _TOKEN = re.compile(
     r"""\s*(?:
-      (?P<string>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')
+      (?P<mark>[\[\]{}(),:])
+    | (?P<string>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')
     | (?P<number>[-+]?(?:\d{1,18}(?:\.\d{0,18})?|\.\d{1,18})(?:[eE][-+]?\d{1,3})?(?![\w.]))
     | (?P<word>[A-Za-z_]\w{0,40})
-    | (?P<mark>[\[\]{}(),:])
     )""",
     re.VERBOSE | re.DOTALL,
 )
@@ -73,10 +73,14 @@ class _Reader:
 
     def read(self, at: int, depth: int) -> Value | None:
         """The value that begins at ``at``, or None."""
-        token = self._token(at)
+        return self._value(self._token(at), depth)
+
+    def _value(self, token: re.Match[str] | None, depth: int) -> Value | None:
+        """The value that begins with ``token``, or None."""
         if token is None:
             return None
-        kind, begin = str(token.lastgroup), token.start(str(token.lastgroup))
+        kind = str(token.lastgroup)
+        begin = token.start(kind)
         text = token[kind]
         if kind == "string":
             return Value(begin, token.end(), scalar=_unquoted(text))
@@ -97,7 +101,7 @@ class _Reader:
             if token is not None and token["mark"] == closer:
                 array.end = token.end()
                 return array
-            item = self.read(array.end, depth + 1)
+            item = self._value(token, depth + 1)
             if item is None or not self._append(array, item, closer):
                 array.whole = False
                 return array
