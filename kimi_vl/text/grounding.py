@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from ..errors import UserError
 from ..events import Done
@@ -112,13 +112,12 @@ class Grounding:
         return {"unit": self.unit, "findings": [finding.to_dict() for finding in self.findings]}
 
 
-@dataclass(frozen=True)
-class _Number:
+class _Number(NamedTuple):
     value: float
     percent: bool = False
 
 
-@dataclass
+@dataclass(slots=True)
 class _Raw:
     """A place before its unit is known."""
 
@@ -350,7 +349,7 @@ def _action(name: str | None) -> str | None:
 
 
 def _of_calls(text: str, begin: int) -> Iterator[_Raw]:
-    for match in _CALL.finditer(text, begin):
+    for match in _CALL.finditer(text, begin) if "(" in text else ():
         arguments = match[2]
         action = _action(match[1])
         boxed = re.search(rf"[\[(>]\s*{_QUAD.pattern}\s*[\])<]", arguments)
@@ -425,11 +424,12 @@ def _placed(raw: _Raw, unit: Unit, sizes: Sequence[tuple[int, int]], first: int,
         (x1, y1), (x2, y2) = fractions(raw.box[0], raw.box[1]), fractions(raw.box[2], raw.box[3])
         if raw.sized:
             x2, y2 = x1 + x2, y1 + y2
-        (x1, x2), (y1, y2) = sorted((_inside(x1), _inside(x2))), sorted((_inside(y1), _inside(y2)))
-        box = (x1, y1, x2, y2) if x2 > x1 and y2 > y1 else None
+        x1, y1, x2, y2 = _inside(x1), _inside(y1), _inside(x2), _inside(y2)
+        box = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)) if x1 != x2 and y1 != y2 else None
     points = [fractions(x, y) for x, y in raw.points]
-    outside = any(not -_TOLERANCE <= each <= 1 + _TOLERANCE for point in points for each in point)
-    points = [] if outside else [(_inside(x), _inside(y)) for x, y in points]
+    if any(not -_TOLERANCE <= each <= 1 + _TOLERANCE for point in points for each in point):
+        points = []
+    points = [(_inside(x), _inside(y)) for x, y in points]
     if box is None and not points:
         return None
     return Finding(
@@ -446,4 +446,4 @@ def _placed(raw: _Raw, unit: Unit, sizes: Sequence[tuple[int, int]], first: int,
 
 
 def _inside(fraction: float) -> float:
-    return min(max(fraction, 0.0), 1.0)
+    return 0.0 if fraction < 0 else 1.0 if fraction > 1 else fraction

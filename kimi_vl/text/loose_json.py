@@ -17,18 +17,19 @@ MAX_WASTED = 2_000
 
 _TOKEN = re.compile(
     r"""\s*(?:
-      (?P<mark>[\[\]{}(),:])
-    | (?P<string>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')
-    | (?P<number>[-+]?(?:\d{1,18}(?:\.\d{0,18})?|\.\d{1,18})(?:[eE][-+]?\d{1,3})?(?![\w.]))
-    | (?P<word>[A-Za-z_]\w{0,40})
+      ([\[\]{}(),:])
+    | ("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')
+    | ([-+]?(?:\d{1,18}(?:\.\d{0,18})?|\.\d{1,18})(?:[eE][-+]?\d{1,3})?(?![\w.]))
+    | ([A-Za-z_]\w{0,40})
     )""",
     re.VERBOSE | re.DOTALL,
 )
+_MARK, _STRING, _NUMBER, _WORD = 1, 2, 3, 4  # groups of _TOKEN
 _WORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}
 _CLOSER = {"[": "]", "(": ")", "{": "}"}
 
 
-@dataclass
+@dataclass(slots=True)
 class Value:
     """A value at ``text[begin:end]``: ``items`` of an array, ``fields`` of an object, or a ``scalar``."""
 
@@ -79,14 +80,14 @@ class _Reader:
         """The value that begins with ``token``, or None."""
         if token is None:
             return None
-        kind = str(token.lastgroup)
-        begin = token.start(kind)
-        text = token[kind]
-        if kind == "string":
+        kind = token.lastindex
+        assert kind is not None
+        begin, text = token.start(kind), token[kind]
+        if kind == _STRING:
             return Value(begin, token.end(), scalar=_unquoted(text))
-        if kind == "number":
+        if kind == _NUMBER:
             return Value(begin, token.end(), scalar=float(text))
-        if kind == "word":
+        if kind == _WORD:
             return Value(begin, token.end(), scalar=_WORDS[text]) if text in _WORDS else None
         if text not in _CLOSER or depth >= MAX_DEPTH:
             return None
@@ -98,7 +99,7 @@ class _Reader:
         array = Value(begin, at, items=[])
         while True:
             token = self._token(array.end)
-            if token is not None and token["mark"] == closer:
+            if token is not None and token[_MARK] == closer:
                 array.end = token.end()
                 return array
             item = self._value(token, depth + 1)
@@ -116,12 +117,12 @@ class _Reader:
         assert value.fields is not None
         while True:
             token = self._token(value.end)
-            if token is not None and token["mark"] == "}":
+            if token is not None and token[_MARK] == "}":
                 value.end = token.end()
                 return value
             key = _key(token)
             colon = self._token(token.end()) if token is not None and key is not None else None
-            if key is None or colon is None or colon["mark"] != ":":
+            if key is None or colon is None or colon[_MARK] != ":":
                 value.whole = False
                 return value
             item = self.read(colon.end(), depth + 1)
@@ -139,15 +140,15 @@ class _Reader:
         token = self._token(item.end)
         if token is None:
             return item.items is not None or item.fields is not None or isinstance(item.scalar, str)
-        if token["mark"] == ",":
+        if token[_MARK] == ",":
             outer.end = token.end()
-        return token["mark"] is not None or item.items is not None or item.fields is not None
+        return token[_MARK] is not None or item.items is not None or item.fields is not None
 
 
 def _key(token: re.Match[str] | None) -> str | None:
     if token is None:
         return None
-    return _unquoted(token["string"]) if token["string"] else token["word"]
+    return _unquoted(token[_STRING]) if token[_STRING] else token[_WORD]
 
 
 def _unquoted(text: str) -> str:
