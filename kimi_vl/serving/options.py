@@ -65,7 +65,9 @@ class ServerOptions:
     write_timeout_s: float = option(60.0, "seconds in which a client must read some of what waits for it", low=0)
     keep_alive_s: int = option(30, "seconds that a connection is kept without a request", low=0)
     max_connections: int = option(2048, "connections at a time", low=1)
-    max_decoding: int = option(4, "requests whose images are decoded at a time", low=1)
+    max_decoding: int = option(
+        4, "requests whose images are decoded at a time; as many with videos or documents are read beside them", low=1
+    )
     max_num_seqs: int = option(64, "sequences that are computed at a time", low=1)
     max_waiting: int = option(256, "requests that wait before more are refused", low=1)
 
