@@ -235,10 +235,9 @@ def _of_json(value: Value, label: str | None, image: int | None) -> Iterator[_Ra
 
 
 def _of_object(value: Value, fields: dict[str, Value], label: str | None, image: int | None) -> Iterator[_Raw]:
-    label = next((text for key in _LABEL_KEYS if (text := _text(fields.get(key)))), label)
-    image = next(
-        (n for key in ("image", "image_index", "picture") if (n := _index(fields.get(key))) is not None), image
-    )
+    label = next((text for key in _LABEL_KEYS if key in fields and (text := _text(fields[key]))), label)
+    images = (_index(fields[key]) for key in ("image", "image_index", "picture") if key in fields)
+    image = next((number for number in images if number is not None), image)
     action = _action(_text(fields.get("action")) or _text(fields.get("type")))
     place = _Raw((value.begin, value.end), label=label, image=image, action=action)
     used, several = set(), []
@@ -426,10 +425,11 @@ def _placed(raw: _Raw, unit: Unit, sizes: Sequence[tuple[int, int]], first: int,
             x2, y2 = x1 + x2, y1 + y2
         x1, y1, x2, y2 = _inside(x1), _inside(y1), _inside(x2), _inside(y2)
         box = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)) if x1 != x2 and y1 != y2 else None
-    points = [fractions(x, y) for x, y in raw.points]
-    if any(not -_TOLERANCE <= each <= 1 + _TOLERANCE for point in points for each in point):
-        points = []
-    points = [(_inside(x), _inside(y)) for x, y in points]
+    points: list[Point] = []
+    if raw.points:
+        points = [fractions(x, y) for x, y in raw.points]
+        outside = any(not -_TOLERANCE <= each <= 1 + _TOLERANCE for point in points for each in point)
+        points = [] if outside else [(_inside(x), _inside(y)) for x, y in points]
     if box is None and not points:
         return None
     return Finding(
@@ -437,9 +437,9 @@ def _placed(raw: _Raw, unit: Unit, sizes: Sequence[tuple[int, int]], first: int,
         action=raw.action,
         box=box
         and (round(box[0] * width, 2), round(box[1] * height, 2), round(box[2] * width, 2), round(box[3] * height, 2)),
-        points=tuple((round(x * width, 2), round(y * height, 2)) for x, y in points),
+        points=tuple([(round(x * width, 2), round(y * height, 2)) for x, y in points]),
         relative_box=box and (round(box[0], 6), round(box[1], 6), round(box[2], 6), round(box[3], 6)),
-        relative_points=tuple((round(x, 6), round(y, 6)) for x, y in points),
+        relative_points=tuple([(round(x, 6), round(y, 6)) for x, y in points]),
         image=image,
         span=raw.span,
     )

@@ -140,9 +140,10 @@ class _Reader:
         token = self._token(item.end)
         if token is None:
             return item.items is not None or item.fields is not None or isinstance(item.scalar, str)
-        if token[_MARK] == ",":
+        mark = token[_MARK]
+        if mark == ",":
             outer.end = token.end()
-        return token[_MARK] is not None or item.items is not None or item.fields is not None
+        return mark is not None or item.items is not None or item.fields is not None
 
 
 def _key(token: re.Match[str] | None) -> str | None:
