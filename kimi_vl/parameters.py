@@ -64,13 +64,9 @@ def texts(name: str, value: Any) -> tuple[str, ...]:
 
 def _within(name: str, value: Any, low: float, high: float | None) -> Any:
     if value < low or (high is not None and value > high):
-        raise _outside(name, low, high)
+        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise UserError("E_PARAMETER", f"{name} must be {bounds}; change it.")
     return value
-
-
-def _outside(name: str, low: float, high: float | None) -> UserError:
-    bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-    return UserError("E_PARAMETER", f"{name} must be {bounds}; change it.")
 
 
 def _float(value: Any) -> float:

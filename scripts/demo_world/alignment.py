@@ -60,13 +60,19 @@ def shown_in(pictures: Sequence[Picture], grounds: bool = False) -> Tensor:
     return torch.cat(made)
 
 
+def marks(begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Each of MARKS in a label from ``begin`` to before ``end``: where it is, and what stands for an object's order."""
+    for mark, back in enumerate(MARKS, start=LABEL):
+        yield end - back if back else begin, mark
+
+
 def marks_of(begins: Sequence[int], ends: Sequence[int], length: int) -> Tensor:
     """The numbers of the MARKS of labels that are written from ``begins`` to before ``ends``: (length,), NOTHING of the
     other tokens."""
     made = torch.full((length,), NOTHING)
     for number, (begin, end) in enumerate(zip(begins, ends, strict=True)):
-        for mark, back in enumerate(MARKS, start=LABEL):
-            made[end - back if back else begin] = number_of(number, mark)
+        for at, mark in marks(begin, end):
+            made[at] = number_of(number, mark)
     return made
 
 
@@ -105,8 +111,8 @@ def read_spans(thinking: str, pictures: Sequence[Picture]) -> Iterator[Span]:
         if picture.label is not None:
             for empty in EMPTY.finditer(thinking, begin, end):
                 yield *empty.span(1), number, GROUND
-            for mark, back in enumerate(MARKS, start=LABEL):
-                at = begin - 2 - (back or len(picture.label))
+            label_end = begin - len(": ")
+            for at, mark in marks(label_end - len(picture.label), label_end):
                 yield at, at + 1, number, mark
 
 

@@ -290,17 +290,18 @@ def _form(weight: Weight) -> tuple[int, int] | None:
         return 16, 0
     assert isinstance(weight, QuantizedWeight)
     size = weight.group % weight.shape[-1]
-    return (weight.bits, size) if _groups(size) else None
+    return (weight.bits, size) if _is_group_size(size) else None
 
 
-def _groups(size: int) -> bool:
+def _is_group_size(size: int) -> bool:
+    """Whether the kernels take groups of so many inputs; 0 is all of them."""
     return not size or (size >= 16 and size & size - 1 == 0)
 
 
 def takes(form: Form | None, *widths: int) -> bool:
     """Whether one kernel computes products with matrices of a form that have ``widths`` inputs."""
     sizes = {form[1] % width for width in widths} if form else {0}
-    return len(sizes) == 1 and all(map(_groups, sizes))
+    return len(sizes) == 1 and all(map(_is_group_size, sizes))
 
 
 def stored(weight: Weight) -> tuple[Tensor, Tensor]:
